@@ -1,0 +1,125 @@
+"""Which TensorRT there is, which GPU, and how to get what is missing.
+
+TensorRT builds, runs and inspects on an NVIDIA GPU and needs its driver even to parse. TensorRT-RTX builds ahead of time on any
+machine, for GPUs of compute capability 8.0 to 12.1 without 9.0, and runs on those. Nothing is imported or started before it is asked for.
+"""
+
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal
+
+BackendName = Literal["tensorrt", "tensorrt-rtx"]
+_MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_INSTALL: dict[BackendName, str] = {
+    "tensorrt": "pip install -r requirements-gpu.txt",
+    "tensorrt-rtx": "pip install -r requirements.txt",
+}
+_OLDEST_TENSORRT = (10, 7)
+"""The first whose parser takes a registered plugin before a local function of the same name and inlines the function otherwise."""
+
+
+class EngineError(ValueError):
+    """Something a user can mend: a wrong file or setting, a missing package or GPU, a layer that lost its precision."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU of this machine."""
+
+    name: str
+    compute_capability: str
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A TensorRT that can be used here. `module` is its Python binding."""
+
+    name: BackendName
+    module: ModuleType
+    version: str
+
+
+def select(wanted: BackendName | None = None) -> Backend:
+    """The builder to use: `wanted`, else TensorRT where there is a GPU and TensorRT-RTX where there is none.
+
+    Raises:
+        EngineError: The package is missing or too old, or TensorRT is wanted on a machine without a GPU.
+    """
+    device = gpu()
+    if wanted == "tensorrt" and device is None:
+        raise EngineError(
+            "TensorRT needs an NVIDIA GPU and driver even to parse, and none was found here; "
+            "--backend tensorrt-rtx builds and audits without a GPU"
+        )
+    if wanted is None:
+        wanted = "tensorrt" if device and importlib.util.find_spec("tensorrt") else "tensorrt-rtx"
+    return load(wanted)
+
+
+def load(name: BackendName) -> Backend:
+    """Import a binding.
+
+    Raises:
+        EngineError: It is not installed, cannot be loaded, or is too old.
+    """
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except (ImportError, OSError) as error:
+        raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
+    found = Backend(name=name, module=module, version=module.__version__)
+    if name == "tensorrt" and _release(found.version) < _OLDEST_TENSORRT:
+        oldest = ".".join(map(str, _OLDEST_TENSORRT))
+        raise EngineError(f"TensorRT {found.version} is too old for local functions and strong typing; {oldest} or newer: {_INSTALL[name]}")
+    return found
+
+
+def require_gpu(purpose: str) -> Gpu:
+    """The GPU of this machine.
+
+    Raises:
+        EngineError: There is none.
+    """
+    device = gpu()
+    if device is None:
+        raise EngineError(
+            f"{purpose} needs an NVIDIA GPU with its driver (libcuda.so.1), and none was found on this machine; run it where there is one. "
+            "Without a GPU: `python -m engine.audit` on the engine, `python -m eval.run` on the .onnx"
+        )
+    return device
+
+
+def gpu() -> Gpu | None:
+    """The first GPU, or None where there is no GPU or no driver."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    try:
+        check(driver.cuInit(0))
+        device = check(driver.cuDeviceGet(0))
+        name = check(driver.cuDeviceGetName(128, device)).split(b"\0")[0].decode()
+        attribute = driver.CUdevice_attribute
+        major = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
+        minor = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
+    except (RuntimeError, EngineError):
+        return None
+    return Gpu(name=name, compute_capability=f"{major}.{minor}")
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Value of a cuda-python call, which returns (status, values...).
+
+    Raises:
+        EngineError: The call failed.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise EngineError(f"CUDA answers {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

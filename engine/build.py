@@ -1,0 +1,210 @@
+"""ONNX in, integer engine out.
+
+    python -m engine.build --onnx runs/demo/w8a8.onnx --compute-capability 8.6 8.9 12.0
+
+With TensorRT where there is a GPU (the engine is for that GPU), with TensorRT-RTX where there is none (ahead of time, for the named
+GPUs, or portable). Always strongly typed: the ONNX alone decides each tensor's type. The engine is audited before it is written; one
+that lost INT8 is refused. Beside it lie its layer table, its audit and its seal.
+"""
+
+import argparse
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import audit, backend, graph, layers, monitor
+from engine.backend import Backend, BackendName, EngineError
+from engine.layers import Layer
+from qdbev import artifact
+
+_log = logging.getLogger(__name__)
+_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to build. None leaves a choice to TensorRT."""
+
+    backend: BackendName | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    """GPUs to build for ahead of time, as "8.9"; empty is portable. TensorRT-RTX only."""
+    memory_limit_mb: int | None = None
+    timing_cache: Path | None = None
+    """Measured kernel times, read and extended; makes the next build on the same GPU quick. TensorRT only."""
+    allow_float: bool = False
+    """Write the engine even if quantized layers run in float, and say so in its seal."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A built engine that is not on disk yet."""
+
+    content: bytes
+    table: list[Layer]
+    facts: dict[str, Any]
+
+
+def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Report:
+    """Build, audit and seal an engine from a sealed ONNX.
+
+    Raises:
+        ArtifactError: The ONNX is missing, changed since it was sealed, or no ONNX artifact.
+        EngineError: The ONNX or an option does not fit, TensorRT refuses, or a quantized layer lost INT8.
+    """
+    parent = artifact.unseal(onnx_path, "onnx")
+    model = graph.load(onnx_path)
+    chosen = backend.select(options.backend)
+    graph.check(model, _plugins(chosen))
+    plan = build_plan(chosen, onnx_path, options)
+    report = audit.audit(graph.quantized_layers(model), plan.table)
+    audit.save(audit.report_path(engine_path), report)
+    if not options.allow_float:
+        audit.require_int8(report)
+    layers.save(layers.table_path(engine_path), plan.table)
+    with artifact.atomic(engine_path) as temporary:
+        temporary.write_bytes(plan.content)
+    table_sha256 = artifact.sha256(layers.table_path(engine_path))
+    facts = {**plan.facts, "plan_bytes": len(plan.content), "audit": report.facts(), "layer_table_sha256": table_sha256}
+    artifact.seal(engine_path, kind="engine", config=parent.config, parent=parent, facts=facts)
+    return report
+
+
+def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
+    """Parse and build.
+
+    Raises:
+        EngineError: An option does not fit the backend, or the parser or builder refuses.
+    """
+    trt = chosen.module
+    messages = monitor.logger(trt)
+    builder = trt.Builder(messages)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, messages, onnx_path)
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.memory_limit_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit_mb << 20)
+    target = _set_target(chosen, config, options)
+    cache = _open_timing_cache(chosen, config, options.timing_cache)
+    started = time.monotonic()
+    with monitor.progress(trt, f"{chosen.name} {chosen.version}") as shown:
+        config.progress_monitor = shown
+        serialized = builder.build_serialized_network(network, config)
+    seconds = time.monotonic() - started
+    if serialized is None:
+        reasons = messages.problems or ["no reason given"]
+        raise EngineError("\n  ".join([f"{chosen.name} {chosen.version} built no engine from {onnx_path}:", *reasons]))
+    content = bytes(serialized)
+    if cache is not None:
+        with artifact.atomic(options.timing_cache) as temporary:
+            temporary.write_bytes(bytes(cache.serialize()))
+    table = layers.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
+    facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
+    return Plan(content=content, table=table, facts=facts)
+
+
+def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
+    parser = trt.OnnxParser(network, messages)
+    if parser.parse_from_file(str(onnx_path)):
+        return
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    lines = [f"  node {error.node_name() or '?'} ({error.node_operator() or '?'}): {_one_line(error.desc())}" for error in errors[:_SHOWN]]
+    raise EngineError("\n".join([f"the parser refuses {onnx_path}:", *lines]))
+
+
+def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any]:
+    """Which GPUs the engine will run on, as facts."""
+    wanted = options.compute_capabilities
+    if chosen.name == "tensorrt":
+        device = backend.require_gpu("TensorRT")
+        if wanted and set(wanted) != {device.compute_capability}:
+            raise EngineError(
+                f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
+                "leave --compute-capability out, or take --backend tensorrt-rtx"
+            )
+        return {"gpu": device.name, "compute_capabilities": [device.compute_capability]}
+    known = chosen.module.ComputeCapability.__members__
+    names = {f"{name[2:-1]}.{name[-1]}": value for name, value in known.items() if name.startswith("SM")}
+    unknown = [capability for capability in wanted if capability not in names]
+    if unknown:
+        raise EngineError(f"{chosen.name} {chosen.version} cannot build for {', '.join(unknown)}; it knows {', '.join(names)}")
+    if wanted:
+        config.num_compute_capabilities = len(wanted)
+        for index, capability in enumerate(wanted):
+            config.set_compute_capability(names[capability], index)
+    return {"compute_capabilities": list(wanted) or "portable"}
+
+
+def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
+    if path is None or chosen.name != "tensorrt":
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise EngineError(f"{path} is no timing cache of TensorRT {chosen.version} and this GPU; delete it or name another")
+    return cache
+
+
+def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
+    """Registered plugins. TensorRT-RTX is treated as having none: it ends the process when a node meets one (seen in 1.7.1)."""
+    if chosen.name != "tensorrt":
+        return frozenset()
+    creators = chosen.module.get_plugin_registry().all_creators
+    return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)
+
+
+def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
+    engine = trt.Runtime(messages).deserialize_cuda_engine(content)
+    if engine is None:
+        raise EngineError("the engine just built cannot be opened:\n  " + "\n  ".join(messages.problems))
+    return layers.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m engine.build", description="Build and audit an integer engine from an exported ONNX.")
+    parser.add_argument("--onnx", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="engine file (default: the ONNX's name with .engine)")
+    parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), help="default: TensorRT with a GPU, TensorRT-RTX without")
+    parser.add_argument(
+        "--compute-capability", nargs="+", default=(), metavar="X.Y", help="TensorRT-RTX: GPUs to build for (default: portable)"
+    )
+    parser.add_argument("--memory-limit", type=_positive, metavar="MB", help="workspace the engine may use")
+    parser.add_argument("--timing-cache", type=Path, help="file of kernel timings (TensorRT; default: tensorrt.timing beside the engine)")
+    parser.add_argument("--allow-float", action="store_true", help="write the engine even if quantized layers run in float")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} MB is no memory")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """ONNX in, engine out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(arguments)
+    engine_path = args.out or args.onnx.with_suffix(".engine")
+    options = Options(
+        backend=args.backend,
+        compute_capabilities=tuple(args.compute_capability),
+        memory_limit_mb=args.memory_limit,
+        timing_cache=args.timing_cache or engine_path.with_name("tensorrt.timing"),
+        allow_float=args.allow_float,
+    )
+    try:
+        report = build_file(args.onnx, engine_path, options)
+    except (artifact.ArtifactError, EngineError) as error:
+        raise SystemExit(f"error: {error}") from error
+    _log.info("%s: %s", engine_path, report.summary)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The layer table of a built engine: which kernels it runs and in which number formats.
+
+TensorRT gives it through EngineInspector as JSON. TensorRT-RTX cannot inspect a plan without a GPU, but prints the same table while it
+builds, as one verbose log message that starts with "Layers:" (seen in 1.7.1). Both need ProfilingVerbosity.DETAILED.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.backend import EngineError
+from qdbev import artifact
+
+TABLE_START = "Layers:"
+"""First word of the log message that holds TensorRT-RTX's layer table."""
+_ROW = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<rest>.*)$")
+_SECTION = re.compile(r"\](?:, )?(Constants|Outputs): \[")
+_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*\[ONNX Layer: |\s*$)")
+_TYPE = re.compile(r"\b(Float|Half|BFloat16|Int8|Int32|Int64|Int4|Bool|FP8|FP4|FP32|FP16|BF16|UInt8)\b", re.IGNORECASE)
+_TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_NO_KERNEL = ("signal", "wait", "noop", "constant")
+"""Rows that start nothing on the GPU: stream synchronisation and folded constants."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row. Types are INT8, FP16, FP32, ...; `nodes` are the ONNX nodes fused into it."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tactic: str
+    nodes: tuple[str, ...]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether the row starts work on the GPU."""
+        return self.kind.lower() not in _NO_KERNEL
+
+
+def from_log(message: str) -> list[Layer]:
+    """Rows of the log message that starts with "Layers:".
+
+    Raises:
+        EngineError: A line names a layer but does not read like the table of the versions known here, or there are no rows.
+    """
+    layers = [_from_line(line) for line in message.splitlines() if line.startswith("Name: ")]
+    if not layers:
+        raise EngineError(f"the builder's layer table has no rows; it begins {message[:120]!r}")
+    return layers
+
+
+def from_inspector(text: str) -> list[Layer]:
+    """Rows of EngineInspector's JSON; TensorRT 10 joins format and type in one field, 11 has a field of its own for the type.
+
+    Raises:
+        EngineError: The engine was built without ProfilingVerbosity.DETAILED.
+    """
+    rows = json.loads(text)["Layers"]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise EngineError("the engine tells layer names only; build it with this project (ProfilingVerbosity.DETAILED)")
+    return [_from_inspected(row) for row in rows]
+
+
+def save(path: Path, layers: list[Layer]) -> None:
+    """Write the rows as JSON."""
+    with artifact.atomic(path) as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(layer) for layer in layers], indent=1))
+
+
+def load(path: Path, sha256: str) -> list[Layer]:
+    """Rows written by `save`.
+
+    Raises:
+        EngineError: The file is missing or is not the one whose hash the engine's seal carries.
+    """
+    if not path.is_file():
+        raise EngineError(f"{path} does not exist; it is written when the engine is built: bring it along or build again")
+    actual = artifact.sha256(path)
+    if actual != sha256:
+        raise EngineError(f"{path} is not of this engine: sha256 {actual[:12]}, the engine's seal says {sha256[:12]}; build it again")
+    rows = json.loads(path.read_text())
+    return [Layer(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}) for row in rows]
+
+
+def table_path(engine: Path) -> Path:
+    """Where the layer table of `engine` lies."""
+    return engine.with_name(engine.name + ".layers.json")
+
+
+def _from_line(line: str) -> Layer:
+    row = _ROW.match(line)
+    if row is None:
+        raise EngineError(f"a line of the builder's layer table cannot be read: {line[:200]!r}")
+    body, _, metadata = row["rest"].rpartition("Metadata: ")
+    tensors, _, tail = body.rpartition(", TacticName: ")
+    sections = {"Inputs": [], "Constants": [], "Outputs": []}
+    key = "Inputs"
+    for part in _SECTION.split(tensors):
+        if part in sections:
+            key = part
+        else:
+            sections[key] = re.findall(r"Datatype: (\w+)", part)
+    return Layer(
+        name=row["name"],
+        kind=row["kind"],
+        inputs=_types(sections["Inputs"]),
+        constants=_types(sections["Constants"]),
+        outputs=_types(sections["Outputs"]),
+        tactic=tail.split(", StreamId: ")[0],
+        nodes=_nodes(metadata),
+    )
+
+
+def _from_inspected(row: dict[str, Any]) -> Layer:
+    constants = _types([_type_field(tensor) for tensor in row.get("Constants", [])])
+    weights = row.get("Weights")
+    if isinstance(weights, dict) and "Type" in weights:
+        constants = (*_types([weights["Type"]]), *constants)
+    return Layer(
+        name=row["Name"],
+        kind=row.get("LayerType", "unknown"),
+        inputs=_types([_type_field(tensor) for tensor in row.get("Inputs", [])]),
+        constants=constants,
+        outputs=_types([_type_field(tensor) for tensor in row.get("Outputs", [])]),
+        tactic=row.get("TacticName", ""),
+        nodes=_nodes(row.get("Metadata", "").replace("\x1e", "").replace("\x1f", "")),
+    )
+
+
+def _type_field(tensor: dict[str, Any]) -> str:
+    for key in ("Datatype", "DataType", "Format/Datatype"):
+        if key in tensor:
+            return str(tensor[key])
+    return "unknown"
+
+
+def _types(texts: list[str]) -> tuple[str, ...]:
+    found = [_TYPE.search(text) for text in texts]
+    names = [match[1].upper() if match else "unknown" for match in found]
+    return tuple(_TYPE_NAMES.get(name, name) for name in names)
+
+
+def _nodes(metadata: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_NODE.findall(metadata)))

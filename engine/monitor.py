@@ -1,0 +1,63 @@
+"""What is heard from TensorRT while it builds: problems, the layer table, and progress.
+
+TensorRT calls back into classes derived from its own, so they are made here once the binding is known.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.layers import TABLE_START
+
+
+def logger(trt: ModuleType) -> Any:
+    """A logger that keeps `problems` (warnings excluded) and `layer_table`, and drops the rest."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.problems: list[str] = []
+            self.layer_table = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.problems.append(" ".join(message.split())[:300])
+            elif message.startswith(TABLE_START):
+                self.layer_table = message
+
+    return Logger()
+
+
+@contextmanager
+def progress(trt: ModuleType, title: str) -> Iterator[Any]:
+    """An IProgressMonitor that shows the outermost phase as a bar; nothing where standard error is no terminal."""
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self, bar: tqdm) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.bar = bar
+            self.outermost = ""
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = name
+                self.bar.reset(steps)
+            self.bar.set_postfix_str(name)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                if name == self.outermost:
+                    self.bar.update(step + 1 - self.bar.n)
+            except KeyboardInterrupt:
+                return False
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.outermost:
+                self.bar.update((self.bar.total or 0) - self.bar.n)
+
+    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
+        yield Monitor(bar)

@@ -1,0 +1,103 @@
+"""A checkpoint, an ONNX file and an engine behind one call, with the deployed graph's names (schema.INPUTS, schema.OUTPUTS)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qdbev import artifact
+from qdbev.artifact import Seal
+from qdbev.config import Config, from_dict
+from qdbev.model.bevformer import Deployed
+from qdbev.restore import restore
+from qdbev.schema import INPUTS, OUTPUTS
+
+Infer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model that is open: its seal, the config inside it, and one frame in, one frame out (arrays as in schema.py, on the host).
+
+    It remembers nothing; the caller hands `bev` back as the next `prev_bev`.
+    """
+
+    seal: Seal
+    config: Config
+    infer: Infer
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name from inputs by name."""
+        return self.infer(inputs)
+
+
+class DetectorError(ValueError):
+    """A model file that this room cannot open."""
+
+
+@contextmanager
+def open_detector(path: Path, device: str | None = None) -> Iterator[Detector]:
+    """Open a `.pt`, `.onnx` or `.engine` file.
+
+    Args:
+        path: A sealed artifact.
+        device: Where a checkpoint runs, "cpu" when left out. Other files bring their own: ONNX runs on the CPU, an engine on its GPU.
+
+    Raises:
+        DetectorError: The suffix is unknown, or the device is not one this file can run on.
+        ArtifactError: The file or its seal is missing, damaged, or of another kind.
+    """
+    openers = {".pt": _open_checkpoint, ".onnx": _open_onnx, ".engine": _open_engine}
+    if path.suffix not in openers:
+        raise DetectorError(f"{path} ends in {path.suffix or 'nothing'!r}; a model is a {', '.join(openers)} file")
+    with openers[path.suffix](path, device) as detector:
+        yield detector
+
+
+@contextmanager
+def _open_checkpoint(path: Path, device: str | None) -> Iterator[Detector]:
+    target = _torch_device(device or "cpu")
+    seal, model = restore(path)
+    deployed = Deployed(model).to(target).eval()
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            tensors = [torch.from_numpy(inputs[name]).to(target) for name in INPUTS]
+            outputs = deployed(*tensors)
+        return {name: tensor.float().cpu().numpy() for name, tensor in zip(OUTPUTS, outputs, strict=True)}
+
+    yield Detector(seal, from_dict(seal.config), infer)
+
+
+@contextmanager
+def _open_onnx(path: Path, device: str | None) -> Iterator[Detector]:
+    from export.runner import OnnxRunner
+
+    if device not in (None, "cpu"):
+        raise DetectorError(f"{path} runs in onnxruntime on the CPU, not on {device!r}; leave --device out, or build an engine from it")
+    seal = artifact.unseal(path, "onnx")
+    yield Detector(seal, from_dict(seal.config), OnnxRunner(path))
+
+
+@contextmanager
+def _open_engine(path: Path, device: str | None) -> Iterator[Detector]:
+    from engine.session import Session
+
+    if device is not None and not device.startswith("cuda"):
+        raise DetectorError(f"{path} runs on the GPU it was built for, not on {device!r}; leave --device out, or evaluate its .onnx instead")
+    seal = artifact.unseal(path, "engine")
+    with Session(path) as session:
+        yield Detector(seal, from_dict(seal.config), session.infer)
+
+
+def _torch_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DetectorError(f"--device {name!r} is no torch device; use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DetectorError(f"--device {name!r}: torch sees no GPU here; use --device cpu")
+    return device

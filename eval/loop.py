@@ -1,0 +1,64 @@
+"""The evaluation loop: frames of a split in order, with what each leaves for the next.
+
+This is the one place where time passes during evaluation; detectors remember nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from eval.detectors import Detector
+from qdbev import boxes, temporal
+from qdbev.config import ModelConfig
+from qdbev.schema import Detections, Frame
+from qdbev.temporal import Memory
+
+
+class Frames(Protocol):
+    """What the loop asks of a dataset: frames in order of time."""
+
+    def __len__(self) -> int: ...
+
+    def frame(self, index: int) -> Frame:
+        """Key frame `index`."""
+        ...
+
+
+class Step(NamedTuple):
+    """One evaluated frame: its index, what was seen, what was found (lidar frame), and the seconds the model took."""
+
+    index: int
+    frame: Frame
+    detections: Detections
+    model_seconds: float
+
+
+def steps(detector: Detector, dataset: Frames) -> Iterator[Step]:
+    """Evaluate every frame in order; the memory starts anew with every scene."""
+    model = detector.config.model
+    memory: Memory | None = None
+    for index in range(len(dataset)):
+        frame = dataset.frame(index)
+        inputs = network_inputs(frame, memory, model)
+        started = time.perf_counter()
+        outputs = detector(inputs)
+        seconds = time.perf_counter() - started
+        memory = temporal.remember(frame, outputs["bev"])
+        found = boxes.decode(torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"]), model)[0]
+        yield Step(index, frame, found, seconds)
+
+
+def network_inputs(frame: Frame, memory: Memory | None, model: ModelConfig) -> dict[str, np.ndarray]:
+    """Deployed inputs (schema.INPUTS) of a frame; at the start of a scene `has_prev` is 0 and `prev_bev` zeros."""
+    can_bus, prev_bev = temporal.observe(frame, memory)
+    rows, columns = model.bev_hw
+    return {
+        "images": frame.images[None],
+        "lidar2img": frame.lidar2img[None],
+        "can_bus": can_bus[None],
+        "prev_bev": np.zeros((1, rows * columns, model.embed_dim), np.float32) if prev_bev is None else prev_bev,
+        "has_prev": np.array([prev_bev is not None], np.float32),
+    }

@@ -1,0 +1,117 @@
+"""The official nuScenes detection metric (detection_cvpr_2019), computed by the untouched devkit."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nuscenes.eval.common.config import config_factory
+from nuscenes.eval.detection.data_classes import DetectionMetrics
+from nuscenes.eval.detection.evaluate import DetectionEval
+from nuscenes.nuscenes import NuScenes
+from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split
+
+from qdbev.schema import CLASSES
+
+CONFIG = "detection_cvpr_2019"
+ERRORS = {"trans_err": "ate", "scale_err": "ase", "orient_err": "aoe", "vel_err": "ave", "attr_err": "aae"}
+"""The devkit's names of the true positive errors and the field's: metres, 1 - IoU, radians, metres a second, 1 - accuracy."""
+_ENDINGS = {"train": "trainval", "val": "trainval", "train_detect": "trainval", "train_track": "trainval", "test": "test"} | dict.fromkeys(
+    ("mini_train", "mini_val"), "mini"
+)
+"""What the name of a version must end in for the devkit to evaluate an official split on it."""
+
+
+class EvaluationError(ValueError):
+    """Results, split and dataset that do not fit together, or are not there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The official numbers. An error that a class does not have (orientation of a cone) is None.
+
+    class_ap: class -> AP, mean over the distance thresholds. class_tp: class -> ate, ase, aoe, ave, aae.
+    absent: classes without a scored box in the split's ground truth: the metric counts them as AP 0 and errors of 1.
+    """
+
+    nds: float
+    map: float
+    mate: float
+    mase: float
+    maoe: float
+    mave: float
+    maae: float
+    class_ap: dict[str, float]
+    class_tp: dict[str, dict[str, float | None]]
+    absent: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return {**dataclasses.asdict(self), "absent": list(self.absent)}
+
+
+def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
+    """Score a results file against the annotations of a split.
+
+    Raises:
+        EvaluationError: Dataset, split or results are missing, or the results are those of other samples.
+    """
+    tables = root / version
+    if not (tables / "sample.json").is_file():
+        raise EvaluationError(f"{tables} holds no nuScenes tables; make the synthetic world with `make data`, or give the right --data")
+    if not results.is_file():
+        raise EvaluationError(f"{results} does not exist; it should be a results file of `python -m eval.run`")
+    _check_split(tables, version, split)
+    nuscenes = NuScenes(version, str(root), verbose=False)
+    _check_samples(nuscenes, split, results)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):  # the devkit shows a bar whatever one asks
+        official = DetectionEval(nuscenes, config_factory(CONFIG), str(results), split, scratch, verbose=False)
+        metrics, _ = official.evaluate()
+    scored = {box.detection_name for box in official.gt_boxes.all}
+    return _translate(metrics, tuple(name for name in CLASSES if name not in scored))
+
+
+def _check_split(tables: Path, version: str, split: str) -> None:
+    own = tables / "splits.json"
+    names = sorted(json.loads(own.read_text())) if own.is_file() else []
+    official = [name for name, ending in _ENDINGS.items() if version.endswith(ending)]
+    if split in names and split not in create_splits_scenes():
+        return
+    if split not in official:
+        raise EvaluationError(f"split {split!r} is none of {version}; it has {', '.join(official + names) or 'no official split'}")
+
+
+def _check_samples(nuscenes: NuScenes, split: str, results: Path) -> None:
+    scenes = set(get_scenes_of_split(split, nuscenes))
+    tokens = {s["token"] for s in nuscenes.sample if nuscenes.get("scene", s["scene_token"])["name"] in scenes}
+    if not tokens:
+        raise EvaluationError(f"split {split!r} has no sample in {nuscenes.dataroot}; choose a split whose scenes are there")
+    try:
+        predicted = set(json.loads(results.read_text())["results"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{results} is no nuScenes results file ({error!r}); make it again with `python -m eval.run`") from error
+    if predicted != tokens:
+        raise EvaluationError(
+            f"{results} is not of split {split!r}: {len(tokens - predicted)} of its {len(tokens)} samples are missing, "
+            f"{len(predicted - tokens)} others are there; run `python -m eval.run` with this split and dataset"
+        )
+
+
+def _translate(metrics: DetectionMetrics, absent: tuple[str, ...]) -> Metrics:
+    values = metrics.serialize()
+    return Metrics(
+        nds=float(values["nd_score"]),
+        map=float(values["mean_ap"]),
+        **{f"m{ours}": float(values["tp_errors"][theirs]) for theirs, ours in ERRORS.items()},
+        class_ap={name: float(values["mean_dist_aps"][name]) for name in CLASSES},
+        class_tp={name: {ours: _number(values["label_tp_errors"][name][theirs]) for theirs, ours in ERRORS.items()} for name in CLASSES},
+        absent=absent,
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,123 @@
+"""Where objects of each class stand or move, for each layout."""
+
+from dataclasses import dataclass
+from math import pi
+
+
+@dataclass(frozen=True)
+class Zone:
+    """One way for an object to be on the street.
+
+    Attributes:
+        weight: how often this zone is chosen among the zones of its class.
+        lateral: least and greatest distance from the road's axis, in metres.
+        speed: least and greatest speed along its heading, in m/s.
+        headings: choices, relative to the direction of traffic on its side of the road.
+        jitter: standard deviation added to the heading.
+        attribute: nuScenes attribute name, or '' for the classes that have none.
+        sides: +1 left of the axis, -1 right of it.
+        one_way: whether headings are relative to the ego's direction on both sides.
+    """
+
+    weight: float
+    lateral: tuple[float, float]
+    speed: tuple[float, float]
+    headings: tuple[float, ...]
+    jitter: float
+    attribute: str
+    sides: tuple[int, ...] = (1, -1)
+    one_way: bool = False
+
+
+ALONG, EITHER, ACROSS = (0.0,), (0.0, pi), (pi / 2, -pi / 2)
+ANY = (0.0, pi / 2, pi, -pi / 2)
+_STILL = (0.0, 0.0)
+
+
+def _square_vehicle(nearest: float, farthest: float) -> tuple[Zone, ...]:
+    return (
+        Zone(0.5, (nearest, farthest), _STILL, ANY, 0.15, "vehicle.parked"),
+        Zone(0.5, (nearest, farthest), (2.0, 8.0), EITHER, 0.05, "vehicle.moving"),
+    )
+
+
+def _square_cycle() -> tuple[Zone, ...]:
+    return (
+        Zone(0.4, (3.0, 14.0), _STILL, ANY, 0.2, "cycle.without_rider"),
+        Zone(0.6, (3.0, 18.0), (2.0, 6.0), EITHER, 0.05, "cycle.with_rider"),
+    )
+
+
+SQUARE: dict[str, tuple[Zone, ...]] = {
+    "car": _square_vehicle(3.5, 20.0),
+    "truck": _square_vehicle(5.5, 24.0),
+    "bus": _square_vehicle(9.0, 27.0),
+    "trailer": _square_vehicle(9.0, 27.0),
+    "construction_vehicle": _square_vehicle(6.0, 24.0)[:1],
+    "pedestrian": (
+        Zone(0.35, (2.6, 13.0), _STILL, ANY, 0.4, "pedestrian.standing"),
+        Zone(0.65, (2.6, 15.0), (0.8, 1.8), ANY, 0.1, "pedestrian.moving"),
+    ),
+    "motorcycle": _square_cycle(),
+    "bicycle": _square_cycle(),
+    "traffic_cone": (Zone(1.0, (2.3, 11.0), _STILL, ALONG, 0.0, ""),),
+    "barrier": (Zone(1.0, (3.0, 14.0), _STILL, ANY, 0.1, ""),),
+}
+
+_LANE_RIGHT = ((0.0, 0.2), (3.4, 3.8))
+_LANE_LEFT = (3.4, 3.8)
+
+
+def _street_traffic(parked: float, speed: tuple[float, float], lateral: tuple[float, float]) -> tuple[Zone, ...]:
+    own, right = _LANE_RIGHT
+    moving = 0.85 * (1 - parked)
+    return (
+        Zone(parked, lateral, _STILL, ALONG, 0.02, "vehicle.parked"),
+        Zone(0.25 * moving, own, speed, ALONG, 0.01, "vehicle.moving", one_way=True),
+        Zone(0.30 * moving, right, speed, ALONG, 0.01, "vehicle.moving", sides=(-1,)),
+        Zone(0.45 * moving, _LANE_LEFT, speed, ALONG, 0.01, "vehicle.moving", sides=(1,)),
+        Zone(0.15 * (1 - parked), right, _STILL, ALONG, 0.01, "vehicle.stopped"),
+    )
+
+
+def _street_cycle() -> tuple[Zone, ...]:
+    return (
+        Zone(0.55, (6.6, 9.6), _STILL, ACROSS, 0.3, "cycle.without_rider"),
+        Zone(0.45, (5.1, 5.5), (2.5, 5.0), ALONG, 0.03, "cycle.with_rider"),
+    )
+
+
+STREET: dict[str, tuple[Zone, ...]] = {
+    "car": _street_traffic(0.6, (3.0, 10.0), (7.0, 7.4)),
+    "truck": _street_traffic(0.6, (3.0, 9.0), (7.2, 7.6)),
+    "bus": _street_traffic(0.5, (3.0, 8.0), (7.4, 7.8)),
+    "trailer": _street_traffic(0.75, (3.0, 8.0), (7.4, 7.8)),
+    "construction_vehicle": _street_traffic(0.85, (2.0, 5.0), (7.2, 7.8)),
+    "pedestrian": (
+        Zone(0.25, (9.3, 12.8), _STILL, ANY, 0.5, "pedestrian.standing"),
+        Zone(0.68, (9.3, 12.8), (0.8, 1.7), EITHER, 0.1, "pedestrian.moving"),
+        Zone(0.07, (4.0, 9.0), (0.9, 1.6), ACROSS, 0.1, "pedestrian.moving"),
+    ),
+    "motorcycle": _street_cycle(),
+    "bicycle": _street_cycle(),
+    "traffic_cone": (Zone(0.7, (5.7, 6.1), _STILL, ALONG, 0.0, ""), Zone(0.3, (8.9, 9.2), _STILL, ALONG, 0.0, "")),
+    "barrier": (Zone(0.6, (5.9, 6.3), _STILL, ACROSS, 0.04, ""), Zone(0.4, (9.0, 9.3), _STILL, ACROSS, 0.04, "")),
+}
+
+STREET_PLACED_PER_SHARE = {  # small objects are often hidden and then not annotated, big ones seldom
+    "car": 0.95,
+    "truck": 0.65,
+    "bus": 0.8,
+    "trailer": 0.6,
+    "construction_vehicle": 0.85,
+    "pedestrian": 1.85,
+    "traffic_cone": 1.4,
+    "barrier": 1.15,
+    "motorcycle": 1.5,
+    "bicycle": 1.3,
+}
+
+ZONES = {"square": SQUARE, "street": STREET}
+ROW_SPACING = {"traffic_cone": 1.8, "barrier": 3.1}  # metres between neighbours of a row, in the street layout
+EGO_WLH = (1.8, 4.1, 1.6)  # the space that the car needs, seen from above
+EGO_CENTRE_AHEAD = 1.4  # metres from the rear axle to the middle of the car

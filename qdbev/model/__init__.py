@@ -1,0 +1,1 @@
+"""BEVFormer in plain PyTorch; whatever may be quantized is a leaf module."""

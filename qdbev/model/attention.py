@@ -1,0 +1,195 @@
+"""The attention blocks and the feed-forward block; each adds its input, and leaves normalisation to its caller.
+
+Source: BEVFormer (arXiv:2203.17270), equations 2-5; bevformer modules/{temporal_self_attention,spatial_cross_attention,decoder}.py
+at 66b65f3. Linear layers that give sampling offsets are initialised to rays, one direction a head (Deformable DETR).
+
+B batch, N cameras, C width, M heads, L levels, P points, K BEV cells, Q queries.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qdbev.config import ModelConfig
+from qdbev.ops.matmul import Matmul
+from qdbev.ops.msda import MultiScaleDeformableAttention
+from qdbev.ops.sca import SpatialCrossAttention
+
+
+def _ray_bias(num_heads: int, num_maps: int, num_points: int) -> Tensor:
+    """(num_heads * num_maps * num_points * 2,): head k looks along angle 2 pi k / num_heads, point p at distance p + 1 cells."""
+    angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+    ray = torch.stack((angle.cos(), angle.sin()), -1)
+    ray = ray / ray.abs().amax(-1, keepdim=True)
+    reach = torch.arange(1, num_points + 1, dtype=torch.float32).view(1, 1, -1, 1)
+    return (ray.view(num_heads, 1, 1, 2) * reach).expand(-1, num_maps, -1, -1).flatten()
+
+
+class _DeformableProjections(nn.Module):
+    """The linear layers that every deformable attention has: offsets, logits and values."""
+
+    def __init__(self, query_dim: int, embed_dim: int, num_heads: int, num_maps: int, num_points: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_points = num_points
+        self.sampling_offsets = nn.Linear(query_dim, num_heads * num_maps * num_points * 2)
+        self.attention_weights = nn.Linear(query_dim, num_heads * num_maps * num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(_ray_bias(num_heads, num_maps, num_points))
+        for layer in (self.attention_weights,):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.zeros_(self.value_proj.bias)
+
+
+def _output_projection(embed_dim: int) -> nn.Linear:
+    layer = nn.Linear(embed_dim, embed_dim)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class TemporalSelfAttention(_DeformableProjections):
+    """Each BEV cell reads the previous BEV and the current one, and averages the two."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(2 * config.embed_dim, config.embed_dim, config.num_heads, 2, config.num_points)
+        self.attention = MultiScaleDeformableAttention()
+        self.output_proj = _output_projection(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
+        """
+        Args:
+            query: (B, K, C).
+            query_pos: (B, K, C).
+            queue: (B, 2, K, C) values: previous BEV, then current.
+            reference_points: (B, 2, K, 2) in 0..1 of the BEV, one set for each entry of the queue.
+
+        Returns:
+            (B, K, C), with `query` added.
+        """
+        B, K, C = query.shape
+        M, P = self.num_heads, self.num_points
+        both = torch.cat((queue[:, 0], query + query_pos), -1)  # (B, K, 2C)
+        offsets = self.sampling_offsets(both).view(B, K, M, 2, 1, P, 2)
+        logits = self.attention_weights(both).view(B, K, M, 2, 1, P)
+        read = self.attention(
+            self.value_proj(queue).view(B * 2, K, M, C // M),
+            reference_points.flatten(0, 1),
+            offsets.permute(0, 3, 1, 2, 4, 5, 6).reshape(B * 2, K, M, 1, P, 2),
+            logits.permute(0, 3, 1, 2, 4, 5).reshape(B * 2, K, M, 1, P),
+            [bev_hw],
+        )
+        return self.dropout(self.output_proj(read.view(B, 2, K, C).mean(1))) + query
+
+
+class CameraCrossAttention(nn.Module):
+    """Each BEV cell reads the cameras that see its pillar. The projections sit one level down, as in the official keys."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_levels = config.num_levels
+        self.deformable_attention = _DeformableProjections(
+            config.embed_dim, config.embed_dim, config.num_heads, config.num_levels, config.num_spatial_points
+        )
+        self.attention = SpatialCrossAttention()
+        self.output_proj = _output_projection(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """
+        Args:
+            query: (B, K, C).
+            tokens: (B, N, S, C) image tokens of all levels.
+            reference_points: (B, N, K, D, 2) and visible (B, N, K) as in qdbev/ops/sca.py.
+
+        Returns:
+            (B, K, C), with `query` added.
+        """
+        B, K, C = query.shape
+        inner = self.deformable_attention
+        M, L, P = inner.num_heads, self.num_levels, inner.num_points
+        read = self.attention(
+            inner.value_proj(tokens).view(*tokens.shape[:3], M, C // M),
+            reference_points,
+            visible,
+            inner.sampling_offsets(query).view(B, K, M, L, P, 2),
+            inner.attention_weights(query).view(B, K, M, L, P),
+            level_hw,
+        )
+        return self.dropout(self.output_proj(read)) + query
+
+
+class BevCrossAttention(_DeformableProjections):
+    """Each object query reads the BEV around its reference point."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.embed_dim, config.embed_dim, config.num_heads, 1, config.num_points)
+        self.attention = MultiScaleDeformableAttention()
+        self.output_proj = _output_projection(config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
+        """query, query_pos (B, Q, C), bev (B, K, C), reference_points (B, Q, 2) in 0..1 of the BEV: (B, Q, C), with `query` added."""
+        B, Q, C = query.shape
+        M, P = self.num_heads, self.num_points
+        positioned = query + query_pos
+        read = self.attention(
+            self.value_proj(bev).view(B, -1, M, C // M),
+            reference_points,
+            self.sampling_offsets(positioned).view(B, Q, M, 1, P, 2),
+            self.attention_weights(positioned).view(B, Q, M, 1, P),
+            [bev_hw],
+        )
+        return self.dropout(self.output_proj(read)) + query
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention among object queries, as nn.MultiheadAttention, with every product a module of its own."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_proj, self.k_proj, self.v_proj = (_output_projection(config.embed_dim) for _ in range(3))
+        self.scores = Matmul()
+        self.mix = Matmul()
+        self.out_proj = _output_projection(config.embed_dim)
+        self.attention_dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, query: Tensor, query_pos: Tensor) -> Tensor:
+        """query, query_pos (B, Q, C): (B, Q, C), with `query` added."""
+        B, Q, C = query.shape
+        positioned = query + query_pos
+        q, k, v = (
+            project(x).view(B, Q, self.num_heads, -1).transpose(1, 2)  # (B, M, Q, C/M)
+            for project, x in ((self.q_proj, positioned), (self.k_proj, positioned), (self.v_proj, query))
+        )
+        scores = self.scores(q * (C // self.num_heads) ** -0.5, k.transpose(2, 3))  # (B, M, Q, Q)
+        mixed = self.mix(self.attention_dropout(scores.softmax(-1)), v)
+        return self.dropout(self.out_proj(mixed.transpose(1, 2).reshape(B, Q, C))) + query
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(config.embed_dim, config.ffn_dim)
+        self.linear2 = nn.Linear(config.ffn_dim, config.embed_dim)
+        self.relu = nn.ReLU()
+        self.dropout = nn.Dropout(config.dropout)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Q, C) to (B, Q, C), with `x` added."""
+        return self.dropout(self.linear2(self.dropout(self.relu(self.linear1(x))))) + x

@@ -1,0 +1,54 @@
+"""Modulated deformable convolution (DCNv2) as a gather of columns and an ordinary matrix product that quantizes like any other.
+
+Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class DeformConv2d(nn.Module):
+    """3x3 modulated deformable convolution, padding 1, one deform group, no bias, with the layer that predicts its offsets.
+
+    `offset` gives 27 channels: (dy, dx) for each of the nine kernel positions, row-major, then nine mask logits.
+    """
+
+    TAPS = 9
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.stride = stride
+        self.offset = nn.Conv2d(in_channels, 3 * self.TAPS, 3, stride, 1)
+        self.product = nn.Conv2d(in_channels * self.TAPS, out_channels, 1, bias=False)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, out_channels, H / stride, W / stride)."""
+        offsets, mask = self.offset(x).split((2 * self.TAPS, self.TAPS), dim=1)
+        return self.product(deformed_columns(x, offsets, mask.sigmoid(), self.stride))
+
+
+def deformed_columns(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
+    """The 3x3 neighbourhood of each output position, read at shifted places.
+
+    Args:
+        x: (B, C, H, W).
+        offsets: (B, 18, h, w) pixels, (dy, dx) for each kernel position.
+        mask: (B, 9, h, w) factor of each kernel position.
+
+    Returns:
+        (B, C * 9, h, w) with the kernel position as the fast axis; samples outside read zero.
+    """
+    B, C, H, W = x.shape
+    h, w = offsets.shape[-2:]
+    row = torch.arange(h, dtype=torch.float32, device=x.device)[:, None] * stride
+    column = torch.arange(w, dtype=torch.float32, device=x.device) * stride
+    shift = offsets.float().view(B, 9, 2, h, w)
+    tap = torch.arange(9, device=x.device).view(1, 9, 1, 1)
+    y = shift[:, :, 0] + row + (tap // 3 - 1)  # (B, 9, h, w)
+    x_ = shift[:, :, 1] + column + (tap % 3 - 1)
+    grid = torch.stack(((2 * x_ + 1) / W - 1, (2 * y + 1) / H - 1), -1)  # (B, 9, h, w, 2)
+    read = F.grid_sample(x, grid.view(B, 9 * h, w, 2).to(x.dtype), align_corners=False).view(B, C, 9, h, w)
+    return (read * mask[:, None]).view(B, C * 9, h, w)

@@ -1,0 +1,133 @@
+"""Ranges from data: a histogram of bounded size for activations, an exhaustive search for weights.
+
+The activation side is NVIDIA's HistogramCalibrator with its collection replaced: theirs grows without bound when the first frame is
+dim and keeps no minimum, and its search for the smallest squared error needs CUDA. Its percentile and entropy searches are used.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from pytorch_quantization.calib import HistogramCalibrator
+from torch import Tensor
+
+from qdbev.quant.quantizer import channel_amax, fake_quantize
+
+Method = Literal["max", "percentile", "mse", "entropy"]
+
+NUM_BINS = 2048
+PERCENTILE = 99.99
+NUM_RANGES = 512
+NUM_WEIGHT_RANGES = 100
+"""Ranges tried in a search for the smallest squared error: so many equal parts of the largest value."""
+ENTROPY_COUNTS = 2**20
+"""The entropy search counts in 32-bit integers; the histogram is scaled to this total."""
+ENTROPY_STRIDE = 16
+
+
+class RangeCalibrator(HistogramCalibrator):
+    """Histogram of |x| over everything collected, with the exact largest magnitude and minimum.
+
+    The bins span 0 to `top`. A larger value doubles `top` until it fits, merging neighbouring bins, so memory stays the same and at
+    least half of the bins are in use.
+    """
+
+    def __init__(self, name: str, bits: int) -> None:
+        super().__init__(bits, axis=None, unsigned=False, num_bins=NUM_BINS)
+        self.name = name
+        self.amax = 0.0
+        self.minimum = float("inf")
+        self.top = 0.0
+        self.counts: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        """True until something was collected."""
+        return self.minimum == float("inf")
+
+    @torch.no_grad()
+    def collect(self, x: Tensor) -> None:
+        """Add one activation of any shape.
+
+        Raises:
+            ValueError: It holds an infinity or a NaN.
+        """
+        x = x.detach().float()
+        low, high = (float(v) for v in x.aminmax())
+        amax = max(-low, high)
+        if not amax < float("inf"):
+            raise ValueError(f"{self.name} saw values from {low} to {high} during calibration; the float model must be finite")
+        self.minimum = min(self.minimum, low)
+        self.amax = max(self.amax, amax)
+        if self.counts is None:
+            if amax == 0:
+                return
+            self.counts, self.top = torch.zeros(NUM_BINS, dtype=torch.float64, device=x.device), amax
+        while self.top < amax:
+            merged = self.counts.view(-1, 2).sum(1)
+            self.counts = torch.cat([merged, torch.zeros_like(merged)])
+            self.top *= 2
+        self.counts += torch.histc(x.abs(), bins=NUM_BINS, min=0, max=self.top)
+
+    def compute_amax(self, method: Method) -> Tensor:
+        """(1,) end of the range.
+
+        Raises:
+            ValueError: Nothing was collected, or nothing but zeros.
+        """
+        if self.counts is None:
+            seen = "no data" if self.empty else "only zeros"
+            raise ValueError(
+                f"{self.name} saw {seen} during calibration; run frames that reach the layer, or name it in quant.float_layers"
+            )
+        if method == "max":
+            return torch.tensor([self.amax])
+        if method == "mse":
+            return self._least_squared_error()
+        counts = self.counts
+        if method == "entropy":
+            counts = (counts * (ENTROPY_COUNTS / counts.sum())).ceil()
+        self._calib_hist = counts.cpu().numpy().astype("int64")
+        self._calib_bin_edges = torch.linspace(0, self.top, NUM_BINS + 1).numpy()
+        self._unsigned = self.minimum >= 0 and self._num_bits < 8
+        amax = super().compute_amax(method, stride=ENTROPY_STRIDE, percentile=PERCENTILE)
+        return amax.float().view(1).clamp_max(self.amax)
+
+    def _least_squared_error(self) -> Tensor:
+        width = self.top / NUM_BINS
+        centers = (torch.arange(NUM_BINS, device=self.counts.device) + 0.5) * width  # (NUM_BINS,)
+        unsigned = self.minimum >= 0 and self._num_bits < 8
+        qmax = 2 ** (self._num_bits - (0 if unsigned else 1)) - 1
+        amaxes = torch.arange(1, NUM_RANGES + 1, device=centers.device) / NUM_RANGES * self.amax
+        steps = (amaxes / qmax)[:, None]  # (NUM_RANGES, 1)
+        error = fake_quantize(centers.expand(NUM_RANGES, -1), steps, -qmax, qmax) - centers
+        loss = (error.double().square() * self.counts).sum(1)  # (NUM_RANGES,)
+        return amaxes[loss.argmin()].view(1).cpu()
+
+
+@torch.no_grad()
+def weight_amax(weight: Tensor, bits: int, method: Method) -> Tensor:
+    """(C,) end of the range of each channel of a (C, ...) weight.
+
+    `entropy` takes the maximum, as NVIDIA's tools do: a channel has too few values for a histogram.
+    """
+    amax = channel_amax(weight)
+    if method == "percentile":
+        magnitudes = weight.detach().float().flatten(1).abs()  # (C, N)
+        return magnitudes.kthvalue(math.ceil(PERCENTILE / 100 * magnitudes.shape[1]), dim=1).values
+    if method == "mse":
+        return amax * _least_squared_shrink(weight.detach().float().flatten(1), amax, 2 ** (bits - 1) - 1)
+    return amax
+
+
+def _least_squared_shrink(weight: Tensor, amax: Tensor, qmax: int) -> Tensor:
+    """(C,) share of `amax` (C,) with the smallest squared error of the (C, N) weight."""
+    best = torch.ones_like(amax)
+    least = torch.full_like(amax, float("inf"))
+    for part in range(NUM_WEIGHT_RANGES, 0, -1):
+        shrink = part / NUM_WEIGHT_RANGES
+        step = (amax * shrink / qmax).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        loss = (fake_quantize(weight, step, -qmax, qmax) - weight).square_().sum(1)  # (C,)
+        best = torch.where(loss < least, shrink, best)
+        least = torch.minimum(loss, least)
+    return best

@@ -1,0 +1,43 @@
+"""The export mode: the same values, from constants and operations that ONNX has."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from qdbev.quant.layers import QuantOp, quant_layers, quantizers
+
+
+@contextlib.contextmanager
+def exporting(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, `model` may be traced by torch.onnx.export; weights and quantizers are as before afterwards, also after an error.
+
+    Weights lie on their grid (baked), so that they need no Clip, and steps are numbers, so that nothing depends on data. Every
+    enabled quantizer becomes [Clip ->] QuantizeLinear -> DequantizeLinear with int8 storage and zero point 0.
+    """
+    layers = [layer for _, layer in quant_layers(model)]
+    weights = [(layer.weight, layer.weight.data) for layer in layers if not isinstance(layer, QuantOp)]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                _freeze(layer)
+        yield model
+    finally:
+        for parameter, value in weights:
+            parameter.data = value
+        for layer in layers:
+            for quantizer in quantizers(layer):
+                quantizer.frozen = None
+
+
+def _freeze(layer: nn.Module) -> None:
+    for quantizer in quantizers(layer):
+        if not quantizer.enabled:
+            continue
+        if quantizer.axis is None:
+            quantizer.frozen = float(quantizer.log_step.exp())
+            continue
+        step = quantizer.step(layer.weight).flatten()
+        layer.weight.data = quantizer(layer.weight)
+        quantizer.frozen = step, torch.zeros_like(step, dtype=torch.int32)

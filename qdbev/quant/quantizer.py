@@ -1,0 +1,197 @@
+"""Symmetric uniform fake quantization of 2 to 8 bits, with a learned or a fixed step.
+
+A value x becomes clamp(round(x / step), qmin, qmax) * step: divided, not multiplied by a reciprocal, and rounded half to even, as
+ONNX QuantizeLinear does. The zero point is 0 and every range fits int8, the only integer type TensorRT quantizes activations to.
+
+Sources: LSQ (arXiv:1902.08153), equations 1 to 3 and section 2.2; the step is learned through its logarithm, as TQT does
+(arXiv:1903.08066), so that it stays positive and an Adam step changes it by a share of itself. Built on TensorQuantizer of NVIDIA's
+pytorch-quantization 2.1.3.
+
+C channels (axis 0) of a weight.
+"""
+
+from typing import Any
+
+import torch
+from pytorch_quantization.nn import TensorQuantizer
+from pytorch_quantization.tensor_quant import QuantDescriptor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+SMALLEST_STEP = 1e-10
+"""Floor of a step, so that a channel of zeros divides by something."""
+
+EDGE = 1e-3
+"""Share of a step by which the range is widened in the backward pass: the largest weight lies on the end of a fixed range and would
+lose its gradient to the rounding of one division."""
+
+
+def fake_quantize(x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+    """`x` rounded to multiples of `step` between `qmin` and `qmax`, computed in float32 whatever the type of `x`.
+
+    Args:
+        x: (...) any floating type.
+        step: float32, () or (C, 1, ...); positive.
+
+    Returns:
+        (...) in the type of `x`. The gradient of `x` passes inside the range and is zero outside; that of `step` is LSQ's
+        equation 3, times the gradient scale 1 / sqrt(elements per step * qmax).
+    """
+    return _FakeQuantize.apply(x, step, qmin, qmax)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves only the input and the output, which the layers around hold anyway, and recomputes the quotient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, qmin: int, qmax: int) -> Tensor:
+        y = (x.float() / step).round_().clamp_(qmin, qmax).mul_(step).to(x.dtype)
+        ctx.save_for_backward(x, y if ctx.needs_input_grad[1] else None, step)
+        ctx.qrange = qmin, qmax
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, y, step = ctx.saved_tensors
+        qmin, qmax = ctx.qrange
+        grad, x = grad.float(), x.float()
+        # The gradient of a clamp in one pass; aten names it after hardtanh.
+        grad_x = torch.ops.aten.hardtanh_backward.default(grad, x / step, qmin - EDGE, qmax + EDGE)
+        grad_step = None
+        if ctx.needs_input_grad[1]:
+            # Equation 3 with q the rounded and v the plain quotient, q * grad - v * grad_x, where q is y / step and v is x / step.
+            grad_step = (y * grad).addcmul_(x, grad_x, value=-1).sum_to_size(step.shape) / step
+            grad_step *= (x.numel() / step.numel() * qmax) ** -0.5
+        return grad_x.to(ctx.saved_tensors[0].dtype), grad_step, None, None
+
+
+class Quantizer(TensorQuantizer):
+    """Fake quantization of one tensor: an activation with one step, or a weight with a step per channel.
+
+    It lets its input through until it has a range (`set_range`, see calibrate.py), and whenever `disable_quant` was called. An
+    activation whose calibrated minimum is not negative is unsigned, 0 to 2**bits - 1; except at 8 bits, where 255 does not fit
+    int8 and the positive half of the signed range serves. Weights use the range without its lowest value.
+
+    The base class gives enable_quant, disable_quant, enable_calib and the calibrator slot; range, arithmetic, export and state are
+    this class's own.
+
+    Args:
+        bits: 2 to 8.
+        channels: Number of weight channels C; None makes an activation quantizer.
+        learn: The step is a parameter. Otherwise an activation keeps its calibrated step, and a weight's step follows the largest
+            value of the channel while the weight trains.
+    """
+
+    log_step: Tensor
+    """(1,) or (C,): natural logarithm of the step; of the step of a unit range where `follows`."""
+
+    def __init__(self, bits: int, *, channels: int | None = None, learn: bool = True) -> None:
+        axis = None if channels is None else (0,)
+        super().__init__(QuantDescriptor(num_bits=bits, axis=axis, narrow_range=channels is not None), if_quant=False)
+        self._calibrator = None
+        self.learn = learn
+        self.calibrated = False
+        self.frozen: float | tuple[Tensor, Tensor] | None = None
+        """Set inside `exporting` (export.py): the step of an activation, or step (C,) and zero point (C,) of a baked weight."""
+        log_step = torch.zeros(channels or 1)
+        if learn:
+            self.log_step = nn.Parameter(log_step, requires_grad=False)
+        else:
+            self.register_buffer("log_step", log_step)
+
+    @property
+    def follows(self) -> bool:
+        """True for a weight with a fixed range."""
+        return self._axis is not None and not self.learn
+
+    @property
+    def enabled(self) -> bool:
+        """True while the quantizer rounds; it lets tensors through otherwise."""
+        return self._if_quant
+
+    @property
+    def qrange(self) -> tuple[int, int]:
+        """Smallest and largest integer."""
+        if self._unsigned:
+            return 0, 2**self._num_bits - 1
+        qmax = 2 ** (self._num_bits - 1) - 1
+        return -qmax - (not self._narrow_range), qmax
+
+    def step(self, x: Tensor) -> Tensor:
+        """() or (C, 1, ...) step for the tensor `x`; differentiable in `log_step`."""
+        if self._axis is None:
+            return self.log_step[0].exp()
+        step = self.log_step.exp().view(-1, *[1] * (x.dim() - 1))
+        if self.follows:
+            step = step * channel_amax(x).view_as(step)
+        return step.clamp_min(SMALLEST_STEP)
+
+    def set_range(self, amax: Tensor, *, nonnegative: bool = False) -> None:
+        """Take a range and switch quantization on.
+
+        Args:
+            amax: (1,) or (C,) largest magnitude; where `follows`, as a share of the channel's largest value.
+            nonnegative: No value of the tensor is below zero.
+        """
+        self._unsigned = nonnegative and self._num_bits < 8
+        step = amax.detach().float().reshape(self.log_step.shape) / self.qrange[1]
+        with torch.no_grad():
+            self.log_step.copy_(step.clamp_min(SMALLEST_STEP).log())
+        self.calibrated = True
+        self.enable_quant()
+
+    def enable_quant(self) -> None:
+        """Quantize from now on.
+
+        Raises:
+            ValueError: There is no range yet.
+        """
+        if not self.calibrated:
+            raise ValueError("a quantizer without a range cannot be switched on; calibrate the model first")
+        super().enable_quant()
+        self.log_step.requires_grad_(self.learn)
+
+    def disable_quant(self) -> None:
+        """Let tensors through from now on; the range is kept."""
+        super().disable_quant()
+        self.log_step.requires_grad_(False)
+
+    def _quant_forward(self, inputs: Tensor) -> Tensor:
+        """The body of TensorQuantizer.forward, which calls it where quantization is on."""
+        if self.frozen is not None:
+            return self._export_forward(inputs)
+        if torch.compiler.is_exporting():
+            raise RuntimeError("a quantized model is exported inside `with exporting(model):` (qdbev.quant.export)")
+        return fake_quantize(inputs, self.step(inputs), *self.qrange)
+
+    def _export_forward(self, x: Tensor) -> Tensor:
+        """The same values from operations that ONNX has: Clip, QuantizeLinear and DequantizeLinear of int8."""
+        if isinstance(self.frozen, tuple):
+            step, zero_point = self.frozen
+            return torch.fake_quantize_per_channel_affine(x, step, zero_point, 0, -128, 127)
+        qmin, qmax = self.qrange
+        if (qmin, qmax) != (-128, 127):
+            x = torch.clamp(x, qmin * self.frozen, qmax * self.frozen)
+        return torch.fake_quantize_per_tensor_affine(x, self.frozen, 0, -128, 127)
+
+    def get_extra_state(self) -> Tensor:
+        """(3,) uint8: calibrated, unsigned, enabled. A tensor, so that a state dict holds nothing else."""
+        return torch.tensor([self.calibrated, self._unsigned, self._if_quant], dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Inverse of `get_extra_state`."""
+        self.calibrated, self._unsigned, self._if_quant = (bool(flag) for flag in state.tolist())
+        self.log_step.requires_grad_(self.learn and self._if_quant)
+
+    def extra_repr(self) -> str:
+        """Width, sign, range and state, for print(model)."""
+        sign = "unsigned" if self._unsigned else "signed"
+        kind = "learned" if self.learn else "follows weight" if self.follows else "fixed"
+        state = "on" if self._if_quant else "off" if self.calibrated else "not calibrated"
+        return f"{self._num_bits} bit {sign}, {self.log_step.numel()} step(s), {kind}, {state}"
+
+
+def channel_amax(weight: Tensor) -> Tensor:
+    """(C,) largest magnitude of each channel of a (C, ...) weight."""
+    return weight.detach().float().flatten(1).abs().amax(1)

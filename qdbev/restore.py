@@ -1,0 +1,32 @@
+"""A checkpoint file to a model that runs: the one place where model and quantization meet."""
+
+from pathlib import Path
+
+from qdbev import artifact
+from qdbev.artifact import ArtifactError, Seal
+from qdbev.config import Config, from_dict
+from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.prepare import fold_batch_norm, prepare
+
+
+def restore(path: Path) -> tuple[Seal, BEVFormer]:
+    """Seal and model, in evaluation mode on the CPU, of a teacher (float) or student (quantized) checkpoint.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, of another kind, or its weights do not fit its config.
+    """
+    seal, weights, _ = artifact.load_checkpoint(path, "teacher", "student")
+    config = from_dict(seal.config)
+    model = quantized(config) if seal.kind == "student" else BEVFormer(config.model)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {error}") from error
+    return seal, model.eval()
+
+
+def quantized(config: Config, teacher: BEVFormer | None = None) -> BEVFormer:
+    """A model with batch norm folded and quantizers in place, of `teacher`'s weights (altered in place) or fresh ones."""
+    model = teacher if teacher is not None else BEVFormer(config.model)
+    fold_batch_norm(model.eval())
+    return prepare(model, config.quant)

@@ -1,0 +1,50 @@
+"""What one frame hands to the next: previous BEV, ego-motion delta, scene change.
+
+Time is a value: nothing here is remembered between calls except what the caller passes back in.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from qdbev.schema import Frame
+
+POSITION = slice(0, 3)
+YAW_RAD = 16
+YAW_DEG = 17
+
+
+class Memory(NamedTuple):
+    """What a frame leaves for the next of its scene: its absolute can_bus (18,) and its BEV features (1, BEV cells, C)."""
+
+    scene_token: str
+    can_bus: np.ndarray
+    bev: np.ndarray
+
+
+def delta(can_bus: np.ndarray, previous: np.ndarray | None) -> np.ndarray:
+    """(18,) float32 can_bus as the network wants it: position and yaw in degrees relative to `previous`, zero without one.
+
+    The yaw in radians stays absolute, and the degrees may jump by 360, as in the code that trained the published checkpoints
+    (bevformer detectors/bevformer.py at 66b65f3).
+    """
+    relative = np.array(can_bus, dtype=np.float64)
+    if previous is None:
+        relative[POSITION] = 0
+        relative[YAW_DEG] = 0
+    else:
+        relative[POSITION] -= previous[POSITION]
+        relative[YAW_DEG] -= previous[YAW_DEG]
+    return relative.astype(np.float32)
+
+
+def observe(frame: Frame, memory: Memory | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Relative can_bus (18,) and the previous BEV of the same scene, or None at the start of a scene."""
+    if memory is None or memory.scene_token != frame.scene_token:
+        return delta(frame.can_bus, None), None
+    return delta(frame.can_bus, memory.can_bus), memory.bev
+
+
+def remember(frame: Frame, bev: np.ndarray) -> Memory:
+    """What `frame` leaves for the next one."""
+    return Memory(frame.scene_token, frame.can_bus, bev)

@@ -1,0 +1,43 @@
+"""What several test files need: the shared reference numbers where they are at hand, and a small synthetic world."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qdbev.data.synthetic.config import WORLDS
+from qdbev.data.synthetic.generate import generate
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden_folder() -> Path:
+    """Folder of the numbers produced by the official code; the test skips where it is absent."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"needs the official code's numbers in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_micro(golden_folder: Path) -> dict[str, np.ndarray]:
+    """Arrays of the shrunken tiny model."""
+    with np.load(golden_folder / "golden_micro.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def golden_modules(golden_folder: Path) -> dict[str, np.ndarray]:
+    """Arrays of single modules."""
+    with np.load(golden_folder / "golden_modules.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a synthetic world: 2 train and 1 val scene of 4 key frames, 180x320 images, tables in v1.0-trainval."""
+    root = tmp_path_factory.mktemp("world") / "tiny"
+    generate(dataclasses.replace(WORLDS["micro"](), name="tiny", num_train=2, num_val=1, num_samples=4), root)
+    return root

@@ -1,0 +1,210 @@
+"""Frames carry what the tables say, and queues are a function of seed, epoch and index."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_inputs import make_can_bus
+from torch.utils.data import DataLoader
+
+from qdbev import temporal
+from qdbev.config import DataConfig
+from qdbev.data.collate import queue_batch
+from qdbev.data.dataset import FrameDataset, start_worker
+from qdbev.data.infos import DatasetError
+from qdbev.schema import Frame
+
+GOLDEN = Path(__file__).parents[2] / "shared/golden/golden_modules.npz"
+VERSION = "v1.0-trainval"
+WIDE = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
+
+
+def open_split(
+    root: Path, split: str = "train", training: bool = True, seed: int = 0, pc_range: tuple[float, ...] = WIDE, **changes: object
+) -> FrameDataset:
+    config = dataclasses.replace(DataConfig(root=str(root), workers=0), **changes)
+    return FrameDataset(config, pc_range, split, training, seed)
+
+
+def without_points(tiny_world: Path, root: Path, silent: set[int]) -> Path:
+    """The tiny world, where no sensor saw any object in the `silent` frames of the train split."""
+    dataset = open_split(tiny_world)
+    tokens = {dataset.info(index).token for index in silent}
+    shutil.copytree(tiny_world / VERSION, root / VERSION)
+    for folder in ("samples", "maps", "can_bus"):
+        (root / folder).symlink_to(tiny_world / folder)
+    path = root / VERSION / "sample_annotation.json"
+    records = json.loads(path.read_text())
+    for record in records:
+        if record["sample_token"] in tokens:
+            record.update(num_lidar_pts=0, num_radar_pts=0)
+    path.write_text(json.dumps(records))
+    return root
+
+
+def blank_frame(scene_token: str, can_bus: np.ndarray) -> Frame:
+    return Frame(
+        token="",
+        scene_token=scene_token,
+        timestamp_us=0,
+        images=np.zeros((6, 3, 2, 2), np.float32),
+        lidar2img=np.zeros((6, 4, 4), np.float32),
+        can_bus=can_bus,
+        boxes=np.zeros((0, 9), np.float32),
+        labels=np.zeros(0, np.int64),
+    )
+
+
+def positions(dataset: FrameDataset, queue: list[Frame]) -> list[int]:
+    tokens = [dataset.info(index).token for index in range(len(dataset))]
+    return [tokens.index(frame.token) for frame in queue]
+
+
+def test_frames_have_the_promised_shapes_and_come_in_order_of_time(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world, "val", training=False)
+    frames = [dataset.frame(index) for index in range(len(dataset))]
+    assert len(frames) == 4
+    assert dataset.padded_hw == (64, 96)
+    assert np.diff([frame.timestamp_us for frame in frames]).min() > 0
+    for frame in frames:
+        expected = {
+            "images": ((6, 3, 64, 96), np.float32),
+            "lidar2img": ((6, 4, 4), np.float32),
+            "can_bus": ((18,), np.float64),
+            "boxes": ((len(frame.labels), 9), np.float32),
+            "labels": ((len(frame.boxes),), np.int64),
+        }
+        assert {name: (getattr(frame, name).shape, getattr(frame, name).dtype) for name in expected} == expected
+        assert len(frame.boxes) > 0
+
+
+def test_lidar2img_is_scaled_with_the_images(tiny_world: Path) -> None:
+    half, whole = (open_split(tiny_world, image_scale=scale).frame(1).lidar2img for scale in (0.5, 1.0))
+    point = np.array([3.0, 20.0, -1.0, 1.0])
+    for small, large in zip(half @ point, whole @ point, strict=True):
+        np.testing.assert_allclose(small[:2] / small[2] * 2, large[:2] / large[2], rtol=1e-5)  # float32
+
+
+def test_boxes_are_measured_in_range_and_wrapped(tiny_world: Path, tmp_path: Path) -> None:
+    pc_range = (-12.0, -51.2, -5.0, 51.2, 9.0, 3.0)
+    dataset = open_split(without_points(tiny_world, tmp_path, {2}), pc_range=pc_range)
+    wrapped = 0
+    for index in range(len(dataset)):
+        info, frame = dataset.info(index), dataset.frame(index)
+        kept = [
+            (box, label)
+            for box, label, points in zip(info.boxes, info.labels, info.num_points, strict=True)
+            if points > 0 and -12 < box[0] < 51.2 and -51.2 < box[1] < 9
+        ]
+        assert len(frame.boxes) == len(kept) < len(info.boxes)
+        assert frame.labels.tolist() == [label for _, label in kept]
+        for box, (raw, _) in zip(frame.boxes, kept, strict=True):
+            np.testing.assert_array_equal(np.delete(box, 6), np.delete(raw, 6))
+            np.testing.assert_allclose(np.exp(1j * box[6]), np.exp(1j * raw[6]), atol=1e-6)
+            assert -np.pi <= box[6] <= np.float32(np.pi)
+            wrapped += box[6] != raw[6]
+    assert wrapped > 0
+    assert len(dataset.frame(2).boxes) == 0
+
+
+def test_reading_a_frame_leaves_the_infos_alone(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world)
+    before = dataset.info(1).boxes.copy(), dataset.info(1).can_bus.copy()
+    frame = dataset.frame(1)
+    frame.boxes[:] = 0
+    frame.can_bus[:] = 0
+    np.testing.assert_array_equal(dataset.info(1).boxes, before[0])
+    np.testing.assert_array_equal(dataset.info(1).can_bus, before[1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_queue_ends_with_its_frame_and_leaves_one_candidate_out(tiny_world: Path, length: int) -> None:
+    dataset = open_split(tiny_world, queue_length=length, photometric=False)
+    seen = set()
+    for epoch in range(12):
+        found = positions(dataset, dataset.queue(5, epoch))
+        assert len(found) == length
+        assert found[-1] == 5
+        assert found == sorted(set(found))
+        assert set(found[:-1]) < set(range(5 - length, 5))
+        seen.add(tuple(found))
+    assert len(seen) == (length if length > 1 else 1)
+
+
+def test_before_the_first_frame_the_first_frame_repeats(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world, photometric=False)
+    assert positions(dataset, dataset.queue(0, 0)) == [0, 0, 0]
+
+
+def test_queues_are_decided_by_seed_epoch_and_index(tiny_world: Path) -> None:
+    def pixels(seed: int, epoch: int) -> np.ndarray:
+        return np.stack([frame.images for frame in open_split(tiny_world, seed=seed)[epoch, 6]])
+
+    same, again = pixels(1, 2), pixels(1, 2)
+    np.testing.assert_array_equal(same, again)
+    assert not np.array_equal(same, pixels(1, 3))
+    assert not np.array_equal(same, pixels(2, 2))
+
+
+def test_only_training_distorts(tiny_world: Path) -> None:
+    plain = open_split(tiny_world, training=False)
+    trained = open_split(tiny_world, training=True)
+    np.testing.assert_array_equal(plain.queue(3, 0)[-1].images, plain.frame(3).images)
+    np.testing.assert_array_equal(trained.frame(3).images, plain.frame(3).images)
+    assert not np.array_equal(trained.queue(3, 0)[-1].images, plain.frame(3).images)
+
+
+def test_queues_with_a_frame_without_objects_are_redrawn(tiny_world: Path, tmp_path: Path) -> None:
+    dataset = open_split(without_points(tiny_world, tmp_path, {2, 3}), photometric=False)
+    ends = set()
+    for epoch in range(20):
+        found = positions(dataset, dataset.queue(3, epoch))
+        assert not {2, 3} & set(found)
+        ends.add(found[-1])
+        assert found == positions(dataset, dataset.queue(3, epoch))
+    assert len(ends) > 1
+
+
+def test_a_split_without_objects_cannot_be_trained_on(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world, pc_range=(90.0, 90.0, -5.0, 91.0, 91.0, 3.0))
+    with pytest.raises(DatasetError, match="'train': 1000 draws .* 0 of 8 frames have any in model.pc_range"):
+        dataset.queue(3, 0)
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden data not found at {GOLDEN}")
+def test_motion_along_a_queue_matches_the_official_code() -> None:
+    golden = np.load(GOLDEN)
+    history, current = queue_batch([[blank_frame("a", can_bus) for can_bus in golden["info_can_bus"]]])
+    found = torch.cat([batch.can_bus for batch in (*history, current)])
+    np.testing.assert_allclose(found, golden["queue_can_bus"], atol=2e-5)  # float32 of degrees
+    assert [bool(batch.has_prev) for batch in (*history, current)] == golden["queue_prev_exists"].tolist()
+
+
+def test_a_change_of_scene_in_a_queue_cuts_its_history() -> None:
+    queue = [blank_frame(scene, make_can_bus(frame, "tiny")) for frame, scene in enumerate("aab")]
+    other = [blank_frame(scene, make_can_bus(frame, "tiny")) for frame, scene in enumerate("abb")]
+    history, current = queue_batch([queue, other])
+    assert [batch.has_prev.tolist() for batch in (*history, current)] == [[0, 0], [1, 0], [0, 1]]
+    assert current.has_prev.dtype == torch.float32
+    assert (current.can_bus[0, [0, 1, 2, temporal.YAW_DEG]] == 0).all()
+    assert (current.can_bus[1, [0, 1, temporal.YAW_DEG]] != 0).all()
+    assert current.can_bus[0, temporal.YAW_RAD] == np.float32(queue[2].can_bus[temporal.YAW_RAD])
+
+
+def test_batches_come_out_of_a_loader_as_they_come_out_of_the_dataset(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world, queue_length=2)
+    keys = [(1, 5), (1, 2), (1, 7), (1, 0)]
+    loader = DataLoader(dataset, batch_size=2, sampler=keys, num_workers=1, collate_fn=queue_batch, worker_init_fn=start_worker)
+    for number, (history, current) in enumerate(loader):
+        expected_history, expected = queue_batch([dataset[key] for key in keys[2 * number : 2 * number + 2]])
+        assert len(history) == len(expected_history) == 1
+        for found, wanted in ((history[0], expected_history[0]), (current, expected)):
+            assert found.tokens == wanted.tokens
+            for name in ("images", "lidar2img", "can_bus", "has_prev"):
+                torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)
+            for name in ("boxes", "labels"):
+                torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=0, atol=0)

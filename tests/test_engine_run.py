@@ -1,0 +1,95 @@
+"""Running and measuring engines: what can be known without a GPU, and what only a GPU shows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine import backend, bench
+from engine.backend import EngineError
+from engine.session import Session
+from qdbev import artifact, schema
+
+NO_GPU = backend.gpu() is None
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
+    path = tmp_path / "w8a8.engine"
+    path.write_bytes(b"plan")
+    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": ["8.9"]}}
+    artifact.seal(path, kind="engine", config={}, parent=None, facts=facts)
+    return path
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+def test_opening_an_engine_without_a_gpu_says_what_it_needs(engine: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"running .*w8a8\.engine needs an NVIDIA GPU with its driver.*Without a GPU: `python -m engine\.audit`"
+    ):
+        Session(engine)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+def test_measuring_without_a_gpu_says_what_it_needs_and_fails(engine: Path) -> None:
+    command = [sys.executable, "-m", "engine.bench", "--engine", str(engine)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: measuring ")
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert not bench.report_path(engine).exists()
+
+
+def test_measuring_an_engine_of_another_onnx_is_refused(engine: Path, tmp_path: Path) -> None:
+    onnx_path = tmp_path / "other.onnx"
+    onnx_path.write_bytes(b"onnx")
+    artifact.seal(onnx_path, kind="onnx", config={}, parent=None, facts={})
+    with pytest.raises(SystemExit, match=r"w8a8\.engine was made from nothing, not from .*other\.onnx"):
+        bench.main(["--engine", str(engine), "--onnx", str(onnx_path)])
+
+
+def test_a_changed_engine_is_refused_before_any_gpu_is_asked_for(engine: Path) -> None:
+    engine.write_bytes(b"plam")
+    with pytest.raises(artifact.ArtifactError, match="not the file that was sealed"):
+        Session(engine)
+
+
+def test_percentiles_and_throughput_are_of_the_times_given() -> None:
+    found = bench.statistics([1.0] * 98 + [3.0, 10.0])
+    assert found["p50_ms"] == 1.0
+    assert found["p90_ms"] == 1.0
+    assert found["p99_ms"] == pytest.approx(3.07)  # linear between the 99th and the 100th of 100 times
+    assert found["frames_per_s"] == pytest.approx(1000 / 1.11)
+    with pytest.raises(EngineError, match="no times"):
+        bench.statistics([])
+
+
+def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules);"  # torch looks for CUDA bindings by itself
+        "import engine.audit, engine.backend, engine.bench, engine.build, engine.graph, engine.layers, engine.monitor, engine.session;"
+        "print([name for name in set(sys.modules) - before if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'cuda')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(NO_GPU, reason="needs an NVIDIA GPU: builds and runs a real engine")
+def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) -> None:
+    from test_engine_build import sampler
+
+    from engine import build
+
+    build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options())
+    with Session(tmp_path / "s.engine") as session:
+        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in schema.INPUTS}
+        first = session.infer(zeros)
+        without = {name: value for name, value in zeros.items() if name != "prev_bev"}
+        kept = session.infer(without)
+        passed = session.infer({**without, "prev_bev": first["bev"]})
+        np.testing.assert_array_equal(kept["bev"], passed["bev"])
+        assert np.abs(first["bev"] - kept["bev"]).max() > 0

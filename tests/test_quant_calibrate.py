@@ -1,0 +1,130 @@
+"""Calibration: ranges on known distributions, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from qdbev.config import Bits, QuantConfig
+from qdbev.quant.calibrate import calibrate
+from qdbev.quant.calibrator import RangeCalibrator, weight_amax
+from qdbev.quant.prepare import prepare
+from qdbev.quant.quantizer import fake_quantize
+
+
+def gaussian(count: int = 200_000) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
+
+
+def collected(x: torch.Tensor, bits: int = 8) -> RangeCalibrator:
+    calibrator = RangeCalibrator("layer", bits)
+    for part in x.chunk(4):
+        calibrator.collect(part)
+    return calibrator
+
+
+def squared_error(x: torch.Tensor, amax: float, qmin: int, qmax: int) -> float:
+    return (fake_quantize(x, torch.tensor(amax / qmax), qmin, qmax) - x).square().mean().item()
+
+
+def brute_force(x: torch.Tensor, qmin: int, qmax: int) -> float:
+    """Smallest squared error over 1000 ranges."""
+    return min(squared_error(x, x.abs().max().item() * i / 1000, qmin, qmax) for i in range(1, 1001))
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_mse_finds_the_optimum_of_a_gaussian(bits: int, nonnegative: bool) -> None:
+    x = gaussian(50_000)
+    x = x.abs() if nonnegative else x
+    qmin, qmax = (0, 2**bits - 1) if nonnegative else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    amax = collected(x, bits).compute_amax("mse").item()
+    assert squared_error(x, amax, qmin, qmax) < 1.02 * brute_force(x, qmin, qmax)
+    assert amax < x.abs().max()
+
+
+def test_max_is_exact_and_percentile_just_below_it() -> None:
+    x = gaussian()
+    calibrator = collected(x)
+    assert calibrator.compute_amax("max").item() == x.abs().max().item()
+    percentile = calibrator.compute_amax("percentile").item()
+    assert percentile == pytest.approx(x.abs().quantile(0.9999).item(), rel=0.01)
+
+
+def test_entropy_cuts_a_far_outlier_off() -> None:
+    x = gaussian()
+    x[0] = 30.0
+    assert 3 < collected(x).compute_amax("entropy").item() < 8
+
+
+def test_histogram_keeps_its_size_and_counts_when_later_values_are_larger() -> None:
+    calibrator = RangeCalibrator("layer", 8)
+    for scale in (0.0, 1e-6, 1.0, 1e5):
+        calibrator.collect(gaussian(1000) * scale)
+    assert calibrator.counts.shape == (2048,)
+    assert calibrator.counts.sum() == 3000
+    assert calibrator.counts[1024:].any()
+
+
+def test_minimum_tells_values_after_a_relu() -> None:
+    assert collected(gaussian().relu()).minimum == 0
+    assert collected(gaussian()).minimum < 0
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_mse_of_weights_is_per_channel(bits: int) -> None:
+    weight = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.01], [1.0], [50.0]])
+    amax = weight_amax(weight, bits, "mse")
+    qmax = 2 ** (bits - 1) - 1
+    for channel, end in zip(weight, amax, strict=True):
+        assert squared_error(channel, end.item(), -qmax, qmax) < 1.02 * brute_force(channel, -qmax, qmax)
+
+
+def test_other_methods_of_weights() -> None:
+    weight = torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    largest = weight.abs().amax(1)
+    assert torch.equal(weight_amax(weight, 8, "max"), largest)
+    assert torch.equal(weight_amax(weight, 8, "entropy"), largest)
+    big = torch.randn(1, 100_000)
+    assert weight_amax(big, 8, "percentile").item() == pytest.approx(big.abs().quantile(0.9999).item(), rel=0.01)
+
+
+class TwoPaths(nn.Module):
+    """A layer that runs and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head["used"](x)
+
+
+def prepared() -> nn.Module:
+    return prepare(TwoPaths(), QuantConfig(head=Bits(weight=4, activation=6), edge_layers=(), float_layers=())).eval()
+
+
+def test_a_layer_without_data_is_refused_by_name() -> None:
+    model = prepared()
+    with pytest.raises(ValueError, match="head.unused.input_quantizer saw no data"):
+        calibrate(model, lambda: model(torch.randn(3, 4)), "max")
+
+
+def test_a_layer_of_zeros_is_refused_by_name() -> None:
+    model = prepared()
+    with pytest.raises(ValueError, match="head.used.input_quantizer saw only zeros"):
+        calibrate(model, lambda: model(torch.zeros(3, 4)), "mse")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+    model = prepared()
+    with pytest.raises(ValueError, match="head.used.input_quantizer saw values from"):
+        calibrate(model, lambda: model(torch.tensor([[1.0, bad, 0.0, -1.0]])), "max")
+    assert not any(getattr(module, "_if_calib", False) for module in model.modules())
+
+
+def test_a_model_in_training_mode_or_without_quantizers_is_refused() -> None:
+    with pytest.raises(ValueError, match="eval"):
+        calibrate(prepared().train(), lambda: None, "max")
+    with pytest.raises(ValueError, match="prepare"):
+        calibrate(TwoPaths().eval(), lambda: None, "max")

@@ -1,0 +1,167 @@
+"""Fake quantization: values, gradients, types, state."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from qdbev.quant.quantizer import Quantizer, channel_amax, fake_quantize
+
+
+def ready(bits: int, amax: torch.Tensor, *, channels: int | None = None, learn: bool = True, nonnegative: bool = False) -> Quantizer:
+    quantizer = Quantizer(bits, channels=channels, learn=learn)
+    quantizer.set_range(amax, nonnegative=nonnegative)
+    return quantizer
+
+
+def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
+    """QuantizeLinear to int8, DequantizeLinear, in NumPy."""
+    step = step.detach().numpy()
+    integers = np.clip(np.rint(x.detach().numpy() / step), qmin, qmax).astype(np.int8)
+    return torch.from_numpy(integers.astype(np.float32) * step)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("nonnegative", [False, True])
+def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool) -> None:
+    x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(bits)) * 2
+    x = x.abs() if nonnegative else x
+    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative)
+    unsigned = nonnegative and bits < 8
+    qmin, qmax = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    assert quantizer.qrange == (qmin, qmax)
+    assert qmin >= -128 and qmax <= 127
+    step = quantizer.step(x)
+    assert step.shape == ()
+    torch.testing.assert_close(step.item(), 3.7 / qmax, rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantizer(x), quantize_dequantize(x, step, qmin, qmax), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("learn", [False, True])
+def test_weights_equal_quantize_then_dequantize(bits: int, learn: bool) -> None:
+    weight = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
+    amax = channel_amax(weight)
+    quantizer = ready(bits, amax if learn else torch.ones(5), channels=5, learn=learn)
+    qmax = 2 ** (bits - 1) - 1
+    assert quantizer.qrange == (-qmax, qmax)
+    step = quantizer.step(weight)
+    assert step.shape == (5, 1, 1, 1)
+    torch.testing.assert_close(step.flatten(), amax / qmax, rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantizer(weight), quantize_dequantize(weight, step, -qmax, qmax), atol=0, rtol=0)
+
+
+def test_halves_round_to_even() -> None:
+    x = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 100.0])
+    assert fake_quantize(x, torch.tensor(1.0), -8, 7).tolist() == [0, 2, 2, 0, -2, 7]
+
+
+def test_division_is_not_a_product_with_the_reciprocal() -> None:
+    step = torch.tensor(0.0371)
+    ties = (torch.arange(-40, 40) + 0.5) * step
+    torch.testing.assert_close(fake_quantize(ties, step, -64, 63), quantize_dequantize(ties, step, -64, 63), atol=0, rtol=0)
+    assert ((ties / step).round() != (ties * (1 / step)).round()).any()  # the case tells the two apart
+
+
+def test_gradient_passes_inside_the_range_and_stops_outside() -> None:
+    x = torch.tensor([-9.0, -7.9, 0.3, 6.9, 7.0, 7.1, 50.0], requires_grad=True)
+    fake_quantize(x, torch.tensor(1.0), -8, 7).backward(torch.arange(1.0, 8.0))
+    assert x.grad.tolist() == [0, 2, 3, 4, 5, 0, 0]
+
+
+def test_the_largest_weight_keeps_its_gradient() -> None:
+    weight = torch.randn(64, 100, requires_grad=True)
+    for bits in range(2, 9):
+        quantizer = ready(bits, torch.ones(64), channels=64, learn=False)
+        (grad,) = torch.autograd.grad(quantizer(weight).sum(), weight)
+        assert (grad == 1).all()
+
+
+@pytest.mark.parametrize("shape", [(), (6, 1, 1)])
+def test_step_gradient_is_that_of_the_paper(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(6, 40, 50, generator=generator) * 3, torch.randn(6, 40, 50, generator=generator)
+    step = (0.2 + torch.rand(shape, generator=generator)).requires_grad_()
+    qmin, qmax = -8, 7
+    quotient = (x / step.detach()).double()
+    equation_3 = torch.where(quotient <= qmin, qmin, torch.where(quotient >= qmax, qmax, quotient.round() - quotient))
+    scale = 1 / math.sqrt(x.numel() / step.numel() * qmax)
+    expected = (equation_3 * grad).sum_to_size(shape) * scale
+    (actual,) = torch.autograd.grad(fake_quantize(x, step, qmin, qmax), step, grad)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_those_of_the_naive_form() -> None:
+    """Autograd of clamp, straight-through round and product, with LSQ's gradient scale left out."""
+    x = (torch.randn(4, 500) * 4).requires_grad_()
+    step = torch.rand(4, 1).add(0.2).requires_grad_()
+    clamped = (x / step).clamp(0, 15)
+    naive = ((clamped.round() - clamped).detach() + clamped) * step
+    grad = torch.randn(4, 500)
+    expected_x, expected_step = torch.autograd.grad(naive, (x, step), grad)
+    actual_x, actual_step = torch.autograd.grad(fake_quantize(x, step, 0, 15), (x, step), grad)
+    torch.testing.assert_close(actual_x, expected_x)
+    torch.testing.assert_close(actual_step, expected_step * (500 * 15) ** -0.5, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_quantized_in_float32(dtype: torch.dtype) -> None:
+    x = (torch.randn(5000) * 2).to(dtype).requires_grad_()
+    quantizer = ready(8, torch.tensor([5.0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = quantizer(x)
+        y.float().square().sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
+    torch.testing.assert_close(y, quantizer(x.float()).to(dtype), atol=0, rtol=0)
+    assert quantizer.log_step.grad.dtype == torch.float32
+
+
+def test_a_fixed_weight_range_follows_the_weight() -> None:
+    weight = torch.randn(3, 20)
+    fixed = ready(4, torch.full((3,), 0.8), channels=3, learn=False)
+    learned = ready(4, 0.8 * channel_amax(weight), channels=3, learn=True)
+    torch.testing.assert_close(fixed(weight), learned(weight))
+    torch.testing.assert_close(fixed(weight * 10), fixed(weight) * 10)
+    assert not torch.allclose(learned(weight * 10), learned(weight) * 10)
+    assert list(fixed.parameters()) == []
+
+
+def test_a_channel_of_zeros_stays_zero() -> None:
+    weight = torch.zeros(2, 4, requires_grad=True)
+    for learn in (False, True):
+        y = ready(4, torch.zeros(2), channels=2, learn=learn)(weight)
+        assert (y == 0).all()
+        y.sum().backward()
+        assert weight.grad.isfinite().all()
+
+
+def test_without_a_range_it_lets_tensors_through_and_cannot_be_switched_on() -> None:
+    quantizer = Quantizer(4)
+    x = torch.randn(10)
+    assert quantizer(x) is x
+    with pytest.raises(ValueError, match="without a range"):
+        quantizer.enable_quant()
+
+
+def test_switched_off_it_lets_tensors_through_and_its_step_is_not_trained() -> None:
+    quantizer, x = ready(4, torch.tensor([1.0])), torch.randn(10)
+    assert quantizer.enabled and quantizer.log_step.requires_grad
+    quantizer.disable_quant()
+    assert quantizer(x) is x
+    assert not quantizer.log_step.requires_grad
+    quantizer.enable_quant()
+    assert not torch.equal(quantizer(x), x)
+
+
+def test_a_copy_and_a_reload_behave_the_same() -> None:
+    x = torch.rand(100)
+    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True)
+    fresh = Quantizer(4)
+    fresh.load_state_dict(quantizer.state_dict())
+    for other in (copy.deepcopy(quantizer), fresh):
+        assert torch.equal(other(x), quantizer(x))
+        assert other.qrange == (0, 15)
+        assert other.log_step is not quantizer.log_step
+        assert other.log_step.requires_grad

@@ -1,0 +1,30 @@
+"""Grid mask: a grid of zeroed squares over all camera images of a step.
+
+Source: GridMask (arXiv:2001.04086) as in bevformer utils/grid_mask.py at 66b65f3, where stripes are kept and the squares between are zeroed.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def grid_mask(images: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
+    """(..., H, W) images, with probability `probability` masked by one grid; else unchanged."""
+    if rng.random() >= probability:
+        return images
+    H, W = images.shape[-2:]
+    period = int(rng.integers(2, H))
+    kept = min(max(int(period * 0.5 + 0.5), 1), period - 1)
+    rows = _stripes(H, period, kept, int(rng.integers(period)))
+    columns = _stripes(W, period, kept, int(rng.integers(period)))
+    keep = torch.from_numpy(rows[:, None] | columns[None, :]).to(images.device)
+    return images * keep.to(images.dtype)
+
+
+def _stripes(size: int, period: int, kept: int, offset: int) -> np.ndarray:
+    """(size,) bool: `kept` of every `period` positions, cut from the middle of a canvas half as large again."""
+    canvas = int(1.5 * size)
+    position = np.arange(canvas) - offset
+    inside = (position >= 0) & (position % period < kept)
+    start = (canvas - size) // 2
+    return inside[start : start + size]

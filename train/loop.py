@@ -1,0 +1,222 @@
+"""The training loop: queues of frames in, a checkpoint out; float and quantization-aware training run this."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from qdbev import artifact
+from qdbev.artifact import ArtifactError
+from qdbev.config import Config, TrainConfig, to_dict
+from qdbev.data.collate import queue_batch
+from qdbev.data.dataset import FrameDataset, start_worker
+from qdbev.model.bevformer import BEVFormer
+from qdbev.schema import Batch, BevOutput
+from train.criterion import Losses
+from train.distributed import World
+from train.grid_mask import grid_mask
+from train.optimizer import build_optimizer, learning_rate, set_learning_rate
+
+SAVE_EVERY_SECONDS = 120.0
+"""Upper bound on the work a killed run loses, besides the end of each epoch."""
+
+
+class TrainingDiverged(FloatingPointError, ValueError):
+    """The loss or a gradient is no longer finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Where and how one training runs. `loss` maps the network's output and the batch to what is minimised."""
+
+    config: Config
+    schedule: TrainConfig
+    folder: Path
+    name: str
+    device: torch.device
+    world: World
+    loss: Callable[[BevOutput, Batch], Losses]
+    resume: bool = False
+
+    @property
+    def state_path(self) -> Path:
+        """Checkpoint from which `--resume` continues."""
+        return self.folder / f"{self.name}.state.pt"
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON line a step."""
+        return self.folder / f"{self.name}.log.jsonl"
+
+
+def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
+    """Train `model` in place; facts about the run.
+
+    Raises:
+        ValueError: The batch does not divide among the processes, or there are too few samples.
+        ArtifactError: `--resume` without a state, or with one of another config.
+        TrainingDiverged: A loss is not finite; names the step and the samples.
+    """
+    schedule, world = run.schedule, run.world
+    if schedule.batch_size % world.size:
+        raise ValueError(f"train.batch_size {schedule.batch_size} does not divide among {world.size} processes")
+    steps_per_epoch = len(frames) // schedule.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"{len(frames)} training samples are fewer than train.batch_size {schedule.batch_size}")
+    model.to(run.device).train()
+    optimizer = build_optimizer(model, schedule)
+    amp = schedule.amp and run.device.type == "cuda"
+    scaler = torch.amp.GradScaler(run.device.type, enabled=amp)
+    step = _resume(model, optimizer, scaler, run) if run.resume else 0
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    begin = saved = time.monotonic()
+    last_loss = math.nan
+    with _log(run, step) as log, _bar(run, step, steps_per_epoch) as bar:
+        for history, current in _batches(frames, run, step, steps_per_epoch):
+            set_learning_rate(optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
+            losses, norm = _step(wrapped, model, optimizer, scaler, history, current, run, step)
+            last_loss = losses.total.item()
+            step += 1
+            log(step=step, loss=last_loss, cls=losses.cls.sum().item(), box=losses.box.sum().item(), grad_norm=norm, learning_rate=rate)
+            bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
+            bar.update()
+            if world.is_main and (step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS):
+                _save(model, optimizer, scaler, run, step)
+                saved = time.monotonic()
+    return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
+
+
+def _step(
+    wrapped: nn.Module,
+    model: BEVFormer,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    history: list[Batch],
+    current: Batch,
+    run: Run,
+    step: int,
+) -> tuple[Losses, float]:
+    """One optimizer step; the losses (detached) and the gradient norm before clipping."""
+    rng = np.random.default_rng((run.config.seed, step))
+    with torch.autocast(run.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
+        prev_bev = history_bev(model, history)
+        images = grid_mask(current.images, run.schedule.grid_mask, rng)
+        output = wrapped(images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
+    full = BevOutput(output.image_features, output.bev, output.cls_logits.float(), output.box_code.float())
+    losses = run.loss(full, current)
+    if not losses.total.isfinite():
+        raise TrainingDiverged(
+            f"loss is {losses.total.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
+            "lower train.learning_rate, and continue with --resume"
+        )
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(losses.total).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), run.schedule.max_grad_norm)
+    if not (norm.isfinite() or scaler.is_enabled()):
+        raise TrainingDiverged(f"gradient norm is {norm.item()} at step {step + 1}, samples {', '.join(current.tokens)}")
+    scaler.step(optimizer)
+    scaler.update()
+    return Losses(*(part.detach() for part in losses)), norm.item()
+
+
+@torch.no_grad()
+def history_bev(model: BEVFormer, history: list[Batch]) -> Tensor | None:
+    """(B, BEV cells, C) after the frames before the current one, in evaluation mode as upstream; None without history."""
+    was_training = model.training
+    model.eval()
+    bev = None
+    for frame in history:
+        bev = model(frame.images, frame.lidar2img, frame.can_bus, bev, frame.has_prev if bev is not None else None).bev
+    model.train(was_training)
+    return bev
+
+
+def _batches(frames: FrameDataset, run: Run, first_step: int, steps_per_epoch: int) -> Iterator[tuple[list[Batch], Batch]]:
+    """This process's share of every batch from `first_step` to the end, on the run's device."""
+    size, world = run.schedule.batch_size, run.world
+    keys = []
+    for step in range(first_step, run.schedule.epochs * steps_per_epoch):
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == first_step:
+            order = np.random.default_rng((run.config.seed, epoch)).permutation(len(frames))
+        batch = order[position * size : (position + 1) * size]
+        keys.append([(epoch, int(index)) for index in batch[world.rank :: world.size]])
+    loader = DataLoader(
+        frames,
+        batch_sampler=keys,
+        collate_fn=queue_batch,
+        num_workers=run.config.data.workers,
+        pin_memory=run.device.type == "cuda",
+        persistent_workers=run.config.data.workers > 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(run.config.seed),
+    )
+    for history, current in loader:
+        yield [_to(batch, run.device) for batch in history], _to(current, run.device)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return [move(item) for item in value] if isinstance(value, list) else value
+
+    return Batch(*(move(value) for value in batch))
+
+
+def _resume(model: BEVFormer, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run) -> int:
+    """Load the state of an earlier run; the number of steps it has done."""
+    seal, weights, state = artifact.load_checkpoint(run.state_path, "training")
+    wanted = _fingerprint(run)
+    if seal.config != wanted:
+        changed = [key for key in wanted if seal.config.get(key) != wanted[key]]
+        raise ArtifactError(f"{run.state_path} belongs to a run with another config (differs in {', '.join(changed)}); use another --run folder")
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+def _save(model: BEVFormer, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run, step: int) -> None:
+    state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+    artifact.save_checkpoint(
+        run.state_path, kind="training", config=_fingerprint(run), weights=model.state_dict(), parent=None, facts={"step": step}, state=state
+    )
+
+
+def _fingerprint(run: Run) -> dict[str, Any]:
+    """The settings that decide a run's numbers; where the data lies and how it is loaded may change."""
+    values = {**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule)}
+    values["data"] = {key: value for key, value in values["data"].items() if key not in ("root", "workers")}
+    return json.loads(json.dumps(values))
+
+
+@contextlib.contextmanager
+def _log(run: Run, first_step: int) -> Iterator[Callable[..., None]]:
+    """Writer of one JSON line a step; lines after `first_step` of an interrupted run are dropped."""
+    if not run.world.is_main:
+        yield lambda **values: None
+        return
+    run.folder.mkdir(parents=True, exist_ok=True)
+    kept = run.log_path.read_text().splitlines()[:first_step] if first_step and run.log_path.exists() else []
+    with run.log_path.open("w") as file:
+        file.writelines(line + "\n" for line in kept)
+        yield lambda **values: (file.write(json.dumps(values) + "\n"), file.flush())
+
+
+def _bar(run: Run, first_step: int, steps_per_epoch: int) -> tqdm:
+    return tqdm(total=run.schedule.epochs * steps_per_epoch, initial=first_step, desc=run.name, unit="step", disable=not run.world.is_main)

@@ -1,0 +1,44 @@
+"""AdamW and its learning rate: linear warm-up, then cosine by epoch.
+
+Source: projects/configs/bevformer/bevformer_tiny.py at 66b65f3 with the hooks of mmcv 1.4.0.
+"""
+
+import math
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from qdbev.config import TrainConfig
+from qdbev.quant.layers import step_parameters
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
+    """AdamW over all trainable parameters; the backbone learns at its own factor of the rate, and learned steps do not decay."""
+    steps = {id(step) for step in step_parameters(model)}
+    backbone, rest, scales = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            group = scales if id(parameter) in steps else backbone if name.startswith("backbone.") else rest
+            group.append(parameter)
+    groups = [
+        {"params": rest, "factor": 1.0},
+        {"params": backbone, "factor": config.backbone_lr_factor},
+        {"params": scales, "factor": 1.0, "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Rate of the groups with factor one at `step`, counted from 0 over the whole run."""
+    epoch = step // steps_per_epoch
+    low = config.learning_rate * config.final_lr_fraction
+    rate = low + 0.5 * (config.learning_rate - low) * (1 + math.cos(math.pi * epoch / config.epochs))
+    if step < config.warmup_steps:
+        rate *= 1 - (1 - step / config.warmup_steps) * (1 - config.warmup_start)
+    return rate
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Apply `rate` to every group, times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
