@@ -84,13 +84,16 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[Detector]:
 
 @contextmanager
 def _open_engine(path: Path, device: str | None) -> Iterator[Detector]:
-    from engine.session import Session
+    from engine.session import EngineError, Session
 
-    if device is not None and not device.startswith("cuda"):
-        raise DetectorError(f"{path} runs on the GPU it was built for, not on {device!r}; leave --device out, or evaluate its .onnx instead")
+    if device is not None:
+        raise DetectorError(f"{path} runs on the GPU it was built for, --device {device!r} has no meaning for it; leave --device out")
     seal = artifact.unseal(path, "engine")
-    with Session(path) as session:
-        yield Detector(seal, from_dict(seal.config), session.infer)
+    try:
+        with Session(path) as session:
+            yield Detector(seal, from_dict(seal.config), session.infer)
+    except EngineError as error:
+        raise DetectorError(str(error)) from error
 
 
 def _torch_device(name: str) -> torch.device:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from eval import nds, submission
 from eval.detectors import Detector, DetectorError, open_detector
 from eval.loop import steps
-from eval.nds import EvaluationError, Metrics
-from eval.submission import Record
+from eval.nds import EvaluationError
+from eval.submission import Record, SubmissionError
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import ConfigError, DataConfig
@@ -67,7 +67,8 @@ def evaluate(path: Path, detector: Detector, data: DataConfig, split: str, out: 
             "predictions_sha256": predictions.sha256,
         }
         (scratch / METRICS).write_text(json.dumps(content, indent=1, allow_nan=False))
-        artifact.seal(scratch / METRICS, kind="metrics", config=config, parent=detector.seal, facts={"nds": metrics.nds, "map": metrics.map})
+        facts = {"nds": metrics.nds, "map": metrics.map}
+        artifact.seal(scratch / METRICS, kind="metrics", config=config, parent=detector.seal, facts=facts)
         _move(scratch, out)
     return content
 
@@ -139,12 +140,13 @@ def main(arguments: list[str] | None = None) -> None:
         with open_detector(args.model, args.device) as detector:
             data, split = data_of(detector.config.data, args)
             content = evaluate(args.model, detector, data, split, out)
-    except (ArtifactError, ConfigError, DatasetError, DetectorError, EvaluationError) as error:
+    except (ArtifactError, ConfigError, DatasetError, DetectorError, EvaluationError, SubmissionError) as error:
         raise SystemExit(f"error: {error}") from error
     Console().print(table(content))
     for warning in warnings(content):
         _log.warning("warning: %s", warning)
-    _log.info("%.1f ms a frame in the model, %.1f ms in all; %s", 1e3 * content["seconds"]["model"], 1e3 * content["seconds"]["frame"], out / METRICS)
+    model_ms, frame_ms = (1e3 * content["seconds"][name] for name in ("model", "frame"))
+    _log.info("%.1f ms a frame in the model, %.1f ms in all; %s", model_ms, frame_ms, out / METRICS)
 
 
 def _about(path: Path, detector: Detector) -> dict[str, Any]:

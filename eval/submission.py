@@ -47,6 +47,10 @@ _FAR = 10_000.0
 """Metres east of the ego vehicle: beyond every class range, so the official filter removes what stands there."""
 
 
+class SubmissionError(ValueError):
+    """Detections that cannot be submitted."""
+
+
 def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, global_from_ego: np.ndarray) -> list[Record]:
     """Scored records of one sample; boxes beyond their class range are left out.
 
@@ -57,13 +61,14 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
         global_from_ego: (4, 4) of the ego vehicle at the key frame's lidar time.
 
     Raises:
-        ValueError: A detection is not finite.
+        SubmissionError: A detection is not finite.
     """
     boxes = np.asarray(detections.boxes, np.float64).reshape(-1, 9)
     finite = np.isfinite(boxes).all(1) & np.isfinite(detections.scores)
     if not finite.all():
         worst = int(np.argmin(finite))
-        raise ValueError(f"sample {token}: detection {worst} is not finite ({boxes[worst]}, score {detections.scores[worst]}); the model overflows")
+        values = f"box {boxes[worst]}, score {detections.scores[worst]}"
+        raise SubmissionError(f"sample {token}: detection {worst} is not finite ({values}); the model overflows, look at its weights and ranges")
     global_from_lidar = global_from_ego @ ego_from_lidar
     centers = _transform(global_from_lidar, boxes[:, :3])
     distances = np.linalg.norm(_transform(ego_from_lidar, boxes[:, :3])[:, :2], axis=1)

@@ -47,7 +47,7 @@ def trace(model: BEVFormer, image_hw: tuple[int, int]) -> onnx.ModelProto:
             custom_translation_table=_translations(),
             verbose=False,
         )
-    proto = program.model_proto
+        proto = program.model_proto  # reads the weights, which are baked only in here
     graph = Graph(proto)
     _skip_stacks(graph)
     graph.prune()
@@ -90,7 +90,7 @@ def _translations() -> dict[Any, Any]:
 
 
 def _op_schema(op_type: str) -> defs.OpSchema:
-    kinds = defs.OpSchema.AttrType
+    kinds = dict.fromkeys(functions.ATTRIBUTES, defs.OpSchema.AttrType.STRING) | {"level_hw": defs.OpSchema.AttrType.INTS}
     return defs.OpSchema(
         op_type,
         schema.OP_DOMAIN,
@@ -98,9 +98,7 @@ def _op_schema(op_type: str) -> defs.OpSchema:
         inputs=[defs.OpSchema.FormalParameter(name, "T") for name in functions.INPUTS[op_type]],
         outputs=[defs.OpSchema.FormalParameter("output", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[
-            defs.OpSchema.Attribute(name, kinds.INTS if name == "level_hw" else kinds.STRING, required=True) for name in functions.ATTRIBUTES
-        ],
+        attributes=[defs.OpSchema.Attribute(name, kind, required=True) for name, kind in kinds.items()],
     )
 
 

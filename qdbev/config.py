@@ -238,8 +238,7 @@ def override(config: Config, settings: list[str]) -> Config:
             _require(known, f"--set {setting!r}: {where} has no {name!r}; it has {choices}")
             if depth < len(parents):
                 node = node[name]
-        _require(not isinstance(node[leaf], dict), f"--set {setting!r}: {path} is a group; set one of {', '.join(node[leaf])}"
-                 if isinstance(node[leaf], dict) else "")
+        _require(not isinstance(node[leaf], dict), f"--set {setting!r}: {path} is a group; name one of its settings")
         node[leaf] = _parse(text.strip())
     return from_dict(values)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_inputs import make_lidar2img
 from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.geometry_utils import view_points
@@ -21,7 +20,6 @@ from qdbev.config import DataConfig
 from qdbev.data import infos, tables
 from qdbev.schema import CAMERAS, CLASSES
 
-GOLDEN = Path(__file__).parents[2] / "shared/golden/golden_modules.npz"
 VERSION = "v1.0-trainval"
 
 
@@ -124,18 +122,11 @@ def test_samples_come_in_order_of_time_and_know_their_neighbours(known: infos.In
         assert (info.prev, before.next) == ((before.token, info.token) if same else ("", ""))
 
 
-@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden data not found at {GOLDEN}")
-def test_can_bus_has_the_quirks_of_the_official_code() -> None:
-    golden = np.load(GOLDEN)
-    for frame, rotation in enumerate(golden["info_quats"]):
+def test_can_bus_has_the_quirks_of_the_official_code(golden_modules: dict[str, np.ndarray]) -> None:
+    for frame, rotation in enumerate(golden_modules["info_quats"]):
         translation = np.array([601.25 + 3.65 * frame, 1640.5 + 3.1 * frame, 0.3])
         vector = tables.can_bus(np.arange(7, 16) * 0.25, rotation, translation)
-        np.testing.assert_allclose(vector, golden["info_can_bus"][frame], atol=1e-11)  # degrees of float64
-
-
-@pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden data not found at {GOLDEN}")
-def test_golden_cameras_are_those_of_the_golden_infos() -> None:
-    np.testing.assert_allclose(np.diag([0.5, 0.5, 1, 1]) @ np.load(GOLDEN)["info_lidar2img"], make_lidar2img("tiny"), atol=1e-10)
+        np.testing.assert_allclose(vector, golden_modules["info_can_bus"][frame], atol=1e-11)  # degrees of float64
 
 
 def test_can_signals_are_those_after_the_sample_and_the_pose_is_the_lidars(world: Path, devkit: NuScenes, known: infos.Infos) -> None:

@@ -11,7 +11,7 @@ import pytest
 from qdbev.data.synthetic import generate as entry
 from qdbev.data.synthetic.config import WorldConfig, micro, street
 from qdbev.data.synthetic.generate import MARKER, generate
-from qdbev.data.synthetic.scene_files import write_scene
+from qdbev.data.synthetic.scene_files import replace_text, write_scene
 from qdbev.data.synthetic.scene_names import TRAIN_NAMES
 
 
@@ -75,6 +75,19 @@ def test_a_killed_run_is_finished_without_rendering_its_scenes_again(root: Path,
     assert (written, resumed) == (list(smallest().scene_names[:2]), list(smallest().scene_names[2:]))
     (tmp_path / "samples" / "CAM_FRONT" / "half-written.jpg").unlink()
     assert _contents(tmp_path) == _contents(root)
+
+
+def test_a_torn_record_is_not_taken_for_a_finished_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text = Path.write_text
+
+    def write_half(path: Path, text: str) -> None:
+        write_text(path, text[: len(text) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="disk full"):
+        replace_text(tmp_path / "record.json", '{"files": "abc"}')
+    assert not (tmp_path / "record.json").exists()
 
 
 def test_a_complete_world_is_left_alone(root: Path) -> None:

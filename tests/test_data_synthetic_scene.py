@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from qdbev.data.synthetic.actors import Actor
 from qdbev.data.synthetic.classes import CLASSES
 from qdbev.data.synthetic.config import micro, street
 from qdbev.data.synthetic.frames import box_corners, footprints, outlines_overlap
@@ -30,6 +31,16 @@ def test_a_road_has_the_length_and_the_bend_it_says(curvature: float) -> None:
     assert np.linalg.norm(steps, axis=1).sum() == pytest.approx(100, abs=1e-3)
     np.testing.assert_allclose(np.unwrap(np.arctan2(steps[:, 1], steps[:, 0]))[-1], road.heading(100.0), atol=1e-3)
     np.testing.assert_allclose(np.linalg.norm(road.point(7.0, 2.0) - road.point(7.0)), 2.0)
+
+
+@pytest.mark.parametrize("heading", [0.0, 0.7, np.pi / 2, np.pi])
+def test_an_object_moves_at_its_speed_towards_its_heading(heading: float) -> None:
+    wlh = CLASSES["pedestrian"].wlh
+    actor = Actor("pedestrian", wlh, (5.0, 8.0), 2.0, heading, "pedestrian.moving", make_solid("pedestrian", wlh, (1, 2, 3)))
+    points, yaws = actor.ground_pose(Road((0.0, 0.0), 0.3, 0.01), np.array([0.0, 1e-3]))
+    step = (points[1] - points[0]) / 1e-3
+    assert np.linalg.norm(step) == pytest.approx(2.0, rel=1e-3)
+    np.testing.assert_allclose([np.cos(yaws[0]), np.sin(yaws[0])], step / 2.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("config", [micro(), dataclasses.replace(street(), num_samples=6)], ids=lambda config: config.name)

@@ -16,9 +16,6 @@ from qdbev.config import DataConfig
 from qdbev.data import transforms
 from qdbev.data.infos import DatasetError
 
-GOLDEN = Path(__file__).parents[2] / "shared/golden/golden_modules.npz"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_file(), reason=f"golden data not found at {GOLDEN}")
-
 
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
@@ -32,22 +29,20 @@ def config(**changes: object) -> DataConfig:
     return dataclasses.replace(DataConfig(root=""), **changes)
 
 
-@needs_golden
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_images_and_matrices_match_the_official_pipeline(size: str) -> None:
-    golden = np.load(GOLDEN)
+def test_images_and_matrices_match_the_official_pipeline(size: str, golden_modules: dict[str, np.ndarray]) -> None:
     data = recipes.RECIPES[size]().data
     transform = transforms.image_transform(data, (90, 160))
     images = np.stack([transforms.prepare_image(image, transform) for image in make_raw_images()[:2]])
     assert images.dtype == np.float32
-    assert [(*transform.padded_hw, 3)] * 6 == [tuple(shape) for shape in golden[f"pre_{size}_img_shape"]]
-    np.testing.assert_allclose(images, golden[f"pre_{size}_img"], atol=1e-6, rtol=0)  # exact scaling, float32 normalisation
+    assert [(*transform.padded_hw, 3)] * 6 == [tuple(shape) for shape in golden_modules[f"pre_{size}_img_shape"]]
+    np.testing.assert_allclose(images, golden_modules[f"pre_{size}_img"], atol=1e-6, rtol=0)  # exact scaling, float32 normalisation
     stored = [
         np.block([[k[:3, :3], np.zeros((3, 1))], [np.zeros((1, 3)), 1]]) @ np.linalg.inv(m)
         for k, m in zip(make_intrinsics(), make_lidar_from_cam(), strict=True)
     ]
     scaled = transforms.scale_lidar2img(np.stack(stored), data.image_scale)
-    np.testing.assert_allclose(scaled, golden[f"pre_{size}_lidar2img"], atol=1e-10)
+    np.testing.assert_allclose(scaled, golden_modules[f"pre_{size}_lidar2img"], atol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 0.37])
@@ -63,7 +58,7 @@ def test_scaling_is_half_pixel_bilinear_without_antialias_after_normalisation(sc
     np.testing.assert_allclose(found[:, :height, :width], expected, atol=tolerance, rtol=0)
     assert (found[:, height:] == 0).all()
     assert (found[:, :, width:] == 0).all()
-    assert found.shape == (3, 64, 96 if scale < 0.6 else 128) if scale != 0.8 else found.shape == (3, 96, 128)
+    assert found.shape == {0.5: (3, 64, 96), 0.8: (3, 96, 128), 0.37: (3, 64, 64)}[scale]
 
 
 def test_files_give_the_same_numbers_as_their_pixels(photo: Path) -> None:

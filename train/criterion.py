@@ -27,7 +27,7 @@ class Losses(NamedTuple):
 def detection_loss(
     output: BevOutput, boxes: list[Tensor], labels: list[Tensor], config: TrainConfig, world_mean: Callable[[float], float] = lambda n: n
 ) -> Losses:
-    """Loss of one batch.
+    """Loss of one batch. Not finite where predictions are not: upstream replaces such a loss by zero and trains on.
 
     Args:
         boxes: Per sample (G, 9) gravity-centre boxes.
@@ -42,7 +42,7 @@ def detection_loss(
         num_objects = max(world_mean(float(num_matched)), 1.0)
         cls.append(config.cls_weight * cls_sum / num_objects)
         box.append(config.box_weight * box_sum / num_objects)
-    cls_losses, box_losses = torch.stack(cls).nan_to_num(), torch.stack(box).nan_to_num()
+    cls_losses, box_losses = torch.stack(cls), torch.stack(box)
     return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses)
 
 

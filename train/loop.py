@@ -87,9 +87,10 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
         for history, current in _batches(frames, run, step, steps_per_epoch):
             set_learning_rate(optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
             losses, norm = _step(wrapped, model, optimizer, scaler, history, current, run, step)
-            last_loss = losses.total.item()
             step += 1
-            log(step=step, loss=last_loss, cls=losses.cls.sum().item(), box=losses.box.sum().item(), grad_norm=norm, learning_rate=rate)
+            cls, box = (world.mean(part.sum().item()) for part in (losses.cls, losses.box))
+            last_loss = world.mean(losses.total.item())
+            log(step=step, loss=last_loss, cls=cls, box=box, grad_norm=norm, learning_rate=rate)
             bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
             bar.update()
             if world.is_main and (step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS):

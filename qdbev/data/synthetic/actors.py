@@ -133,7 +133,7 @@ def _draw_motion(config: WorldConfig, zone: Zone, side: int, ego: EgoMotion, rng
     s = float(ego.travelled(meeting)) + rng.uniform(-config.reach, config.reach)
     d = side * rng.uniform(*zone.lateral)
     speed = float(rng.uniform(*zone.speed))
-    oncoming = config.layout == "street" and side > 0 and not zone.one_way
+    oncoming = side > 0 and not zone.one_way
     heading = float(rng.choice(zone.headings)) + zone.jitter * float(rng.normal()) + (np.pi if oncoming else 0.0)
     return s - speed * np.cos(heading) * meeting, d - speed * np.sin(heading) * meeting, speed, heading
 

@@ -124,16 +124,16 @@ _ALLOWED = {
 def micro() -> WorldConfig:
     """Small enough to train a detector on in minutes: ten classes equally often, near, coloured by class.
 
-    96 train and 12 val scenes of 10 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m on an
-    open square, so that hardly one hides another and none in range goes unlabelled.
+    192 train and 15 val scenes of 8 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m beside a
+    straight road, so that hardly one hides another and none in range goes unlabelled.
     """
     return WorldConfig(
         name="micro",
         layout="square",
         palette="class",
-        num_train=96,
-        num_val=12,
-        num_samples=10,
+        num_train=192,
+        num_val=15,
+        num_samples=8,
         image_hw=(180, 320),
         annotation_radius=30.0,
         reach=26.0,

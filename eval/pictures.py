@@ -1,0 +1,92 @@
+"""Pictures of what a model sees: six cameras with projected boxes, and the same frame from above.
+
+    python -m eval.pictures --model runs/demo/teacher.pt --out runs/demo/pictures --frames 4
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from eval import draw
+from eval.detectors import DetectorError, open_detector
+from eval.draw import Scene
+from eval.loop import Step, steps
+from eval.run import data_of
+from qdbev import geometry
+from qdbev.artifact import ArtifactError, atomic
+from qdbev.config import Config, ConfigError, DataConfig
+from qdbev.data.dataset import FrameDataset
+from qdbev.data.infos import DatasetError
+from qdbev.data.transforms import read_image
+
+_log = logging.getLogger(__name__)
+
+
+def choose(num_frames: int, total: int) -> list[int]:
+    """Indices of `num_frames` frames, evenly spread, none of them at the very start of the split where there is no history."""
+    return sorted({int(index) for index in np.linspace(total / (num_frames + 1), total * num_frames / (num_frames + 1), num_frames)})
+
+
+def scene_of(step: Step, dataset: FrameDataset, data: DataConfig, threshold: float) -> Scene:
+    """What draw.py needs of an evaluated frame: stored images, ground truth, and detections above `threshold`."""
+    info = dataset.info(step.index)
+    image_hw = dataset.transform.image_hw
+    shown = step.detections.scores >= threshold
+    return Scene(
+        title=f"frame {step.index} · {step.frame.token[:8]}",
+        images=[read_image(Path(data.root) / name, image_hw)[:, :, ::-1] for name in info.image_files],
+        lidar2img=info.lidar2img,
+        lidar_from_ego=geometry.inverse(info.ego_from_lidar),
+        truth_boxes=step.frame.boxes.astype(np.float64),
+        truth_labels=step.frame.labels,
+        boxes=step.detections.boxes[shown].astype(np.float64),
+        scores=step.detections.scores[shown],
+        labels=step.detections.labels[shown],
+        threshold=threshold,
+    )
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.pictures", description="Draw a model's detections and the ground truth.")
+    parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
+    parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
+    parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
+    parser.add_argument("--version", help="version of the dataset (default: the one in the model's config)")
+    parser.add_argument("--split", help="split of the dataset (default: the model's data.val_split)")
+    parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
+    args = parser.parse_args(arguments)
+    if args.frames < 1:
+        parser.error(f"--frames is {args.frames}, must be at least 1")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Model in, pictures out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(arguments)
+    try:
+        with open_detector(args.model, args.device) as detector:
+            config: Config = detector.config
+            data, split = data_of(config.data, args)
+            dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
+            chosen = choose(args.frames, len(dataset))
+            for step in tqdm(steps(detector, dataset), desc="drawing", total=chosen[-1] + 1, unit="frame", disable=None):
+                if step.index in chosen:
+                    path = args.out / f"frame_{step.index:05d}.png"
+                    with atomic(path) as temporary:
+                        draw.save(temporary, scene_of(step, dataset, data, args.threshold), config.model.pc_range)
+                    _log.info("%s", path)
+                if step.index == chosen[-1]:
+                    break
+    except (ArtifactError, ConfigError, DatasetError, DetectorError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""All evaluated models of a run in one table: what each stage cost or kept.
+
+    python -m eval.report --run runs/demo
+
+Reads the metrics.json of every folder in eval/ and the audits of the engines; writes summary.json.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.nds import EvaluationError
+from qdbev import artifact
+from qdbev.artifact import ArtifactError
+
+SUMMARY = "summary.json"
+_MEANS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
+_STAGES = ("teacher", "student", "onnx", "engine")
+_AUDIT = ("summary", "quantized_layers", "int8_layers", "kernels", "int8_kernels", "requantizations")
+_log = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+def collect(run: Path) -> list[Row]:
+    """One row per evaluated model, in the order of the stages.
+
+    Raises:
+        EvaluationError: The run holds no metrics.
+        ArtifactError: A metrics file was altered, or has no seal.
+    """
+    paths = sorted(run.glob("eval/*/metrics.json"))
+    if not paths:
+        raise EvaluationError(f"{run} has no eval/*/metrics.json; run `python -m eval.run --model {run / 'teacher.pt'}` first")
+    rows = [_row(path, run) for path in paths]
+    by_sha = {(row["sha256"], *row["data"].values()): row for row in rows}
+    for row in rows:
+        parent = by_sha.get((row["parent_sha256"], *row["data"].values()))
+        row["parent"] = parent["name"] if parent else None
+        row["nds_from_parent"] = row["nds"] - parent["nds"] if parent else None
+    return sorted(rows, key=lambda row: (_STAGES.index(row["kind"]), row["name"]))
+
+
+def save(run: Path, rows: list[Row]) -> Path:
+    """Write summary.json of a run, whole or not at all."""
+    path = run / SUMMARY
+    with artifact.atomic(path) as temporary:
+        temporary.write_text(json.dumps({"rows": rows}, indent=1, allow_nan=False))
+    return path
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows for the terminal."""
+    grid = Table(title="official nuScenes metric, model by model", title_justify="left")
+    grid.add_column("model", no_wrap=True)
+    grid.add_column("stage")
+    for title in ("NDS", "vs parent", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms", "integer layers"):
+        grid.add_column(title, justify="right")
+    for row in rows:
+        nds, *others = (f"{row[name]:.3f}" for name in _MEANS)
+        change = "" if row["nds_from_parent"] is None else f"{row['nds_from_parent']:+.3f}"
+        audit = row["audit"]
+        layers = f"{audit['int8_layers']} of {audit['quantized_layers']}" if audit else ""
+        size, milliseconds = f"{row['bytes'] / 1e6:.2f}", f"{1e3 * row['seconds']['model']:.1f}"
+        grid.add_row(row["name"], row["kind"], nds, change, *others, size, milliseconds, layers)
+    return grid
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, as runs/demo")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Metrics in, table and summary out."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(arguments)
+    try:
+        rows = collect(args.run)
+    except (ArtifactError, EvaluationError) as error:
+        raise SystemExit(f"error: {error}") from error
+    path = save(args.run, rows)
+    Console().print(table(rows))
+    splits = sorted({f"{row['data']['split']} of {row['data']['version']}" for row in rows})
+    if len(splits) > 1:
+        _log.warning("warning: rows are of different splits (%s) and do not compare", ", ".join(splits))
+    _log.info("%s", path)
+
+
+def _row(path: Path, run: Path) -> Row:
+    artifact.unseal(path, "metrics")
+    metrics = json.loads(path.read_text())
+    fields = ("kind", *_MEANS, "bytes", "frames", "seconds", "data", "model", "sha256", "parent_sha256", "class_ap", "absent")
+    return {"name": path.parent.name, **{name: metrics[name] for name in fields}, "audit": _audit(run / f"{metrics['model']}.audit.json")}
+
+
+def _audit(path: Path) -> dict[str, Any] | None:
+    """What the engine's audit counted, without its rows; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return {name: content[name] for name in _AUDIT}
+    except (json.JSONDecodeError, KeyError) as error:
+        raise EvaluationError(f"{path} is damaged ({error!r}); make it again with `python -m engine.audit`") from error
+
+
+if __name__ == "__main__":
+    main()

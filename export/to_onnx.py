@@ -1,0 +1,116 @@
+"""Checkpoint in, ONNX out: traced, packed, compared with PyTorch, sealed.
+
+    python -m export.to_onnx --checkpoint runs/demo/student.pt --onnx runs/demo/student.onnx
+
+A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
+written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import onnx
+
+from export import parity, qdq
+from export.runner import OnnxRunner
+from export.trace import trace
+from qdbev import artifact, schema
+from qdbev.artifact import ArtifactError, Seal
+from qdbev.command import entry_point
+from qdbev.config import Config, from_dict
+from qdbev.model.bevformer import BEVFormer
+from qdbev.restore import restore
+from qdbev.schema import Frame
+
+_INT4_BITS = 4
+
+
+class ParityError(ValueError):
+    """The ONNX does not compute what the checkpoint computes."""
+
+
+@entry_point
+def main() -> None:
+    """Export a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
+    parser.add_argument("--onnx", type=Path, required=True, help="file to write; its seal goes beside it")
+    parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
+    args = parser.parse_args()
+    seal, model = restore(args.checkpoint)
+    image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
+    rows, made = export(model, seal, args.onnx, image_hw, parity.synthetic_frames(model, image_hw))
+    facts = made.facts
+    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
+    sys.stdout.write(f"traced in {facts['trace_s']} s\n")
+
+
+def export(model: BEVFormer, parent: Seal, path: Path, image_hw: tuple[int, int], frames: Sequence[Frame]) -> tuple[list[parity.Row], Seal]:
+    """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
+
+    Args:
+        image_hw: Height and width of the padded images.
+        frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
+
+    Raises:
+        ParityError: They differ; the message holds the table, and no file is written.
+        ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
+    """
+    config = from_dict(parent.config)
+    quantized = parent.kind == "student"
+    start = time.perf_counter()
+    proto = trace(model, image_hw)
+    qdq.pack_weights(proto)
+    facts = {"opset": schema.OPSET, "nodes": len(proto.graph.node), "image_hw": list(image_hw)}
+    facts["trace_s"] = round(time.perf_counter() - start, 1)
+    storage = path.with_suffix(".int4.onnx")
+    with ExitStack() as files:
+        temporary = files.enter_context(artifact.atomic(path))
+        facts["bytes"] = _save(proto, temporary)
+        runner = _open(temporary, path)
+        rows = parity.measure(model, runner, frames, quantized)
+        if not all(row.passed for row in rows):
+            raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
+        if quantized and _has_4_bit_weights(config):
+            facts["int4_bytes"] = _save(qdq.pack_int4(proto), files.enter_context(artifact.atomic(storage)))
+    made = artifact.seal(path, kind="onnx", config=parent.config, parent=parent, facts=facts | parity.facts(rows))
+    if storage.is_file() and "int4_bytes" in facts:
+        artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})
+    return rows, made
+
+
+def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:
+    """Padded image size: as given, else what training noted."""
+    found = given or seal.facts.get("image_hw")
+    if found is None:
+        raise ArtifactError(f"{checkpoint} does not say its image size (fact image_hw); give it, for example --image-hw 480 800")
+    if len(found) != 2 or min(found) < 1:
+        raise ArtifactError(f"image size {found}: expected a height and a width in pixels")
+    return int(found[0]), int(found[1])
+
+
+def _save(proto: onnx.ModelProto, path: Path) -> int:
+    onnx.save(proto, path)
+    return path.stat().st_size
+
+
+def _open(temporary: Path, path: Path) -> OnnxRunner:
+    """A runner whose errors name the file that the user asked for."""
+    try:
+        return OnnxRunner.unsealed(temporary)
+    except ArtifactError as error:
+        raise ArtifactError(str(error).replace(str(temporary), str(path))) from error
+
+
+def _has_4_bit_weights(config: Config) -> bool:
+    groups = [getattr(config.quant, field.name) for field in dataclasses.fields(config.quant)]
+    return any(getattr(bits, "weight", _INT4_BITS + 1) <= _INT4_BITS for bits in groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Settings and sealed files: round trips, and one clear error for each way they can be wrong."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdbev import artifact
+from qdbev.artifact import ArtifactError
+from qdbev.config import ConfigError, from_dict, override, to_dict
+from qdbev.recipes import BITS, RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_a_config_survives_json(name, bits):
+    config = BITS[bits](RECIPES[name]())
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_settings_are_typed_as_the_field_is():
+    config = override(RECIPES["micro"](), ["train.epochs=3", "train.learning_rate=1", "model.bev_hw=(10, 12)", "data.root=/data/x", "train.amp=false"])
+    assert (config.train.epochs, config.train.learning_rate, config.model.bev_hw) == (3, 1.0, (10, 12))
+    assert (config.data.root, config.train.amp) == ("/data/x", False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.epoch=3", "train has no 'epoch'; it has"),
+        ("trian.epochs=3", "the config has no 'trian'"),
+        ("train.epochs", "expected name=value"),
+        ("train.epochs=many", r"train.epochs is 'many' \(str\), must be int"),
+        ("train.epochs=0", "train.epochs is 0, must be at least 1"),
+        ("train.amp=1", r"train.amp is 1 \(int\), must be bool"),
+        ("train=3", "train is a group"),
+        ("model.bev_hw=(1,2,3)", "must have 2 values"),
+        ("model.backbone.style=keras", "must be one of 'pytorch', 'caffe'"),
+        ("quant.encoder.weight=9", "weight bits are 9, must be 2 to 8"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        override(RECIPES["micro"](), [setting])
+
+
+def save(path: Path, **changes) -> None:
+    arguments = {"kind": "teacher", "config": {"a": 1}, "weights": {"w": torch.arange(3.0)}, "parent": None, "facts": {"f": 2}}
+    artifact.save_checkpoint(path, **{**arguments, **changes})
+
+
+def test_a_checkpoint_carries_its_seal_and_its_weights(tmp_path):
+    save(tmp_path / "a.pt")
+    seal, weights, state = artifact.load_checkpoint(tmp_path / "a.pt", "teacher")
+    assert (seal.config, seal.facts, state) == ({"a": 1}, {"f": 2}, None)
+    assert seal.sha256 == artifact.sha256(tmp_path / "a.pt")
+    assert "torch" in seal.made
+    torch.testing.assert_close(weights["w"], torch.arange(3.0), atol=0, rtol=0)
+
+
+def test_a_missing_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "a.pt"
+    with pytest.raises(ArtifactError, match="does not exist"):
+        artifact.load_checkpoint(path, "teacher")
+    save(path)
+    with pytest.raises(ArtifactError, match="is a teacher file, a student is needed"):
+        artifact.load_checkpoint(path, "student")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError, match="damaged or no checkpoint"):
+        artifact.load_checkpoint(path, "teacher")
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(ArtifactError, match="no checkpoint of this project"):
+        artifact.load_checkpoint(path, "teacher")
+
+
+def test_a_sealed_file_is_known_again_and_a_changed_one_is_not(tmp_path):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"graph")
+    sealed = artifact.seal(path, kind="onnx", config={}, parent=None, facts={"n": 1})
+    assert artifact.unseal(path, "onnx") == sealed
+    with pytest.raises(ArtifactError, match="is an onnx file, an engine is needed"):
+        artifact.unseal(path, "engine")
+    path.write_bytes(b"other")
+    with pytest.raises(ArtifactError, match="is not the file that was sealed"):
+        artifact.unseal(path, "onnx")
+    artifact.seal_path(path).write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        artifact.unseal(path, "onnx")
+    artifact.seal_path(path).unlink()
+    with pytest.raises(ArtifactError, match="has no seal"):
+        artifact.unseal(path, "onnx")
+
+
+def test_an_artifact_made_from_something_else_is_refused(tmp_path):
+    seals = {}
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        seals[name] = artifact.seal(tmp_path / name, kind="onnx", config={}, parent=None, facts={})
+    child = dataclasses.replace(seals["a"], parent=seals["a"].sha256)
+    artifact.expect_parent(Path("engine"), child, tmp_path / "a", seals["a"])
+    with pytest.raises(ArtifactError, match="build it again from this file"):
+        artifact.expect_parent(Path("engine"), child, tmp_path / "b", seals["b"])
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), artifact.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]

@@ -1,0 +1,135 @@
+"""The import table: who may import whom, and which room owns which package. The rule is in CONTRIBUTING.md; change both together."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval")
+
+GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.boxes", "qdbev.temporal", "qdbev.command")
+CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.model", "qdbev.restore")
+MAY_IMPORT = {
+    **dict.fromkeys(GROUND, GROUND),
+    "qdbev.recipes": GROUND,
+    "qdbev.data": GROUND,
+    "qdbev.ops": GROUND,
+    "qdbev.quant": GROUND,
+    "qdbev.model": (*GROUND, "qdbev.recipes", "qdbev.ops"),
+    "qdbev.restore": (*GROUND, "qdbev.model", "qdbev.quant"),
+    "train": CORE,
+    "export": CORE,
+    "plugins": CORE,
+    "engine": (*CORE, "plugins"),
+    "eval": (*CORE, "export.runner", "engine.session"),
+}
+"""Every room may also import itself."""
+
+INSIDE_FUNCTIONS = ("export.runner", "engine.session")
+"""What eval imports only where such a file is opened."""
+
+OWNERS = {
+    "cv2": ("qdbev.data", "eval"),
+    "pyquaternion": ("qdbev.data", "eval"),
+    "nuscenes": ("qdbev.data", "eval"),
+    "nuscenes.eval.detection.evaluate": ("eval",),
+    "matplotlib": ("eval",),
+    "pytorch_quantization": ("qdbev.quant",),
+    "scipy": ("train",),
+    "torch.distributed": ("train",),
+    "onnx": ("export", "engine"),
+    "onnxscript": ("export",),
+    "onnxruntime": ("export",),
+    "tensorrt": ("engine", "plugins"),
+    "tensorrt_rtx": ("engine",),
+    "cuda.bindings.nvrtc": ("plugins",),
+    "cuda": ("engine", "plugins"),
+}
+
+
+def imports(source: str) -> Iterator[tuple[str, bool]]:
+    """Every imported name, dotted, and whether the import stands inside a function."""
+    tree = ast.parse(source)
+    inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from ((f"{node.module}.{alias.name}", node in inside) for alias in node.names)
+
+
+def within(name: str, rooms: tuple[str, ...]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def room_of(name: str) -> str:
+    return next((room for room in sorted(MAY_IMPORT, key=len, reverse=True) if within(name, (room,))), name)
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What `module` imports against the table."""
+    room = room_of(module)
+    found = []
+    for name, in_function in imports(source):
+        ours = name.split(".")[0] in SOURCES
+        if ours and not within(name, (room, *MAY_IMPORT.get(room, ()))) and not _whole_package(name, room):
+            found.append(f"{module} imports {name}")
+        if ours and room == "eval" and within(name, INSIDE_FUNCTIONS) and not in_function:
+            found.append(f"{module} imports {name} outside a function")
+        owner = max((package for package in OWNERS if within(name, (package,))), key=len, default=None)
+        if owner and not within(module, OWNERS[owner]):
+            found.append(f"{module} imports {name}, which belongs to {', '.join(OWNERS[owner])}")
+    return found
+
+
+def _whole_package(name: str, room: str) -> bool:
+    """`from qdbev import temporal` reads as qdbev.temporal, which `within` judges; anything else of the bare package is refused."""
+    return name == "qdbev" or (name.rpartition(".")[0] == "qdbev" and within(name, MAY_IMPORT.get(room, ())))
+
+
+def modules() -> list[tuple[str, Path]]:
+    files = [path for source in SOURCES for path in sorted((ROOT / source).rglob("*.py"))]
+    return [(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path) for path in files]
+
+
+def test_every_import_follows_the_table():
+    found = [line for module, path in modules() for line in violations(module, path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("qdbev.model.head", "from qdbev.quant.prepare import prepare"),
+        ("qdbev.config", "import qdbev.recipes"),
+        ("export.parity", "from train.loop import fit"),
+        ("eval.detectors", "from export.runner import OnnxRunner"),
+        ("eval.run", "def f():\n    from export.trace import trace"),
+        ("train.loop", "import onnxruntime"),
+        ("export.runner", "from scipy import optimize"),
+        ("qdbev.data.dataset", "from nuscenes.eval.detection.evaluate import DetectionEval"),
+    ],
+)
+def test_a_planted_violation_is_found(module, source):
+    assert violations(module, source)
+
+
+def test_every_module_belongs_to_a_room_of_the_table():
+    strays = [module for module, _ in modules() if room_of(module) not in MAY_IMPORT and module != "qdbev"]
+    assert not strays
+
+
+def test_importing_any_module_starts_no_cuda():
+    names = [module for module, _ in modules()]
+    code = f"import importlib, torch\nfor name in {names!r}: importlib.import_module(name)\nassert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+
+
+def test_no_python_file_exceeds_400_lines():
+    files = [*(path for _, path in modules()), *(ROOT / "tests").glob("*.py")]
+    assert not [f"{path.name}: {lines}" for path in files if (lines := len(path.read_text().splitlines())) > 400]

@@ -1,0 +1,142 @@
+"""The loop itself: resuming, many processes, and errors that name what went wrong. A small net on a small synthetic world."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qdbev import artifact
+from qdbev.artifact import ArtifactError
+from qdbev.config import Config, override
+from qdbev.recipes import RECIPES
+from qdbev.restore import restore
+from train import loop
+from train.distributed import World
+from train.float import train
+from train.grid_mask import grid_mask
+from train.loop import TrainingDiverged
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "data.image_scale": "0.2",
+    "model.embed_dim": "16",
+    "model.num_heads": "2",
+    "model.ffn_dim": "16",
+    "model.bev_hw": "(8,8)",
+    "model.rotate_center": "(4.0,4.0)",
+    "model.encoder_layers": "1",
+    "model.decoder_layers": "2",
+    "model.num_query": "20",
+    "model.backbone.width": "4",
+    "train.batch_size": "2",
+    "train.epochs": "2",
+    "train.warmup_steps": "2",
+    "train.grid_mask": "0.5",
+    "model.dropout": "0.1",
+}
+
+
+def small(root: Path, **changes: str) -> Config:
+    settings = {**SETTINGS, "data.root": str(root), **changes}
+    return override(RECIPES["micro"](), [f"{name}={value}" for name, value in settings.items()])
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "float.log.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path, monkeypatch):
+    config = small(tiny_world)
+    whole = train(config, tmp_path / "whole", CPU, World(), resume=False)
+
+    real_step, calls = loop._step, iter(range(100))
+
+    def killed(*args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    monkeypatch.setattr(loop, "_step", killed)
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", CPU, World(), resume=False)
+    monkeypatch.undo()
+    parts = train(config, tmp_path / "parts", CPU, World(), resume=True)
+
+    assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "parts")]
+    weights = [artifact.load_checkpoint(path, "teacher")[1] for path in (whole, parts)]
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
+    seal, model = restore(whole)
+    assert seal.facts["steps"] == 8
+    assert not model.training
+
+
+def test_resuming_without_a_state_or_with_another_config_is_refused(tiny_world, tmp_path):
+    with pytest.raises(ArtifactError, match="float.state.pt does not exist"):
+        train(small(tiny_world), tmp_path, CPU, World(), resume=True)
+    train(small(tiny_world, **{"train.epochs": "1"}), tmp_path, CPU, World(), resume=False)
+    with pytest.raises(ArtifactError, match=r"another config \(differs in train, schedule\)"):
+        train(small(tiny_world), tmp_path, CPU, World(), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples(tiny_world, tmp_path, monkeypatch):
+    real = loop.history_bev
+    monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
+    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 1, samples [0-9a-f]{32}, [0-9a-f]{32}"):
+        train(small(tiny_world), tmp_path, CPU, World(), resume=False)
+    assert not (tmp_path / "teacher.pt").exists()
+
+
+def test_a_batch_that_does_not_divide_or_exceeds_the_data_is_refused(tiny_world, tmp_path):
+    with pytest.raises(ValueError, match="batch_size 2 does not divide among 3 processes"):
+        train(small(tiny_world), tmp_path, CPU, World(0, 3), resume=False)
+    with pytest.raises(ValueError, match="8 training samples are fewer than train.batch_size 9"):
+        train(small(tiny_world, **{"train.batch_size": "9"}), tmp_path, CPU, World(), resume=False)
+
+
+def launch(run: Path, root: Path, *launcher: str) -> list[float]:
+    changes = {"data.root": str(root), "model.dropout": "0.0", "train.epochs": "1", "train.batch_size": "2"}
+    settings = [f"--set={name}={value}" for name, value in {**SETTINGS, **changes}.items()]
+    command = [sys.executable, *(launcher or ("-m",)), "train.float", "--recipe", "micro", "--run", str(run), "--device", "cpu", *settings]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [line["loss"] for line in log(run)]
+
+
+def test_two_processes_give_the_loss_curve_of_one(tiny_world, tmp_path):
+    one = launch(tmp_path / "one", tiny_world)
+    two = launch(tmp_path / "two", tiny_world, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--")
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_bad_command_lines_are_one_clear_error(tmp_path):
+    command = [sys.executable, "-m", "train.float", "--run", str(tmp_path), "--recipe", "micro"]
+    cases = {
+        ("--set", "train.epoch=3"): "error: --set 'train.epoch=3': train has no 'epoch'",
+        ("--set", f"data.root={tmp_path / 'none'}"): "error: ",
+        ("--device", "cuda:7"): "error: --device cuda:7 needs an NVIDIA GPU",
+    }
+    for arguments, message in cases.items():
+        if "cuda" in arguments[1] and torch.cuda.is_available():
+            continue
+        done = subprocess.run([*command, *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_grid_mask_keeps_stripes_and_zeroes_the_squares_between():
+    images = torch.ones(2, 3, 40, 60)
+    assert torch.equal(grid_mask(images, 0.0, np.random.default_rng(0)), images)
+    masked = grid_mask(images, 1.0, np.random.default_rng(3))
+    assert torch.equal(masked[0, 0], masked[1, 2])
+    rows, columns = masked[0, 0].all(1), masked[0, 0].all(0)
+    assert 0 < rows.sum() < 40 and 0 < columns.sum() < 60
+    assert torch.equal(masked[0, 0].bool(), rows[:, None] | columns[None, :])
