@@ -79,7 +79,15 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[Detector]:
     if device not in (None, "cpu"):
         raise DetectorError(f"{path} runs in onnxruntime on the CPU, not on {device!r}; leave --device out, or build an engine from it")
     seal = artifact.unseal(path, "onnx")
-    yield Detector(seal, from_dict(seal.config), OnnxRunner(path))
+    runner = OnnxRunner(path)
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return runner(inputs)
+        except ValueError as error:
+            raise DetectorError(f"{path}: {error}; give data with the cameras and image size it was exported for") from error
+
+    yield Detector(seal, from_dict(seal.config), infer)
 
 
 @contextmanager

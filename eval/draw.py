@@ -1,4 +1,4 @@
-"""Draws one frame: six camera images with projected boxes on the left, the bird's-eye view on the right, one legend below.
+"""Draws one frame: six camera images with projected boxes on the left, the bird's-eye view on the right, a legend below.
 
 Predictions have their class's colour; ground truth is a pale dashed outline in the images and a grey shape from above. Everything is in
 the lidar frame (x right, y forward, z up; metres).
@@ -29,7 +29,17 @@ COLORS = {
     "pedestrian": "#3a86ff",
     "traffic_cone": "#2ec4b6",
 }
-_MOSAIC = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
+_MOSAIC = {
+    "CAM_FRONT": (0, 0),
+    "CAM_BACK": (0, 1),
+    "CAM_FRONT_LEFT": (1, 0),
+    "CAM_FRONT_RIGHT": (1, 1),
+    "CAM_BACK_LEFT": (2, 0),
+    "CAM_BACK_RIGHT": (2, 1),
+}
+"""Row and column of each camera's image: what is left of the car is on the left."""
+_IMAGE_WIDTH, _GAP, _MARGIN, _AXIS, _HEADER, _FOOTER = 5.2, 0.08, 0.2, 0.5, 0.6, 0.7
+"""Inches of the page."""
 _PAPER = "#fbfbf9"
 _INK = "#2b2d42"
 _TRUTH_FACE, _TRUTH_EDGE = "#d9dbe1", "#767b8c"
@@ -64,19 +74,26 @@ class Scene:
 def save(path: Path, scene: Scene, pc_range: tuple[float, ...]) -> None:
     """Draw a scene into a PNG file."""
     height, width = scene.images[0].shape[:2]
-    figure = Figure(figsize=(19.2, 3.84 * 3 * height / width + 2.4), dpi=100, facecolor=_PAPER)
+    row = _IMAGE_WIDTH * height / width
+    side = 3 * row + 2 * _GAP  # of the bird's-eye view
+    page = (3 * _MARGIN + 2 * _IMAGE_WIDTH + _GAP + _AXIS + side, _HEADER + side + _AXIS + _FOOTER)
+    figure = Figure(figsize=page, dpi=100, facecolor=_PAPER)
     FigureCanvasAgg(figure)
-    margins = {"left": 0.012, "right": 0.988, "top": 0.925, "bottom": 0.135, "wspace": 0.025, "hspace": 0.025}
-    grid = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.42), **margins)
-    for place, camera in enumerate(_MOSAIC):
-        axes = figure.add_subplot(grid[place // 3, place % 3])
-        index = CAMERAS.index(camera)
-        draw_camera(axes, scene, index, camera)
-    draw_bev(figure.add_subplot(grid[:, 3]), scene, pc_range)
-    figure.text(0.012, 0.955, scene.title, fontsize=15, color=_INK, weight="bold")
+
+    def place(left: float, top: float, width: float, height: float) -> Axes:
+        """Axes by inches from the page's left and top."""
+        return figure.add_axes((left / page[0], 1 - (top + height) / page[1], width / page[0], height / page[1]))
+
+    for index, camera in enumerate(CAMERAS):
+        line, column = _MOSAIC[camera]
+        left, top = _MARGIN + column * (_IMAGE_WIDTH + _GAP), _HEADER + line * (row + _GAP)
+        draw_camera(place(left, top, _IMAGE_WIDTH, row), scene, index, camera)
+    draw_bev(place(page[0] - _MARGIN - side, _HEADER, side, side), scene, pc_range)
+    left, right, top = _MARGIN / page[0], 1 - _MARGIN / page[0], 1 - _HEADER / 2 / page[1]
+    figure.text(left, top, scene.title, fontsize=17, color=_INK, weight="bold", va="center")
     counts = f"{len(scene.boxes)} predictions with a score of {scene.threshold:g} or more · {len(scene.truth_boxes)} annotated objects"
-    figure.text(0.988, 0.955, counts, fontsize=12, color=_INK, ha="right")
-    _legend(figure)
+    figure.text(right, top, counts, fontsize=13, color=_INK, ha="right", va="center")
+    _legend(figure, left, page[1])
     figure.savefig(path, format="png")
 
 
@@ -90,15 +107,35 @@ def corners(boxes: np.ndarray) -> np.ndarray:
     return np.stack((c * along - s * across, s * along + c * across, up), -1) + boxes[:, None, :3]
 
 
+def project_edges(points: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> dict[int, np.ndarray]:
+    """Box number -> (E, 2, 2) pixel segments of those edges that lie in front of the camera, for boxes seen in the image.
+
+    Args:
+        points: (K, 8, 3) corners in the lidar frame.
+    """
+    homogeneous = np.concatenate((points, np.ones((*points.shape[:2], 1))), -1)
+    cam = homogeneous @ lidar2img[:3].T  # (K, 8, 3): u * depth, v * depth, depth
+    seen = {}
+    for k, box in enumerate(cam):
+        a, b = box[_EDGES[:, 0]], box[_EDGES[:, 1]]
+        front = (a[:, 2] > _NEAR) | (b[:, 2] > _NEAR)
+        a, b = a[front], b[front]
+        a, b = _cut(a, b), _cut(b, a)
+        segments = np.stack((a[:, :2] / a[:, 2:], b[:, :2] / b[:, 2:]), 1)  # (E, 2, 2)
+        if len(segments) and _overlaps(segments, width, height):
+            seen[k] = segments
+    return seen
+
+
 def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
     """One camera image with the boxes of ground truth and predictions."""
     image = scene.images[index]
     height, width = image.shape[:2]
     axes.imshow(image, interpolation="lanczos", aspect="auto")
-    truth = _project(corners(scene.truth_boxes), scene.lidar2img[index], width, height)
+    truth = project_edges(corners(scene.truth_boxes), scene.lidar2img[index], width, height)
     for segments in truth.values():
         axes.add_collection(LineCollection(segments, colors="white", linewidths=1.1, linestyles=(0, (3, 2)), alpha=0.9))
-    for k, segments in _project(corners(scene.boxes), scene.lidar2img[index], width, height).items():
+    for k, segments in project_edges(corners(scene.boxes), scene.lidar2img[index], width, height).items():
         color = COLORS[CLASSES[scene.labels[k]]]
         axes.add_collection(LineCollection(segments, colors="black", linewidths=2.6, alpha=0.35))
         axes.add_collection(LineCollection(segments, colors=color, linewidths=1.6))
@@ -136,7 +173,7 @@ def _rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float) -> None:
 
 def _shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: float) -> None:
     """Outlines with a tick from the centre over the front, and the way each object makes in a second."""
-    if not len(boxes):
+    if len(boxes) == 0:
         return
     ground = corners(boxes)[:, :4, :2]
     axes.add_collection(PolyCollection(ground, facecolors=face, edgecolors=edges, linewidths=width, zorder=2))
@@ -148,26 +185,6 @@ def _shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: f
         way = boxes[moving, 7:9] * _ARROW_SECONDS
         colors = [edge for edge, moves in zip(edges, moving, strict=True) if moves]
         axes.quiver(*centers[moving].T, *way.T, angles="xy", scale_units="xy", scale=1, color=colors, width=0.004, headwidth=4.5, zorder=3)
-
-
-def _project(points: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> dict[int, np.ndarray]:
-    """Box number -> (E, 2, 2) pixel segments of those edges that lie in front of the camera, for boxes seen in the image.
-
-    Args:
-        points: (K, 8, 3) corners in the lidar frame.
-    """
-    homogeneous = np.concatenate((points, np.ones((*points.shape[:2], 1))), -1)
-    cam = homogeneous @ lidar2img[:3].T  # (K, 8, 3): u * depth, v * depth, depth
-    seen = {}
-    for k, box in enumerate(cam):
-        a, b = box[_EDGES[:, 0]], box[_EDGES[:, 1]]
-        front = (a[:, 2] > _NEAR) | (b[:, 2] > _NEAR)
-        a, b = a[front], b[front]
-        a, b = _cut(a, b), _cut(b, a)
-        segments = np.stack((a[:, :2] / a[:, 2:], b[:, :2] / b[:, 2:]), 1)  # (E, 2, 2)
-        if len(segments) and _overlaps(segments, width, height):
-            seen[k] = segments
-    return seen
 
 
 def _cut(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -182,14 +199,17 @@ def _overlaps(segments: np.ndarray, width: int, height: int) -> bool:
     return bool(low[0] < width and high[0] > 0 and low[1] < height and high[1] > 0)
 
 
-def _legend(figure: Figure) -> None:
-    classes = [Line2D([], [], color=color, linewidth=3, label=name.replace("_", " ")) for name, color in COLORS.items()]
-    truth = [
-        Patch(facecolor=_TRUTH_FACE, edgecolor=_TRUTH_EDGE, label="ground truth (from above)"),
-        Line2D([], [], color="#8a8a8a", linewidth=1.5, linestyle=(0, (3, 2)), label="ground truth (images: white)"),
+def _legend(figure: Figure, left: float, page_height: float) -> None:
+    classes = [Patch(color=color, label=name.replace("_", " ")) for name, color in COLORS.items()]
+    marks = [
+        Line2D([], [], color=_INK, linewidth=2, label="prediction (colour of its class)"),
+        Line2D([], [], color="#8a8a8a", linewidth=1.5, linestyle=(0, (3, 2)), label="ground truth in the images (white)"),
+        Patch(facecolor=_TRUTH_FACE, edgecolor=_TRUTH_EDGE, label="ground truth from above"),
+        Line2D([], [], color=_INK, linewidth=1.6, marker=(3, 0, -90), label=f"way in {_ARROW_SECONDS:g} s"),
+        Line2D([], [], color=_INK, linewidth=1.6, label="tick: front"),
         Patch(facecolor=_INK, label="own car"),
-        Line2D([], [], color=_INK, linewidth=1.6, marker=(3, 0, -90), label=f"arrow: way in {_ARROW_SECONDS:g} s, tick: front"),
     ]
-    style = {"frameon": False, "fontsize": 10.5, "labelcolor": _INK, "handlelength": 1.8, "columnspacing": 1.6, "borderaxespad": 0}
-    figure.add_artist(figure.legend(handles=classes, loc="lower left", bbox_to_anchor=(0.012, 0.055), ncols=10, **style))
-    figure.legend(handles=truth, loc="lower left", bbox_to_anchor=(0.012, 0.012), ncols=4, **style)
+    style = {"frameon": False, "fontsize": 11, "labelcolor": _INK, "handlelength": 1.6, "columnspacing": 1.5, "borderaxespad": 0}
+    for handles, bottom in ((classes, 0.42), (marks, 0.14)):
+        legend = figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(left, bottom / page_height), ncols=len(handles), **style)
+        figure.add_artist(legend)

@@ -133,7 +133,7 @@ def data_of(config: DataConfig, args: argparse.Namespace) -> tuple[DataConfig, s
 
 def main(arguments: list[str] | None = None) -> None:
     """Model in, results and metrics out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # pytorch-quantization's import installs a handler
     args = parse_args(arguments)
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
     try:

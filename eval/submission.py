@@ -68,7 +68,7 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
     if not finite.all():
         worst = int(np.argmin(finite))
         values = f"box {boxes[worst]}, score {detections.scores[worst]}"
-        raise SubmissionError(f"sample {token}: detection {worst} is not finite ({values}); the model overflows, look at its weights and ranges")
+        raise SubmissionError(f"sample {token}: detection {worst} is not finite ({values}); the model overflows")
     global_from_lidar = global_from_ego @ ego_from_lidar
     centers = _transform(global_from_lidar, boxes[:, :3])
     distances = np.linalg.norm(_transform(ego_from_lidar, boxes[:, :3])[:, :2], axis=1)

@@ -81,7 +81,7 @@ class _Nodes:
     def __call__(self, op_type: str, *inputs: str | list[int], output: str = "", **attributes: Any) -> str:
         names = [self.constant(given) if isinstance(given, list) else given for given in inputs]
         output = output or f"{op_type}_{len(self.list)}"
-        self.list.append(helper.make_node(op_type, names, [output], name=output, **attributes))
+        self.list.append(helper.make_node(op_type, names, [output], **attributes))
         return output
 
     def constant(self, values: list[int]) -> str:
@@ -111,7 +111,7 @@ class _Nodes:
     def level_hw(self) -> str:
         """(L, 2) int64 from the node's attribute."""
         reference = AttributeProto(name="value_ints", ref_attr_name="level_hw", type=AttributeProto.INTS)
-        node = helper.make_node("Constant", [], ["flat_level_hw"], name="flat_level_hw")
+        node = helper.make_node("Constant", [], ["flat_level_hw"])
         node.attribute.append(reference)
         self.list.append(node)
         return self("Reshape", "flat_level_hw", [-1, 2])

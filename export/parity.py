@@ -120,8 +120,11 @@ def _chain(side: Side, frames: Sequence[Frame], model: BEVFormer) -> list[dict[s
 
 def _changed(frames: Sequence[Frame]) -> list[Frame]:
     rng = np.random.default_rng(1)
-    noise = [1 + _CHANGE * rng.standard_normal(frame.images.shape) for frame in frames]
-    return [dataclasses.replace(frame, images=(frame.images * factor).astype(np.float32)) for frame, factor in zip(frames, noise, strict=True)]
+    return [dataclasses.replace(frame, images=_nudged(frame.images, rng)) for frame in frames]
+
+
+def _nudged(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return (values * (1 + _CHANGE * rng.standard_normal(values.shape))).astype(np.float32)
 
 
 def _compare(frame: int, name: str, ours: np.ndarray, theirs: np.ndarray, itself: np.ndarray, quantized: bool) -> Row:

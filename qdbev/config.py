@@ -136,6 +136,8 @@ class TrainConfig:
     warmup_start: float = 1 / 3
     """Fraction of the learning rate at the first step; rises linearly."""
     final_lr_fraction: float = 1e-3
+    anneal: Literal["epoch", "step"] = "epoch"
+    """How often the cosine moves: once an epoch, as upstream, or every step, which short runs need."""
     cls_weight: float = 2.0
     box_weight: float = 0.25
     code_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)

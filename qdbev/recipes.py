@@ -32,7 +32,16 @@ def micro() -> Config:
             rotate_center=(12.5, 12.5),
             shifted_reference=False,
         ),
-        train=TrainConfig(epochs=6, batch_size=4, learning_rate=1e-3, backbone_lr_factor=1.0, warmup_steps=100, grid_mask=0.0),
+        train=TrainConfig(
+            epochs=4,
+            batch_size=4,
+            learning_rate=1.5e-3,
+            backbone_lr_factor=1.0,
+            warmup_steps=100,
+            anneal="step",
+            code_weights=(2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 0.5, 0.5),
+            grid_mask=0.0,
+        ),
         quant=QuantConfig(epochs=1, learning_rate=1e-4),
     )
 

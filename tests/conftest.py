@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from qdbev.data.synthetic.config import WORLDS
 from qdbev.data.synthetic.generate import generate
+
+torch.set_num_threads(1)  # nets here are small; two threads on busy cores wait for each other more than they work
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

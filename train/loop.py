@@ -140,7 +140,7 @@ def history_bev(model: BEVFormer, history: list[Batch]) -> Tensor | None:
     model.eval()
     bev = None
     for frame in history:
-        bev = model(frame.images, frame.lidar2img, frame.can_bus, bev, frame.has_prev if bev is not None else None).bev
+        _, bev = model.encode(frame.images, frame.lidar2img, frame.can_bus, bev, frame.has_prev if bev is not None else None)
     model.train(was_training)
     return bev
 

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate: linear warm-up, then cosine by epoch.
+"""AdamW and its learning rate: linear warm-up, then cosine.
 
 Source: projects/configs/bevformer/bevformer_tiny.py at 66b65f3 with the hooks of mmcv 1.4.0.
 """
@@ -30,9 +30,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Rate of the groups with factor one at `step`, counted from 0 over the whole run."""
-    epoch = step // steps_per_epoch
+    epochs = step // steps_per_epoch if config.anneal == "epoch" else step / steps_per_epoch
     low = config.learning_rate * config.final_lr_fraction
-    rate = low + 0.5 * (config.learning_rate - low) * (1 + math.cos(math.pi * epoch / config.epochs))
+    rate = low + 0.5 * (config.learning_rate - low) * (1 + math.cos(math.pi * epochs / config.epochs))
     if step < config.warmup_steps:
         rate *= 1 - (1 - step / config.warmup_steps) * (1 - config.warmup_start)
     return rate

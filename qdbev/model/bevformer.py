@@ -44,6 +44,14 @@ class BEVFormer(nn.Module):
         Raises:
             ValueError: Shapes do not fit each other or the config.
         """
+        features, bev = self.encode(images, lidar2img, can_bus, prev_bev, has_prev)
+        cls_logits, box_code = self.head(self.decoder(bev, self.head.reg_branches))
+        return BevOutput(features, bev, cls_logits, box_code)
+
+    def encode(
+        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None = None, has_prev: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """`image_features` and `bev` of `forward`: all that a frame leaves for the next one."""
         self._check(images, lidar2img, can_bus, prev_bev)
         B, N = images.shape[:2]
         if prev_bev is None:
@@ -54,9 +62,7 @@ class BEVFormer(nn.Module):
         levels = self.neck(self.backbone(images.flatten(0, 1)))
         features = tuple(level.unflatten(0, (B, N)) for level in levels)
         image_hw = (images.shape[-2], images.shape[-1])
-        bev = self.encoder(features, lidar2img, can_bus, image_hw, prev_bev, has_prev)
-        cls_logits, box_code = self.head(self.decoder(bev, self.head.reg_branches))
-        return BevOutput(features, bev, cls_logits, box_code)
+        return features, self.encoder(features, lidar2img, can_bus, image_hw, prev_bev, has_prev)
 
     def _check(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None) -> None:
         B, N = images.shape[:2]

@@ -8,10 +8,11 @@ from torch import nn
 from qdbev.quant.calibrator import Method, RangeCalibrator, weight_amax
 from qdbev.quant.layers import QuantOp, quant_layers
 from qdbev.quant.quantizer import Quantizer, channel_amax
+from qdbev.quant.sharing import shared_inputs
 
 
 def calibrate(model: nn.Module, run: Callable[[], None], method: Method) -> None:
-    """Give every quantizer of `model` its range and switch all of them on.
+    """Give every quantizer of `model` its range and switch all of them on; layers that read the same tensor come to share one.
 
     Args:
         model: A prepared model in eval mode, so that dropout does not widen the ranges.
@@ -28,7 +29,9 @@ def calibrate(model: nn.Module, run: Callable[[], None], method: Method) -> None
     inputs = input_quantizers(model)
     if not inputs:
         raise ValueError("the model has no quantizers; call prepare first")
-    _observe(inputs, run)
+    with shared_inputs(model):
+        _observe(inputs, run)
+    inputs = input_quantizers(model)
     ranges = {name: quantizer._calibrator.compute_amax(method) for name, quantizer in inputs.items()}
     for name, quantizer in inputs.items():
         quantizer.set_range(ranges[name], nonnegative=quantizer._calibrator.minimum >= 0)

@@ -165,7 +165,7 @@ def street() -> WorldConfig:
         reach=70.0,
         ego_speed=(3.5, 9.0),
         max_curvature=0.006,
-        object_density=0.44,
+        object_density=0.34,
         mean_annotated=(20.0, 120.0),
         buildings=True,
         texel=0.12,

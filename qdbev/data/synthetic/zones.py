@@ -36,8 +36,8 @@ _STILL = (0.0, 0.0)
 
 def _square_vehicle(nearest: float, farthest: float) -> tuple[Zone, ...]:
     return (
-        Zone(0.5, (nearest, farthest), _STILL, ALONG, 0.15, "vehicle.parked"),
-        Zone(0.5, (nearest, farthest), (1.0, 5.0), ALONG, 0.05, "vehicle.moving"),
+        Zone(0.6, (nearest, farthest), _STILL, ALONG, 0.15, "vehicle.parked"),
+        Zone(0.4, (nearest, farthest), (1.0, 4.0), ALONG, 0.05, "vehicle.moving"),
     )
 
 
@@ -55,13 +55,13 @@ SQUARE: dict[str, tuple[Zone, ...]] = {
     "trailer": _square_vehicle(9.0, 27.0),
     "construction_vehicle": _square_vehicle(6.0, 24.0)[:1],
     "pedestrian": (
-        Zone(0.35, (2.6, 13.0), _STILL, EITHER, 0.4, "pedestrian.standing"),
-        Zone(0.65, (2.6, 15.0), (0.8, 1.8), EITHER, 0.1, "pedestrian.moving"),
+        Zone(0.35, (2.6, 13.0), _STILL, ALONG, 0.4, "pedestrian.standing"),
+        Zone(0.65, (2.6, 15.0), (0.8, 1.8), ALONG, 0.1, "pedestrian.moving"),
     ),
     "motorcycle": _square_cycle(),
     "bicycle": _square_cycle(),
     "traffic_cone": (Zone(1.0, (2.3, 11.0), _STILL, ALONG, 0.0, ""),),
-    "barrier": (Zone(1.0, (3.0, 14.0), _STILL, ACROSS, 0.1, ""),),
+    "barrier": (Zone(1.0, (3.0, 14.0), _STILL, (pi / 2,), 0.1, "", one_way=True),),
 }
 
 _LANE_RIGHT = ((0.0, 0.2), (3.4, 3.8))

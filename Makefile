@@ -1,0 +1,108 @@
+# One environment, real files as targets. `make demo` and `make test` need Python 3.11 or 3.12 and nothing else.
+#
+#   make demo                    data -> training -> quantization -> ONNX -> engine -> evaluation -> table and pictures, in runs/demo
+#   make test                    the tests, on the CPU
+#   make data                    the synthetic world; NUSCENES=/path prepares real nuScenes instead
+#   make train                   RECIPE=micro RUN=runs/micro: float teacher, then quantized student
+#   make export-onnx             MODEL=runs/demo/w4a6.pt
+#   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
+#   make eval                    MODEL=runs/demo/w4a6.onnx
+#   make report lint
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+PY := .venv/bin/python
+RUN ?= runs/demo
+RECIPE ?= micro
+BITS ?= w4a6
+WORLD ?= data/micro
+NAME = $(basename $(notdir $(MODEL)))
+
+STUDENTS := w8a8 w4a6_ptq w4a6
+DEMO_PT := $(RUN)/teacher.pt $(STUDENTS:%=$(RUN)/%.pt)
+DEMO_ONNX := $(RUN)/teacher.onnx $(RUN)/w8a8.onnx $(RUN)/w4a6.onnx
+DEMO_ENGINES := $(RUN)/w8a8.engine $(RUN)/w4a6.engine
+DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT)) \
+	$(patsubst $(RUN)/%.onnx,$(RUN)/eval/%_onnx/metrics.json,$(DEMO_ONNX))
+
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: demo test data train export-onnx engine audit bench eval report lint setup clean
+
+demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
+	$(PY) -m eval.report --run $(RUN)
+
+test: .venv/.ok
+	$(PY) -m pytest
+
+setup: .venv/.ok
+.venv/.ok: requirements.txt requirements-gpu.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	if command -v nvidia-smi >/dev/null; then $(PY) -m pip uninstall --quiet -y onnxruntime && $(PY) -m pip install --quiet -r requirements-gpu.txt; fi
+	touch $@
+
+ifdef NUSCENES
+data: .venv/.ok
+	$(PY) -m qdbev.data.infos --root $(NUSCENES) $(if $(VERSION),--version $(VERSION))
+else
+data: $(WORLD)/world.json
+endif
+
+$(WORLD)/world.json: | .venv/.ok
+	$(PY) -m qdbev.data.synthetic.generate --world micro --out $(WORLD)
+
+$(RUN)/teacher.pt: | $(WORLD)/world.json
+	$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) --set data.root=$(WORLD)
+
+$(RUN)/w8a8.pt: $(RUN)/teacher.pt
+	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.epochs=0
+$(RUN)/w4a6_ptq.pt: $(RUN)/teacher.pt
+	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6 --set quant.epochs=0
+$(RUN)/w4a6.pt: $(RUN)/teacher.pt
+	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6
+
+$(RUN)/%.onnx: $(RUN)/%.pt
+	$(PY) -m export.to_onnx --checkpoint $< --onnx $@
+$(RUN)/%.engine: $(RUN)/%.onnx
+	$(PY) -m engine.build --onnx $< --out $@
+
+$(RUN)/eval/%_pt/metrics.json: $(RUN)/%.pt
+	$(PY) -m eval.run --model $< --out $(@D)
+$(RUN)/eval/%_onnx/metrics.json: $(RUN)/%.onnx
+	$(PY) -m eval.run --model $< --out $(@D)
+$(RUN)/pictures: $(RUN)/w4a6.pt
+	$(PY) -m eval.pictures --model $< --out $@
+
+train: .venv/.ok
+	$(PY) -m train.float --recipe $(RECIPE) --run $(RUN)
+	$(PY) -m train.qat --teacher $(RUN)/teacher.pt --student $(RUN)/student.pt --bits $(BITS)
+
+export-onnx: MODEL ?= $(RUN)/w4a6.pt
+export-onnx: .venv/.ok
+	$(PY) -m export.to_onnx --checkpoint $(MODEL) --onnx $(basename $(MODEL)).onnx
+
+engine: MODEL ?= $(RUN)/w4a6.onnx
+engine: .venv/.ok
+	$(PY) -m engine.build --onnx $(MODEL)
+
+audit: MODEL ?= $(RUN)/w4a6.engine
+audit: .venv/.ok
+	$(PY) -m engine.audit --engine $(MODEL) --onnx $(basename $(MODEL)).onnx
+
+bench: MODEL ?= $(RUN)/w4a6.engine
+bench: .venv/.ok
+	$(PY) -m engine.bench --engine $(MODEL)
+
+eval: MODEL ?= $(RUN)/w4a6.pt
+eval: .venv/.ok
+	$(PY) -m eval.run --model $(MODEL) --out $(dir $(MODEL))eval/$(NAME)_$(patsubst .%,%,$(suffix $(MODEL)))
+
+report: .venv/.ok
+	$(PY) -m eval.report --run $(RUN)
+
+lint: .venv/.ok
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache

@@ -1,0 +1,218 @@
+"""From a model file to metrics, the summary and the pictures; on a small synthetic world, with the official metric."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eval import draw, pictures, report, run
+from eval.detectors import Detector, DetectorError, open_detector
+from eval.loop import steps
+from eval.nds import EvaluationError
+from qdbev import artifact
+from qdbev.artifact import ArtifactError, Seal
+from qdbev.config import Config, to_dict
+from qdbev.data.dataset import FrameDataset
+from qdbev.model.bevformer import BEVFormer
+from qdbev.recipes import RECIPES
+from qdbev.schema import CLASSES, INPUTS, OUTPUTS
+
+
+def micro(root: Path) -> Config:
+    config = RECIPES["micro"]()
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(root)))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A micro model with random weights."""
+    path = tmp_path_factory.mktemp("run") / "teacher.pt"
+    config = micro(tiny_world)
+    torch.manual_seed(0)
+    weights = BEVFormer(config.model).state_dict()
+    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    return path
+
+
+@pytest.fixture(scope="module")
+def metrics(teacher: Path) -> dict[str, Any]:
+    """What `python -m eval.run` leaves."""
+    run.main(["--model", str(teacher)])
+    return json.loads((teacher.parent / "eval" / "teacher_pt" / "metrics.json").read_text())
+
+
+def recorder(config: Config, seen: list[dict[str, np.ndarray]], seal: Seal | None = None) -> Detector:
+    """A detector that keeps its inputs, gives the number of the call as its BEV, and finds nothing inside the range."""
+    cells, model = config.model.bev_hw[0] * config.model.bev_hw[1], config.model
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(inputs)
+        code = np.full((1, model.num_query, 10), 1000.0, np.float32)
+        code[..., [2, 3, 5]] = 0
+        bev = np.full((1, cells, model.embed_dim), float(len(seen)), np.float32)
+        return {"cls_logits": np.zeros((1, model.num_query, model.num_classes), np.float32), "box_code": code, "bev": bev}
+
+    seal = seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
+    return Detector(seal, config, infer)
+
+
+def test_memory_passes_from_frame_to_frame_and_ends_with_the_scene(tiny_world: Path) -> None:
+    config = micro(tiny_world)
+    dataset = FrameDataset(config.data, config.model.pc_range, "train", training=False, seed=0)
+    seen: list[dict[str, np.ndarray]] = []
+    scenes = [step.frame.scene_token for step in steps(recorder(config, seen), dataset)]
+    assert len(set(scenes)) == 2
+    assert set(seen[0]) == set(INPUTS)
+    starts = [index == 0 or scenes[index - 1] != scene for index, scene in enumerate(scenes)]
+    assert [float(inputs["has_prev"][0]) for inputs in seen] == [0.0 if start else 1.0 for start in starts]
+    for index, (inputs, start) in enumerate(zip(seen, starts, strict=True)):
+        assert np.all(inputs["prev_bev"] == (0 if start else index))  # the call before gave its number as BEV
+        moved = np.abs(inputs["can_bus"][0, :3]).max()
+        assert (moved == 0) if start else (0 < moved < 20)
+        assert all(value.dtype == np.float32 for value in inputs.values())
+
+
+def test_a_random_model_is_scored_from_file_to_metrics(teacher: Path, metrics: dict[str, Any]) -> None:
+    out = teacher.parent / "eval" / "teacher_pt"
+    seal = artifact.unseal(out / "metrics.json", "metrics")
+    assert seal.parent == metrics["sha256"] == artifact.sha256(teacher)
+    assert metrics["predictions_sha256"] == artifact.unseal(out / "results_nusc.json", "predictions").sha256
+    for name in ("nds", "map", "mate", "mase", "maoe", "mave", "maae"):
+        assert 0 <= metrics[name] < 10, name
+    assert tuple(metrics["class_ap"]) == tuple(metrics["class_tp"]) == CLASSES
+    assert metrics["class_tp"]["traffic_cone"]["aoe"] is None
+    assert (metrics["model"], metrics["kind"], metrics["bytes"]) == ("teacher.pt", "teacher", teacher.stat().st_size)
+    assert (metrics["frames"], metrics["data"]["split"]) == (4, "val")
+    assert 0 < metrics["seconds"]["model"] < metrics["seconds"]["frame"] * 2
+    assert sorted(path.name for path in out.parent.iterdir()) == ["teacher_pt"]  # no scratch folder is left
+
+
+def test_checkpoint_runs_behind_the_deployed_names(teacher: Path, tiny_world: Path) -> None:
+    config = micro(tiny_world)
+    dataset = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
+    with open_detector(teacher) as detector:
+        step = next(steps(detector, dataset))
+        outputs = detector(pictures_inputs(step.frame.images, config, dataset))
+    assert set(outputs) == set(OUTPUTS)
+    assert outputs["box_code"].shape == (1, config.model.num_query, 10)
+    assert detector.config == config
+
+
+def pictures_inputs(images: np.ndarray, config: Config, dataset: FrameDataset) -> dict[str, np.ndarray]:
+    rows, columns = config.model.bev_hw
+    return {
+        "images": images[None],
+        "lidar2img": dataset.frame(0).lidar2img[None],
+        "can_bus": np.zeros((1, 18), np.float32),
+        "prev_bev": np.zeros((1, rows * columns, config.model.embed_dim), np.float32),
+        "has_prev": np.zeros(1, np.float32),
+    }
+
+
+def test_a_model_that_finds_nothing_scores_zero(tiny_world: Path, tmp_path: Path) -> None:
+    config = micro(tiny_world)
+    (tmp_path / "none.onnx").write_bytes(b"")
+    content = run.evaluate(tmp_path / "none.onnx", recorder(config, []), config.data, "val", tmp_path / "out")
+    assert (content["nds"], content["map"], content["boxes"]) == (0, 0, 1)  # one box far away keeps the devkit going
+
+
+def test_a_failed_evaluation_leaves_the_earlier_files(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = micro(tiny_world)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text("earlier")
+
+    def fail(*_: object) -> None:
+        raise EvaluationError("no metric today")
+
+    monkeypatch.setattr(run.nds, "evaluate", fail)
+    with pytest.raises(EvaluationError, match="today"):
+        run.evaluate(tmp_path / "m.onnx", recorder(config, []), config.data, "val", out)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.json"]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ""])
+def test_an_unknown_model_suffix_is_refused(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(DetectorError, match=r"a model is a \.pt, \.onnx, \.engine file"), open_detector(tmp_path / f"model{suffix}"):
+        pass
+
+
+def test_a_missing_model_and_a_wrong_device_each_say_so(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_detector(tmp_path / "gone.onnx"):
+        pass
+    with pytest.raises(DetectorError, match="runs in onnxruntime on the CPU, not on 'cuda'"), open_detector(tmp_path / "m.onnx", "cuda"):
+        pass
+    with pytest.raises(DetectorError, match="'gpu' is no torch device"), open_detector(teacher, "gpu"):
+        pass
+
+
+def test_the_command_ends_with_one_clear_line(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"^error: .*moon"):
+        run.main(["--model", str(teacher), "--split", "moon", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere"):
+        run.main(["--model", str(teacher), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+
+
+def test_absent_classes_are_warned_about() -> None:
+    assert run.warnings({"absent": []}) == []
+    assert "no scored bus, trailer" in run.warnings({"absent": ["bus", "trailer"]})[0]
+
+
+def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
+    teacher: Path, metrics: dict[str, Any], tiny_world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, config = teacher.parent, micro(tiny_world)
+    engine = folder / "w8a8.engine"
+    engine.write_bytes(b"plan")
+    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts={}, made={}, sha256="1" * 64)
+    run.evaluate(engine, recorder(config, [], seal), config.data, "val", folder / "eval" / "w8a8_engine")
+    counts = {"quantized_layers": 9, "int8_layers": 8, "kernels": 20, "int8_kernels": 8, "requantizations": 3}
+    (folder / "w8a8.engine.audit.json").write_text(json.dumps({"summary": "8 of 9", **counts, "rows": []}))
+    report.main(["--run", str(folder)])
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher_pt", "w8a8_engine"]
+    assert rows[0]["nds"] == metrics["nds"]
+    assert rows[0]["parent"] is None
+    assert (rows[1]["parent"], rows[1]["nds_from_parent"]) == ("teacher_pt", pytest.approx(-metrics["nds"]))
+    assert (rows[1]["bytes"], rows[1]["audit"]["int8_layers"]) == (4, 8)
+    assert logging.INFO == caplog.handler.level or rows
+
+
+def test_a_run_without_metrics_and_an_altered_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"has no eval/\*/metrics\.json; run `python -m eval\.run"):
+        report.collect(tmp_path)
+    path = tmp_path / "eval" / "teacher_pt" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(ArtifactError, match="has no seal"):
+        report.collect(tmp_path)
+
+
+def test_pictures_are_drawn_for_the_frames_asked_for(teacher: Path, tmp_path: Path) -> None:
+    pictures.main(["--model", str(teacher), "--out", str(tmp_path), "--frames", "1", "--threshold", "0.012"])
+    drawn = list(tmp_path.iterdir())
+    assert [path.name for path in drawn] == ["frame_00002.png"]
+    assert drawn[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_front_of_a_box_lies_where_its_yaw_points() -> None:
+    box = np.array([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, -np.pi / 2, 0.0, 0.0]])  # SECOND yaw: the front points along x
+    points = draw.corners(box)[0]
+    np.testing.assert_allclose(points[[0, 1, 4, 5]].mean(0), [3.0, 2.0, 3.0], atol=1e-12)
+    np.testing.assert_allclose(np.ptp(points, axis=0), [4.0, 2.0, 1.5], atol=1e-12)
+
+
+def test_boxes_behind_a_camera_are_not_drawn_and_those_around_it_are_cut_off() -> None:
+    lidar2img = np.array([[100.0, 50.0, 0.0, 0.0], [0.0, 40.0, -100.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])  # looks along y
+    boxes = np.array([[0.0, y, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0] for y in (10.0, -10.0, 1.0)])
+    seen = draw.project_edges(draw.corners(boxes), lidar2img, 100, 80)
+    assert sorted(seen) == [0, 2]
+    np.testing.assert_allclose(seen[0].reshape(-1, 2).mean(0), [50, 40], atol=1e-9)
+    assert len(seen[0]) == 12
+    assert len(seen[2]) == 8  # the four edges of the hind face lie behind the camera
+    assert np.isfinite(seen[2]).all()

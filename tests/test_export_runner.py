@@ -1,0 +1,121 @@
+"""The door of the ONNX room: what it opens and what it refuses."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.runner import OnnxRunner
+from qdbev import artifact, schema
+from qdbev.artifact import ArtifactError
+
+SHAPE = [1, 3]
+
+
+def deployed_model(**changes):
+    """A graph with the deployed names: each output is one input plus a constant."""
+    outputs = changes.get("outputs", schema.OUTPUTS)
+    nodes = [helper.make_node("Add", [source, "one"], [name], name=name) for source, name in zip(schema.INPUTS, outputs, strict=False)]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in schema.INPUTS],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in outputs],
+        [numpy_helper.from_array(np.full(3, changes.get("weight", 1.0), np.float32), "one")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, 1)])
+    model.ir_version = 10
+    return model
+
+
+def sealed(tmp_path, content):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
+    artifact.seal(path, kind="onnx", config={}, parent=None, facts={})
+    return path
+
+
+def inputs():
+    return {name: np.full(SHAPE, index, np.float32) for index, name in enumerate(schema.INPUTS)}
+
+
+def test_a_sealed_graph_runs_by_name(tmp_path):
+    runner = OnnxRunner(sealed(tmp_path, deployed_model()))
+    outputs = runner(inputs())
+    assert list(outputs) == list(schema.OUTPUTS)
+    assert [float(value[0, 0]) for value in outputs.values()] == [1.0, 2.0, 3.0]
+    assert runner.seal.kind == "onnx"
+
+
+def test_a_file_that_changed_after_sealing_is_refused(tmp_path):
+    path = sealed(tmp_path, deployed_model())
+    path.write_bytes(deployed_model(weight=2.0).SerializeToString())
+    with pytest.raises(ArtifactError, match="not the file that was sealed"):
+        OnnxRunner(path)
+
+
+@pytest.mark.parametrize("content", [b"no onnx at all", b""])
+def test_a_corrupt_file_is_refused(tmp_path, content):
+    with pytest.raises(ArtifactError, match="damaged|holds no graph"):
+        OnnxRunner(sealed(tmp_path, content))
+
+
+def test_other_output_names_are_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="outputs scores"):
+        OnnxRunner(sealed(tmp_path, deployed_model(outputs=("scores", "box_code", "bev"))))
+
+
+def test_a_custom_operator_without_a_body_is_refused(tmp_path):
+    model = deployed_model()
+    model.graph.node[0].domain = schema.OP_DOMAIN
+    with pytest.raises(ArtifactError, match="node cls_logits is a qdbev::Add without a function body"):
+        OnnxRunner(sealed(tmp_path, model))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weight):
+    with pytest.raises(ArtifactError, match="3 of 3 values of one are NaN or infinite"):
+        OnnxRunner(sealed(tmp_path, deployed_model(weight=weight)))
+
+
+def test_a_graph_that_onnxruntime_refuses_is_one_clear_error(tmp_path):
+    model = deployed_model()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(ArtifactError, match="onnxruntime cannot open"):
+        OnnxRunner(sealed(tmp_path, model))
+
+
+def test_wrong_inputs_are_named(tmp_path):
+    runner = OnnxRunner(sealed(tmp_path, deployed_model()))
+    with pytest.raises(ValueError, match="can_bus is float32 \\(3,\\)"):
+        runner(inputs() | {"can_bus": np.zeros(3, np.float32)})
+    with pytest.raises(ValueError, match="can_bus is float64"):
+        runner(inputs() | {"can_bus": np.zeros(SHAPE)})
+    with pytest.raises(ValueError, match="the graph takes"):
+        runner({name: value for name, value in inputs().items() if name != "bev" and name != "images"})
+
+
+def test_quantize_and_dequantize_are_executed_literally(tmp_path):
+    """A bias stays float32: as int32 with scale 1 * 1, onnxruntime's own form, 0.4 would become 0."""
+    model = deployed_model()
+    graph = model.graph
+    graph.initializer.extend(
+        [
+            numpy_helper.from_array(np.float32(1), "scale"),
+            numpy_helper.from_array(np.int8(0), "zero"),
+            numpy_helper.from_array(np.eye(3, dtype=np.int8), "weight"),
+            numpy_helper.from_array(np.full(3, 0.4, np.float32), "bias"),
+        ]
+    )
+    del graph.node[0]
+    graph.node.extend(
+        [
+            helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
+            helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"]),
+            helper.make_node("Gemm", ["x", "w", "bias"], ["cls_logits"]),
+        ]
+    )
+    onnx.checker.check_model(model)
+    outputs = OnnxRunner(sealed(tmp_path, model))(inputs() | {"images": np.array([[1.0, 2.0, 3.0]], np.float32)})
+    np.testing.assert_array_equal(outputs["cls_logits"], np.array([[1.4, 2.4, 3.4]], np.float32))

@@ -1,0 +1,312 @@
+"""A small detector, float and quantized, through the whole export."""
+
+import copy
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from export import functions, parity, qdq, to_onnx
+from export.runner import OnnxRunner
+from qdbev import artifact, schema
+from qdbev.artifact import Seal
+from qdbev.config import BackboneConfig, to_dict
+from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.calibrate import calibrate
+from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
+from qdbev.recipes import micro, w4a6
+from qdbev.restore import quantized
+
+IMAGE_HW = (64, 96)
+KINDS = ("float", "w8a8", "w4a6")
+
+
+class Exported(NamedTuple):
+    kind: str
+    model: BEVFormer
+    parent: Seal
+    path: object
+    proto: onnx.ModelProto
+    rows: list
+    made: Seal
+
+
+def small_config(kind):
+    config = micro()
+    model = dataclasses.replace(
+        config.model,
+        backbone=BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
+        embed_dim=32,
+        num_heads=4,
+        ffn_dim=32,
+        bev_hw=(8, 8),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_query=12,
+        rotate_center=(4.0, 4.0),
+    )
+    config = dataclasses.replace(config, model=model)
+    return w4a6(config) if kind == "w4a6" else config
+
+
+def small_model(kind):
+    """Random weights; projections that start at zero get some too, so that every operator matters."""
+    torch.manual_seed(0)
+    config = small_config(kind)
+    model = BEVFormer(config.model).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            torch.nn.init.normal_(parameter, std=0.05)
+    if kind == "float":
+        return config, model
+    model = quantized(config, model).eval()
+    frame, _ = parity.synthetic_frames(model, IMAGE_HW)
+    feeds = {name: torch.from_numpy(value) for name, value in parity.deployed_inputs(frame, None, model).items()}
+    feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
+    calibrate(model, lambda: model(*(feeds[name] for name in schema.INPUTS)), "max")
+    return config, model
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """One export of each kind, made when first asked for."""
+    folder, made = tmp_path_factory.mktemp("export"), {}
+
+    def get(kind):
+        if kind not in made:
+            config, model = small_model(kind)
+            parent_kind = "teacher" if kind == "float" else "student"
+            parent = Seal(kind=parent_kind, config=to_dict(config), parent=None, facts={}, made={}, sha256=kind)
+            path = folder / f"{kind}.onnx"
+            rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW))
+            made[kind] = Exported(kind, model, parent, path, onnx.load(path), rows, seal)
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(params=KINDS)
+def exported(request, exports):
+    return exports(request.param)
+
+
+def export_altered(exports, kind, tmp_path, monkeypatch, alter):
+    """Export again with the traced graph altered; returns the path."""
+    done = exports(kind)
+    proto = copy.deepcopy(done.proto)
+    alter(proto)
+    monkeypatch.setattr(to_onnx, "trace", lambda model, image_hw: proto)
+    path = tmp_path / "altered.onnx"
+    to_onnx.export(done.model, done.parent, path, IMAGE_HW, parity.synthetic_frames(done.model, IMAGE_HW))
+    return path
+
+
+def test_onnx_computes_what_pytorch_computes_on_both_frames(exported):
+    assert {row.frame for row in exported.rows} == {0, 1}
+    assert len(exported.rows) == 2 * len(schema.OUTPUTS)
+    assert all(row.passed for row in exported.rows), parity.table(exported.rows)
+
+
+def test_the_graph_has_the_names_and_shapes_of_the_schema(exported):
+    graph = exported.proto.graph
+    onnx.checker.check_model(exported.proto)
+    assert tuple(item.name for item in graph.input) == schema.INPUTS
+    assert tuple(item.name for item in graph.output) == schema.OUTPUTS
+    assert OnnxRunner(exported.path).shapes["images"] == (1, 6, 3, *IMAGE_HW)
+    assert all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*graph.input, *graph.output))
+
+
+def test_custom_operators_are_single_nodes_with_a_body_and_plugin_attributes(exported):
+    nodes = {node.name: node for node in exported.proto.graph.node if node.domain == schema.OP_DOMAIN}
+    assert {name: node.op_type for name, node in nodes.items()} == {
+        "encoder.layers.0.temporal.attention": functions.MSDA,
+        "encoder.layers.0.spatial.attention": functions.SCA,
+        "decoder.layers.0.cross_attention.attention": functions.MSDA,
+        "decoder.layers.1.cross_attention.attention": functions.MSDA,
+    }
+    spatial = nodes["encoder.layers.0.spatial.attention"]
+    assert {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in spatial.attribute} == {
+        "level_hw": [16, 24, 8, 12],
+        "plugin_namespace": b"qdbev",
+        "plugin_version": b"1",
+    }
+    assert {function.name for function in exported.proto.functions} == {functions.MSDA, functions.SCA}
+
+
+def test_compute_nodes_carry_the_names_of_their_modules_once(exported):
+    names = [node.name for node in exported.proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(names) == len(set(names))
+    modules = dict(exported.model.named_modules())
+    assert [name for name in names if name not in modules] == []
+    unused = {name for name in modules if name.startswith("head.cls_branches.0.")}
+    leaves = {name for name, module in modules.items() if type(module) in (torch.nn.Conv2d, torch.nn.Linear, QuantConv2d, QuantLinear)}
+    assert leaves - set(names) <= unused | {"decoder.reference_points"}
+
+
+def test_branches_of_earlier_decoder_layers_are_pruned(exported):
+    assert not [node.name for node in exported.proto.graph.node if node.name.startswith("head.cls_branches.0")]
+
+
+def test_the_file_holds_no_paths_of_this_machine(exported):
+    content = exported.path.read_bytes()
+    assert b".py" not in content
+    assert b"site-packages" not in content
+
+
+def test_the_seal_tells_what_was_made(exported):
+    facts = exported.made.facts
+    assert exported.made.parent == exported.parent.sha256
+    assert facts["bytes"] == exported.path.stat().st_size
+    assert facts["opset"] == schema.OPSET
+    assert facts["nodes"] == len(exported.proto.graph.node)
+    assert ("int4_bytes" in facts) == (exported.kind == "w4a6")
+    assert facts["parity_bev_cosine"] > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_quantized_weights_are_int8_constants_and_no_float_copy_is_left(exports, kind):
+    done = exports(kind)
+    constants = {tensor.name: tensor for tensor in done.proto.graph.initializer}
+    sources = {node.output[0]: node for node in done.proto.graph.node}
+    readers = {node.name: node for node in done.proto.graph.node}
+    assert qdq.float_copies(done.proto) == []
+    for name, layer in quant_layers(done.model):
+        if not isinstance(layer, QuantConv2d | QuantLinear) or name not in readers:
+            continue
+        dequantize = sources[readers[name].input[1]]
+        values = numpy_helper.to_array(constants[dequantize.input[0]])
+        scale = numpy_helper.to_array(constants[dequantize.input[1]])
+        weight, axis = layer.weight_quantizer(layer.weight).detach().numpy(), 0
+        if isinstance(layer, QuantLinear):
+            weight, axis = weight.T, 1
+        assert dequantize.op_type == "DequantizeLinear"
+        assert dequantize.attribute[0].i == axis
+        assert values.dtype == np.int8
+        assert np.abs(values).max() <= 2 ** (layer.weight_quantizer.num_bits - 1) - 1
+        steps = scale.reshape([-1 if index == axis else 1 for index in range(values.ndim)])
+        np.testing.assert_allclose(values * steps, weight, rtol=1e-6, atol=1e-9)
+        assert f"{name}.weight" not in constants
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_activations_are_quantized_to_int8_with_zero_point_zero_and_one_scale(exports, kind):
+    graph = exports(kind).proto.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    quantizes = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert quantizes
+    for node in quantizes:
+        assert constants[node.input[1]].ndim == 0
+        assert constants[node.input[2]].dtype == np.int8
+        assert constants[node.input[2]] == 0
+
+
+def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
+    done = exports("w4a6")
+    stored = done.path.with_suffix(".int4.onnx")
+    packed = onnx.load(stored)
+    assert stored.stat().st_size < done.path.stat().st_size
+    assert qdq.unpack_int4(packed) == done.proto
+    four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
+    assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
+    assert "backbone.conv1.weight.int8" not in four_bit
+    frame, _ = parity.synthetic_frames(done.model, IMAGE_HW)
+    feeds = parity.deployed_inputs(frame, None, done.model)
+    expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
+    for name in schema.OUTPUTS:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_weight_off_its_grid_is_refused(exports):
+    model = copy.deepcopy(exports("w8a8").proto)
+    graph = model.graph
+    quantize = next(node for node in graph.node if node.op_type == "QuantizeLinear")
+    graph.initializer.append(numpy_helper.from_array(np.full((2, 2), 0.45, np.float32), "w"))
+    graph.initializer.append(numpy_helper.from_array(np.float32(1), "s"))
+    quantize.input[0], quantize.input[1] = "w", "s"
+    with pytest.raises(ValueError, match="weight w lies up to 0.45 steps off its grid"):
+        qdq.pack_weights(model)
+
+
+def scale_of(proto, name):
+    return next(tensor for tensor in proto.graph.initializer if tensor.name == f"{name}.weight.scale")
+
+
+def test_a_wrong_scale_in_one_layer_fails_parity_and_leaves_no_file(exports, tmp_path, monkeypatch):
+    def alter(proto):
+        tensor = scale_of(proto, "encoder.layers.0.ffn.linear2")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.5), tensor.name))
+
+    with pytest.raises(to_onnx.ParityError, match="out of tolerance"):
+        export_altered(exports, "w4a6", tmp_path, monkeypatch, alter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_body_fails_parity_and_leaves_no_file(exports, tmp_path, monkeypatch):
+    def alter(proto):
+        body = next(function for function in proto.functions if function.name == functions.SCA)
+        next(node for node in body.node if node.op_type == "Max").op_type = "Sum"
+
+    with pytest.raises(to_onnx.ParityError, match="out of tolerance"):
+        export_altered(exports, "float", tmp_path, monkeypatch, alter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_body_is_named_and_leaves_no_file(exports, tmp_path, monkeypatch):
+    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: node .* is a qdbev::.* without a function body"):
+        export_altered(exports, "float", tmp_path, monkeypatch, lambda proto: proto.ClearField("functions"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_weights_are_named_and_leave_no_file(exports, tmp_path, monkeypatch):
+    def alter(proto):
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "neck.lateral.0.bias")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32("nan"), tensor.name))
+
+    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: 32 of 32 values of neck.lateral.0.bias are NaN"):
+        export_altered(exports, "float", tmp_path, monkeypatch, alter)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unaltered_graph_passes_the_same_way(exports, tmp_path, monkeypatch):
+    path = export_altered(exports, "float", tmp_path, monkeypatch, lambda proto: None)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["altered.onnx", "altered.onnx.seal.json"]
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_a_checkpoint_that_does_not_exist_is_one_error(tmp_path, monkeypatch, capsys):
+    missing, target = tmp_path / "none.pt", tmp_path / "none.onnx"
+    monkeypatch.setattr("sys.argv", ["to_onnx", "--checkpoint", str(missing), "--onnx", str(target)])
+    with pytest.raises(SystemExit) as stop:
+        to_onnx.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {missing} does not exist")
+    assert not target.exists()
+
+
+def test_a_checkpoint_without_an_image_size_asks_for_it(tmp_path, monkeypatch, capsys):
+    config, model = small_model("float")
+    checkpoint, target = tmp_path / "teacher.pt", tmp_path / "teacher.onnx"
+    artifact.save_checkpoint(checkpoint, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts={})
+    monkeypatch.setattr("sys.argv", ["to_onnx", "--checkpoint", str(checkpoint), "--onnx", str(target)])
+    with pytest.raises(SystemExit) as stop:
+        to_onnx.main()
+    assert stop.value.code == 2
+    assert "--image-hw 480 800" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_quantized_tolerance_follows_the_network_within_bounds():
+    rng = np.random.default_rng(0)
+    ours = rng.standard_normal(100_000).astype(np.float32)
+    near, far, wrong = (ours + size * rng.standard_normal(ours.size).astype(np.float32) for size in (0.03, 0.08, 0.3))
+    assert parity._compare(0, "bev", ours, near, ours, True).passed
+    assert not parity._compare(0, "bev", ours, far, ours, True).passed
+    assert parity._compare(0, "bev", ours, far, far, True).passed
+    assert not parity._compare(0, "bev", ours, wrong, wrong, True).passed
+    assert not parity._compare(0, "bev", ours, near, ours, False).passed
+    assert not parity._compare(0, "bev", ours, ours * np.float32("nan"), ours, True).passed
