@@ -215,6 +215,8 @@ def test_missing_parts_of_a_dataset_are_named(world: Path, tmp_path: Path) -> No
     shutil.copy(world / "ego_pose.json", world / VERSION)
     edit(world, "sample_data", lambda rows: rows.remove(next(row for row in rows if "CAM_BACK/" in row["filename"])))
     refuses("has no key frame of CAM_BACK;")
+    edit(world, "scene", list.clear)
+    refuses("has no samples")
 
 
 def test_missing_images_are_counted_and_the_first_is_named(world: Path, tiny_world: Path) -> None:

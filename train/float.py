@@ -33,7 +33,7 @@ def train(config: Config, folder: Path, device: torch.device, world: World, resu
         loss=lambda output, batch: detection_loss(output, batch.boxes, batch.labels, config.train, world.mean),
         resume=resume,
     )
-    facts = fit(model, frames, run)
+    facts = {"image_hw": list(frames.padded_hw), **fit(model, frames, run)}
     teacher = folder / "teacher.pt"
     if world.is_main:
         artifact.save_checkpoint(teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts)

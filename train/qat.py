@@ -68,7 +68,9 @@ def train(teacher_path: Path, student_path: Path, config: Config, device: torch.
         loss=lambda output, batch: detection_loss(output, batch.boxes, batch.labels, config.train, world.mean),
         resume=resume,
     )
-    facts = fit(student.requires_grad_(True), frames, run) if quant.epochs else {"steps": 0}
+    facts = {"image_hw": list(frames.padded_hw)}
+    if quant.epochs:
+        facts |= fit(student.requires_grad_(True), frames, run)
     if world.is_main:
         facts |= {"paper_bytes": paper_bytes(student, quant.encoder.weight), "packed_bytes": packed_bytes(student)}
         artifact.save_checkpoint(

@@ -1,0 +1,132 @@
+"""From a float teacher to a sealed student: calibration on frames run as in deployment, training on, restoring."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdbev import artifact
+from qdbev.artifact import ArtifactError
+from qdbev.config import Config, from_dict, override
+from qdbev.data.dataset import FrameDataset
+from qdbev.model.bevformer import BEVFormer
+from qdbev.recipes import BITS, RECIPES
+from qdbev.restore import restore
+from train import float as float_training
+from train import loop, qat
+from train.distributed import World
+
+CPU = torch.device("cpu")
+SETTINGS = (
+    "data.image_scale=0.2",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.ffn_dim=16",
+    "model.bev_hw=(8,8)",
+    "model.rotate_center=(4.0,4.0)",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.num_query=20",
+    "model.backbone.width=4",
+    "train.batch_size=2",
+    "train.epochs=1",
+    "quant.epochs=1",
+    "quant.calibration_samples=2",
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"])
+    return float_training.train(config, tmp_path_factory.mktemp("teacher"), CPU, World(), resume=False)
+
+
+def config_of(teacher: Path, bits: str, *settings: str) -> Config:
+    return override(BITS[bits](from_dict(artifact.load_checkpoint(teacher, "teacher")[0].config)), list(settings))
+
+
+def outputs(model: BEVFormer, config: Config) -> torch.Tensor:
+    frames = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
+    with torch.no_grad():
+        return torch.cat([loop_output(model, frames.frame(index)) for index in range(2)])
+
+
+def loop_output(model: BEVFormer, frame) -> torch.Tensor:
+    tensors = (torch.from_numpy(array)[None] for array in (frame.images, frame.lidar2img, frame.can_bus.astype("float32")))
+    return model(*tensors).box_code[-1]
+
+
+def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp_path):
+    config = config_of(teacher, "w8a8", "quant.epochs=0")
+    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+    student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
+    qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
+    seal, restored = restore(tmp_path / "w8a8.pt")
+    assert seal.kind == "student"
+    assert seal.parent == artifact.sha256(teacher)
+    torch.testing.assert_close(outputs(restored, config), outputs(student, config), atol=0, rtol=0)
+    plain = outputs(restore(teacher)[1], config)
+    assert 0 < (outputs(restored, config) - plain).abs().max() < 1.0
+
+
+def test_calibration_runs_first_and_later_frames(teacher, monkeypatch):
+    config = config_of(teacher, "w8a8")
+    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+    model = restore(teacher)[1]
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[3] is not None))
+    qat.stream(model, frames, 4, CPU)
+    assert seen == [False, True, False, True]
+
+
+def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tmp_path):
+    sizes = {}
+    for bits in BITS:
+        path = tmp_path / f"{bits}.pt"
+        qat.train(teacher, path, config_of(teacher, bits, "quant.epochs=0"), CPU, World(), resume=False)
+        sizes[bits] = artifact.load_checkpoint(path, "student")[0].facts
+    assert sizes["w4a6"]["packed_bytes"] < sizes["w8a8"]["packed_bytes"]
+    assert sizes["w4a6"]["paper_bytes"] == sizes["w8a8"]["paper_bytes"] / 2
+
+
+def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path, monkeypatch):
+    config = config_of(teacher, "w4a6")
+    qat.train(teacher, tmp_path / "whole.pt", config, CPU, World(), resume=False)
+    start = qat.calibrated_student(
+        restore(teacher)[1], config, FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0), CPU
+    ).state_dict()
+    whole = artifact.load_checkpoint(tmp_path / "whole.pt", "student")[1]
+    moved = [name for name in whole if not torch.equal(whole[name], start[name])]
+    assert any(name.endswith("log_step") for name in moved)
+    assert "backbone.conv1.weight" in moved
+
+    real_step, calls = loop._step, iter(range(100))
+
+    def killed(*args):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return real_step(*args)
+
+    monkeypatch.setattr(loop, "_step", killed)
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)
+    monkeypatch.undo()
+    qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=True)
+    logs = [[json.loads(line)["loss"] for line in (tmp_path / f"{name}.log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_a_student_is_no_teacher(teacher, tmp_path):
+    qat.train(teacher, tmp_path / "w8a8.pt", config_of(teacher, "w8a8", "quant.epochs=0"), CPU, World(), resume=False)
+    with pytest.raises(ArtifactError, match="is a student file, a teacher is needed"):
+        artifact.load_checkpoint(tmp_path / "w8a8.pt", "teacher")
+
+
+def test_weights_that_do_not_fit_their_own_config_are_refused(teacher, tmp_path):
+    seal, weights, _ = artifact.load_checkpoint(teacher, "teacher")
+    weights.pop("encoder.camera_embed")
+    artifact.save_checkpoint(tmp_path / "bad.pt", kind="teacher", config=seal.config, weights=weights, parent=None, facts={})
+    with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
+        restore(tmp_path / "bad.pt")
