@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qdbev import artifact
+from qdbev import artifact, command
 from qdbev.artifact import Seal
 from qdbev.config import Config, from_dict
 from qdbev.model.bevformer import Deployed
@@ -47,8 +47,9 @@ def open_detector(path: Path, device: str | None = None) -> Iterator[Detector]:
         device: Where a checkpoint runs, "cpu" when left out. Other files bring their own: ONNX runs on the CPU, an engine on its GPU.
 
     Raises:
-        DetectorError: The suffix is unknown, or the device is not one this file can run on.
+        DetectorError: The suffix is unknown, or the file brings its own device.
         ArtifactError: The file or its seal is missing, damaged, or of another kind.
+        ValueError: The device is not there, or an engine does not fit it.
     """
     openers = {".pt": _open_checkpoint, ".onnx": _open_onnx, ".engine": _open_engine}
     if path.suffix not in openers:
@@ -59,7 +60,7 @@ def open_detector(path: Path, device: str | None = None) -> Iterator[Detector]:
 
 @contextmanager
 def _open_checkpoint(path: Path, device: str | None) -> Iterator[Detector]:
-    target = _torch_device(device or "cpu")
+    target = command.device(device or "cpu")
     seal, model = restore(path)
     deployed = Deployed(model).to(target).eval()
 
@@ -92,23 +93,10 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[Detector]:
 
 @contextmanager
 def _open_engine(path: Path, device: str | None) -> Iterator[Detector]:
-    from engine.session import EngineError, Session
+    from engine.session import Session
 
     if device is not None:
         raise DetectorError(f"{path} runs on the GPU it was built for, --device {device!r} has no meaning for it; leave --device out")
     seal = artifact.unseal(path, "engine")
-    try:
-        with Session(path) as session:
-            yield Detector(seal, from_dict(seal.config), session.infer)
-    except EngineError as error:
-        raise DetectorError(str(error)) from error
-
-
-def _torch_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise DetectorError(f"--device {name!r} is no torch device; use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise DetectorError(f"--device {name!r}: torch sees no GPU here; use --device cpu")
-    return device
+    with Session(path) as session:
+        yield Detector(seal, from_dict(seal.config), session.infer)

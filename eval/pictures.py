@@ -11,15 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import draw
-from eval.detectors import DetectorError, open_detector
+from eval.detectors import open_detector
 from eval.draw import Scene
 from eval.loop import Step, steps
 from eval.run import data_of
 from qdbev import geometry
-from qdbev.artifact import ArtifactError, atomic
-from qdbev.config import Config, ConfigError, DataConfig
+from qdbev.artifact import atomic
+from qdbev.command import entry_point
+from qdbev.config import Config, DataConfig
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.infos import DatasetError
 from qdbev.data.transforms import read_image
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def scene_of(step: Step, dataset: FrameDataset, data: DataConfig, threshold: flo
     )
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.pictures", description="Draw a model's detections and the ground truth.")
     parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
@@ -60,32 +60,30 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--version", help="version of the dataset (default: the one in the model's config)")
     parser.add_argument("--split", help="split of the dataset (default: the model's data.val_split)")
     parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")
     return args
 
 
-def main(arguments: list[str] | None = None) -> None:
+@entry_point
+def main() -> None:
     """Model in, pictures out."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # pytorch-quantization's import installs a handler
-    args = parse_args(arguments)
-    try:
-        with open_detector(args.model, args.device) as detector:
-            config: Config = detector.config
-            data, split = data_of(config.data, args)
-            dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
-            chosen = choose(args.frames, len(dataset))
-            for step in tqdm(steps(detector, dataset), desc="drawing", total=chosen[-1] + 1, unit="frame", disable=None):
-                if step.index in chosen:
-                    path = args.out / f"frame_{step.index:05d}.png"
-                    with atomic(path) as temporary:
-                        draw.save(temporary, scene_of(step, dataset, data, args.threshold), config.model.pc_range)
-                    _log.info("%s", path)
-                if step.index == chosen[-1]:
-                    break
-    except (ArtifactError, ConfigError, DatasetError, DetectorError) as error:
-        raise SystemExit(f"error: {error}") from error
+    args = parse_args()
+    with open_detector(args.model, args.device) as detector:
+        config: Config = detector.config
+        data, split = data_of(config.data, args)
+        dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
+        chosen = choose(args.frames, len(dataset))
+        for step in tqdm(steps(detector, dataset), desc="drawing", total=chosen[-1] + 1, unit="frame", disable=None):
+            if step.index in chosen:
+                path = args.out / f"frame_{step.index:05d}.png"
+                with atomic(path) as temporary:
+                    draw.save(temporary, scene_of(step, dataset, data, args.threshold), config.model.pc_range)
+                _log.info("%s", path)
+            if step.index == chosen[-1]:
+                break
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from eval.nds import EvaluationError
 from qdbev import artifact
-from qdbev.artifact import ArtifactError
+from qdbev.command import entry_point
 
 SUMMARY = "summary.json"
 _MEANS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
@@ -70,21 +70,19 @@ def table(rows: list[Row]) -> Table:
     return grid
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, as runs/demo")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
-def main(arguments: list[str] | None = None) -> None:
+@entry_point
+def main() -> None:
     """Metrics in, table and summary out."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    args = parse_args(arguments)
-    try:
-        rows = collect(args.run)
-    except (ArtifactError, EvaluationError) as error:
-        raise SystemExit(f"error: {error}") from error
+    args = parse_args()
+    rows = collect(args.run)
     path = save(args.run, rows)
     Console().print(table(rows))
     splits = sorted({f"{row['data']['split']} of {row['data']['version']}" for row in rows})

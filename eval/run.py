@@ -21,15 +21,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eval import nds, submission
-from eval.detectors import Detector, DetectorError, open_detector
+from eval.detectors import Detector, open_detector
 from eval.loop import steps
-from eval.nds import EvaluationError
-from eval.submission import Record, SubmissionError
+from eval.submission import Record
 from qdbev import artifact
-from qdbev.artifact import ArtifactError
-from qdbev.config import ConfigError, DataConfig
+from qdbev.command import entry_point
+from qdbev.config import DataConfig
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.infos import DatasetError
 
 RESULTS = "results_nusc.json"
 METRICS = "metrics.json"
@@ -113,7 +111,7 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a model on nuScenes with the official metric.")
     parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
@@ -122,7 +120,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", help="val, mini_val, ... or one of splits.json (default: the model's data.val_split)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: eval/<model's name> beside the model)")
     parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def data_of(config: DataConfig, args: argparse.Namespace) -> tuple[DataConfig, str]:
@@ -131,17 +129,15 @@ def data_of(config: DataConfig, args: argparse.Namespace) -> tuple[DataConfig, s
     return data, args.split or config.val_split
 
 
-def main(arguments: list[str] | None = None) -> None:
+@entry_point
+def main() -> None:
     """Model in, results and metrics out."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # pytorch-quantization's import installs a handler
-    args = parse_args(arguments)
+    args = parse_args()
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
-    try:
-        with open_detector(args.model, args.device) as detector:
-            data, split = data_of(detector.config.data, args)
-            content = evaluate(args.model, detector, data, split, out)
-    except (ArtifactError, ConfigError, DatasetError, DetectorError, EvaluationError, SubmissionError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with open_detector(args.model, args.device) as detector:
+        data, split = data_of(detector.config.data, args)
+        content = evaluate(args.model, detector, data, split, out)
     Console().print(table(content))
     for warning in warnings(content):
         _log.warning("warning: %s", warning)

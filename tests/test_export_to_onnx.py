@@ -264,10 +264,10 @@ def test_a_missing_body_is_named_and_leaves_no_file(exports, tmp_path, monkeypat
 
 def test_nan_weights_are_named_and_leave_no_file(exports, tmp_path, monkeypatch):
     def alter(proto):
-        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "neck.lateral.0.bias")
+        tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "neck.lateral.0.weight")
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32("nan"), tensor.name))
 
-    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: 32 of 32 values of neck.lateral.0.bias are NaN"):
+    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: .* values of neck.lateral.0.weight are NaN"):
         export_altered(exports, "float", tmp_path, monkeypatch, alter)
     assert list(tmp_path.iterdir()) == []
 

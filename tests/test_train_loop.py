@@ -54,14 +54,14 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path, monkeypatch):
     config = small(tiny_world)
     whole = train(config, tmp_path / "whole", CPU, World(), resume=False)
 
-    real_step, calls = loop._step, iter(range(100))
+    real_step, calls = loop.train_step, iter(range(100))
 
     def killed(*args):
         if next(calls) == 5:
             raise KeyboardInterrupt
         return real_step(*args)
 
-    monkeypatch.setattr(loop, "_step", killed)
+    monkeypatch.setattr(loop, "train_step", killed)
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "parts", CPU, World(), resume=False)

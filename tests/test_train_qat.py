@@ -101,14 +101,14 @@ def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for
     assert any(name.endswith("log_step") for name in moved)
     assert "backbone.conv1.weight" in moved
 
-    real_step, calls = loop._step, iter(range(100))
+    real_step, calls = loop.train_step, iter(range(100))
 
     def killed(*args):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return real_step(*args)
 
-    monkeypatch.setattr(loop, "_step", killed)
+    monkeypatch.setattr(loop, "train_step", killed)
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
         qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)

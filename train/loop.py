@@ -84,9 +84,9 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     begin = saved = time.monotonic()
     last_loss = math.nan
     with _log(run, step) as log, _bar(run, step, steps_per_epoch) as bar:
-        for history, current in _batches(frames, run, step, steps_per_epoch):
+        for history, current in batches(frames, run, step, steps_per_epoch):
             set_learning_rate(optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
-            losses, norm = _step(wrapped, model, optimizer, scaler, history, current, run, step)
+            losses, norm = train_step(wrapped, model, optimizer, scaler, history, current, run, step)
             step += 1
             cls, box = (world.mean(part.sum().item()) for part in (losses.cls, losses.box))
             last_loss = world.mean(losses.total.item())
@@ -99,7 +99,7 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
 
 
-def _step(
+def train_step(
     wrapped: nn.Module,
     model: BEVFormer,
     optimizer: torch.optim.Optimizer,
@@ -145,7 +145,7 @@ def history_bev(model: BEVFormer, history: list[Batch]) -> Tensor | None:
     return bev
 
 
-def _batches(frames: FrameDataset, run: Run, first_step: int, steps_per_epoch: int) -> Iterator[tuple[list[Batch], Batch]]:
+def batches(frames: FrameDataset, run: Run, first_step: int, steps_per_epoch: int) -> Iterator[tuple[list[Batch], Batch]]:
     """This process's share of every batch from `first_step` to the end, on the run's device."""
     size, world = run.schedule.batch_size, run.world
     keys = []
