@@ -7,7 +7,7 @@
 #   make export-onnx             MODEL=runs/demo/w4a6.pt
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
-#   make report lint
+#   make report lint step-cost
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PY := .venv/bin/python
@@ -26,7 +26,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx engine audit bench eval report lint setup clean
+.PHONY: demo test data train export-onnx engine audit bench eval report step-cost lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
 	$(PY) -m eval.report --run $(RUN)
@@ -99,6 +99,9 @@ eval: .venv/.ok
 
 report: .venv/.ok
 	$(PY) -m eval.report --run $(RUN)
+
+step-cost: .venv/.ok
+	$(PY) -m train.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
 
 lint: .venv/.ok
 	$(PY) -m ruff check .

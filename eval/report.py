@@ -54,19 +54,18 @@ def save(run: Path, rows: list[Row]) -> Path:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows for the terminal."""
-    grid = Table(title="official nuScenes metric, model by model", title_justify="left")
+    """The rows for the terminal, in 80 columns. `vs` is the NDS against the parent's, `int8` the layers that really run in INT8."""
+    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     grid.add_column("model", no_wrap=True)
-    grid.add_column("stage")
-    for title in ("NDS", "vs parent", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms", "integer layers"):
-        grid.add_column(title, justify="right")
+    for title in ("NDS", "vs", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms", "int8"):
+        grid.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        nds, *others = (f"{row[name]:.3f}" for name in _MEANS)
         change = "" if row["nds_from_parent"] is None else f"{row['nds_from_parent']:+.3f}"
+        errors = [f"{row[name]:.2f}" for name in _MEANS[2:]]
         audit = row["audit"]
-        layers = f"{audit['int8_layers']} of {audit['quantized_layers']}" if audit else ""
-        size, milliseconds = f"{row['bytes'] / 1e6:.2f}", f"{1e3 * row['seconds']['model']:.1f}"
-        grid.add_row(row["name"], row["kind"], nds, change, *others, size, milliseconds, layers)
+        layers = f"{audit['int8_layers']}/{audit['quantized_layers']}" if audit else ""
+        size, milliseconds = f"{row['bytes'] / 1e6:.2f}", f"{1e3 * row['seconds']['model']:.0f}"
+        grid.add_row(row["name"], f"{row['nds']:.3f}", change, f"{row['map']:.3f}", *errors, size, milliseconds, layers)
     return grid
 
 

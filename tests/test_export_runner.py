@@ -96,26 +96,31 @@ def test_wrong_inputs_are_named(tmp_path):
 
 
 def test_quantize_and_dequantize_are_executed_literally(tmp_path):
-    """A bias stays float32: as int32 with scale 1 * 1, onnxruntime's own form, 0.4 would become 0."""
+    """A bias stays float32: as int32 with scale 1 * 1, onnxruntime's own form, 0.25 would become 0."""
     model = deployed_model()
-    graph = model.graph
-    graph.initializer.extend(
+    constants = {
+        "scale": np.float32(1),
+        "zero": np.int8(0),
+        "fine": np.float32(0.25),
+        "weight": np.eye(3, dtype=np.int8)[..., None, None],
+        "bias": np.full(3, 0.25, np.float32),
+        "pixel": np.array([1, 3, 1, 1]),
+        "flat": np.array(SHAPE),
+    }
+    model.graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items())
+    del model.graph.node[0]
+    model.graph.node.extend(
         [
-            numpy_helper.from_array(np.float32(1), "scale"),
-            numpy_helper.from_array(np.int8(0), "zero"),
-            numpy_helper.from_array(np.eye(3, dtype=np.int8), "weight"),
-            numpy_helper.from_array(np.full(3, 0.4, np.float32), "bias"),
-        ]
-    )
-    del graph.node[0]
-    graph.node.extend(
-        [
-            helper.make_node("QuantizeLinear", ["images", "scale", "zero"], ["q"]),
+            helper.make_node("Reshape", ["images", "pixel"], ["shaped"]),
+            helper.make_node("QuantizeLinear", ["shaped", "scale", "zero"], ["q"]),
             helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["x"]),
-            helper.make_node("DequantizeLinear", ["weight", "scale"], ["w"]),
-            helper.make_node("Gemm", ["x", "w", "bias"], ["cls_logits"]),
+            helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["w"]),
+            helper.make_node("Conv", ["x", "w", "bias"], ["y"]),
+            helper.make_node("QuantizeLinear", ["y", "fine", "zero"], ["yq"]),
+            helper.make_node("DequantizeLinear", ["yq", "fine", "zero"], ["yd"]),
+            helper.make_node("Reshape", ["yd", "flat"], ["cls_logits"]),
         ]
     )
     onnx.checker.check_model(model)
     outputs = OnnxRunner(sealed(tmp_path, model))(inputs() | {"images": np.array([[1.0, 2.0, 3.0]], np.float32)})
-    np.testing.assert_array_equal(outputs["cls_logits"], np.array([[1.4, 2.4, 3.4]], np.float32))
+    np.testing.assert_array_equal(outputs["cls_logits"], np.array([[1.25, 2.25, 3.25]], np.float32))

@@ -124,7 +124,7 @@ _ALLOWED = {
 def micro() -> WorldConfig:
     """Small enough to train a detector on in minutes: ten classes equally often, near, coloured by class.
 
-    192 train and 15 val scenes of 8 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m beside a
+    192 train and 30 val scenes of 8 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m beside a
     straight road, so that hardly one hides another and none in range goes unlabelled.
     """
     return WorldConfig(
@@ -132,7 +132,7 @@ def micro() -> WorldConfig:
         layout="square",
         palette="class",
         num_train=192,
-        num_val=15,
+        num_val=30,
         num_samples=8,
         image_hw=(180, 320),
         annotation_radius=30.0,
