@@ -9,6 +9,9 @@
 #   make eval                    MODEL=runs/demo/w4a6.onnx
 #   make report lint step-cost
 
+# Threads that wait by spinning take the cores from those that work.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 PY := .venv/bin/python
 RUN ?= runs/demo

@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 
 from eval.detectors import Detector
 from qdbev import boxes, temporal
-from qdbev.config import ModelConfig
 from qdbev.schema import Detections, Frame
 from qdbev.temporal import Memory
 
@@ -42,23 +40,10 @@ def steps(detector: Detector, dataset: Frames) -> Iterator[Step]:
     memory: Memory | None = None
     for index in range(len(dataset)):
         frame = dataset.frame(index)
-        inputs = network_inputs(frame, memory, model)
+        inputs = temporal.deployed_inputs(frame, memory, model)
         started = time.perf_counter()
         outputs = detector(inputs)
         seconds = time.perf_counter() - started
         memory = temporal.remember(frame, outputs["bev"])
         found = boxes.decode(torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"]), model)[0]
         yield Step(index, frame, found, seconds)
-
-
-def network_inputs(frame: Frame, memory: Memory | None, model: ModelConfig) -> dict[str, np.ndarray]:
-    """Deployed inputs (schema.INPUTS) of a frame; at the start of a scene `has_prev` is 0 and `prev_bev` zeros."""
-    can_bus, prev_bev = temporal.observe(frame, memory)
-    rows, columns = model.bev_hw
-    return {
-        "images": frame.images[None],
-        "lidar2img": frame.lidar2img[None],
-        "can_bus": can_bus[None],
-        "prev_bev": np.zeros((1, rows * columns, model.embed_dim), np.float32) if prev_bev is None else prev_bev,
-        "has_prev": np.array([prev_bev is not None], np.float32),
-    }

@@ -1,6 +1,6 @@
 """Pictures of what a model sees: six cameras with projected boxes, and the same frame from above.
 
-    python -m eval.pictures --model runs/demo/teacher.pt --out runs/demo/pictures --frames 4
+python -m eval.pictures --model runs/demo/teacher.pt --out runs/demo/pictures --frames 4
 """
 
 import argparse

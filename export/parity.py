@@ -70,20 +70,6 @@ def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], quant
     ]
 
 
-def deployed_inputs(frame: Frame, memory: temporal.Memory | None, model: BEVFormer) -> dict[str, np.ndarray]:
-    """The deployed graph's inputs for a frame; `memory` is what the frame before it left."""
-    can_bus, prev_bev = temporal.observe(frame, memory)
-    config = model.config
-    empty = np.zeros((1, config.bev_hw[0] * config.bev_hw[1], config.embed_dim), np.float32)
-    return {
-        "images": frame.images[None],
-        "lidar2img": frame.lidar2img[None],
-        "can_bus": can_bus[None],
-        "prev_bev": empty if prev_bev is None else prev_bev,
-        "has_prev": np.full(1, prev_bev is not None, np.float32),
-    }
-
-
 def synthetic_frames(model: BEVFormer, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
     """Two frames of noise, seen by a nuScenes-like rig that drives and turns; the same ones at every call."""
     rng = np.random.default_rng(0)
@@ -113,7 +99,7 @@ def _chain(side: Side, frames: Sequence[Frame], model: BEVFormer) -> list[dict[s
     """Outputs of each frame, the BEV of one going into the next."""
     memory, results = None, []
     for frame in frames:
-        results.append(side(deployed_inputs(frame, memory, model)))
+        results.append(side(temporal.deployed_inputs(frame, memory, model.config)))
         memory = temporal.remember(frame, results[-1]["bev"])
     return results
 

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -78,11 +78,20 @@ def expect_parent(child: Path, child_seal: Seal, parent: Path, parent_seal: Seal
     """Raise ArtifactError unless `child` was made from exactly `parent`."""
     if child_seal.parent != parent_seal.sha256:
         made_from = (child_seal.parent or "nothing")[:12]
-        raise ArtifactError(f"{child} was made from {made_from}, not from {parent} ({parent_seal.sha256[:12]}); build it again from this file")
+        raise ArtifactError(
+            f"{child} was made from {made_from}, not from {parent} ({parent_seal.sha256[:12]}); build it again from this file"
+        )
 
 
 def save_checkpoint(
-    path: Path, *, kind: Kind, config: dict[str, Any], weights: dict[str, Tensor], parent: Seal | None, facts: dict[str, Any], state: Any = None
+    path: Path,
+    *,
+    kind: Kind,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    parent: Seal | None,
+    facts: dict[str, Any],
+    state: Any = None,
 ) -> None:
     """Write weights and their seal as one file. `state` is what `--resume` needs besides."""
     seal_ = Seal(kind=kind, config=config, parent=parent.sha256 if parent else None, facts=facts, made=provenance())
@@ -141,15 +150,15 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def provenance() -> dict[str, str]:
     """When, with which versions and from which commit something is made."""
-    facts = {"utc": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(), "commit": commit()}
+    facts = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version(), "commit": commit()}
     for package in _PACKAGES:
         try:
             facts[package] = metadata.version(package)

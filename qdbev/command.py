@@ -24,7 +24,9 @@ def entry_point(main: Callable[[], None]) -> Callable[[], None]:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The --set option; its values go to config.override."""
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=value", dest="settings", help="change one setting; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", dest="settings", help="change one setting; may be repeated"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,9 @@ def restore(path: Path) -> tuple[Seal, BEVFormer]:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ArtifactError(f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {error}") from error
+        raise ArtifactError(
+            f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {error}"
+        ) from error
     return seal, model.eval()
 
 

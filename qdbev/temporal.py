@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qdbev.config import ModelConfig
 from qdbev.schema import Frame
 
 POSITION = slice(0, 3)
@@ -43,6 +44,19 @@ def observe(frame: Frame, memory: Memory | None) -> tuple[np.ndarray, np.ndarray
     if memory is None or memory.scene_token != frame.scene_token:
         return delta(frame.can_bus, None), None
     return delta(frame.can_bus, memory.can_bus), memory.bev
+
+
+def deployed_inputs(frame: Frame, memory: Memory | None, model: ModelConfig) -> dict[str, np.ndarray]:
+    """The deployed graph's inputs (schema.INPUTS) for `frame`; at the start of a scene `has_prev` is 0 and `prev_bev` zeros."""
+    can_bus, prev_bev = observe(frame, memory)
+    rows, columns = model.bev_hw
+    return {
+        "images": frame.images[None],
+        "lidar2img": frame.lidar2img[None],
+        "can_bus": can_bus[None],
+        "prev_bev": np.zeros((1, rows * columns, model.embed_dim), np.float32) if prev_bev is None else prev_bev,
+        "has_prev": np.array([prev_bev is not None], np.float32),
+    }
 
 
 def remember(frame: Frame, bev: np.ndarray) -> Memory:

@@ -1,6 +1,7 @@
 """What several test files need: the shared reference numbers where they are at hand, and a small synthetic world."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from qdbev.data.synthetic.config import WORLDS
 from qdbev.data.synthetic.generate import generate
 
-torch.set_num_threads(1)  # nets here are small; two threads on busy cores wait for each other more than they work
+# Nets here are small: two threads on busy cores wait for each other more than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

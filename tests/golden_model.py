@@ -19,6 +19,7 @@ from qdbev.schema import BevOutput
 ATOL = 1e-4
 BOX_ATOL = 5e-4
 
+
 def micro_config(shifted_reference: bool) -> ModelConfig:
     """Tiny, shrunken."""
     return dataclasses.replace(

@@ -63,7 +63,11 @@ def test_fresh_weights_start_as_the_official_ones_do(golden_modules):
     model = BEVFormer(config)
     layer = model.encoder.layers[0]
     np.testing.assert_allclose(layer.temporal.sampling_offsets.bias.detach(), golden_modules["init_bias_tsa"], atol=1e-6)
-    np.testing.assert_allclose(layer.spatial.deformable_attention.sampling_offsets.bias.detach(), golden_modules["init_bias_sca"], atol=1e-6)
-    np.testing.assert_allclose(model.decoder.layers[0].cross_attention.sampling_offsets.bias.detach(), golden_modules["init_bias_dec"], atol=1e-6)
+    np.testing.assert_allclose(
+        layer.spatial.deformable_attention.sampling_offsets.bias.detach(), golden_modules["init_bias_sca"], atol=1e-6
+    )
+    np.testing.assert_allclose(
+        model.decoder.layers[0].cross_attention.sampling_offsets.bias.detach(), golden_modules["init_bias_dec"], atol=1e-6
+    )
     np.testing.assert_allclose(model.head.cls_branches[0][-1].bias.detach(), golden_modules["init_bias_cls"], atol=1e-6)
     assert not layer.temporal.sampling_offsets.weight.any()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,9 @@ def test_a_config_survives_json(name, bits):
 
 
 def test_settings_are_typed_as_the_field_is():
-    config = override(RECIPES["micro"](), ["train.epochs=3", "train.learning_rate=1", "model.bev_hw=(10, 12)", "data.root=/data/x", "train.amp=false"])
+    config = override(
+        RECIPES["micro"](), ["train.epochs=3", "train.learning_rate=1", "model.bev_hw=(10, 12)", "data.root=/data/x", "train.amp=false"]
+    )
     assert (config.train.epochs, config.train.learning_rate, config.model.bev_hw) == (3, 1.0, (10, 12))
     assert (config.data.root, config.train.amp) == ("/data/x", False)
 
@@ -113,4 +114,4 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]

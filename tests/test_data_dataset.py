@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -193,9 +194,14 @@ def test_a_change_of_scene_in_a_queue_cuts_its_history() -> None:
 
 
 def test_batches_come_out_of_a_loader_as_they_come_out_of_the_dataset(tiny_world: Path) -> None:
+    cv2.setNumThreads(2)
+    for _ in range(20):
+        cv2.resize(np.zeros((900, 1600, 3), np.float32), (1280, 720))  # starts OpenCV's threads, which do not survive a fork
     dataset = open_split(tiny_world, queue_length=2)
     keys = [(1, 5), (1, 2), (1, 7), (1, 0)]
-    loader = DataLoader(dataset, batch_size=2, sampler=keys, num_workers=1, collate_fn=queue_batch, worker_init_fn=start_worker)
+    loader = DataLoader(
+        dataset, batch_size=2, sampler=keys, num_workers=1, collate_fn=queue_batch, worker_init_fn=start_worker, timeout=100
+    )
     for number, (history, current) in enumerate(loader):
         expected_history, expected = queue_batch([dataset[key] for key in keys[2 * number : 2 * number + 2]])
         assert len(history) == len(expected_history) == 1

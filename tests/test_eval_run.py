@@ -13,9 +13,9 @@ import torch
 
 from eval import draw, pictures, report, run
 from eval.detectors import Detector, DetectorError, open_detector
-from eval.loop import network_inputs, steps
+from eval.loop import steps
 from eval.nds import EvaluationError
-from qdbev import artifact
+from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
@@ -104,7 +104,7 @@ def test_checkpoint_runs_behind_the_deployed_names(teacher: Path, tiny_world: Pa
     config = micro(tiny_world)
     dataset = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
     with open_detector(teacher) as detector:
-        outputs = detector(network_inputs(dataset.frame(0), None, config.model))
+        outputs = detector(temporal.deployed_inputs(dataset.frame(0), None, config.model))
     assert set(outputs) == set(OUTPUTS)
     assert outputs["box_code"].shape == (1, config.model.num_query, 10)
     assert detector.config == config
@@ -175,14 +175,17 @@ def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
     counts = {"quantized_layers": 9, "int8_layers": 8, "kernels": 20, "int8_kernels": 8, "requantizations": 3}
     (folder / "w8a8.engine.audit.json").write_text(json.dumps({"summary": "8 of 9", **counts, "rows": []}))
     command(report.main, "--run", folder)
-    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = summary["rows"]
     assert [row["name"] for row in rows] == ["teacher_pt", "w8a8_engine"]
     assert rows[0]["nds"] == metrics["nds"]
     assert rows[0]["parent"] is None
     assert (rows[1]["parent"], rows[1]["nds_from_parent"]) == ("teacher_pt", pytest.approx(-metrics["nds"]))
-    assert (rows[1]["bytes"], rows[1]["audit"]["int8_layers"]) == (4, 8)
+    assert isinstance(rows[1]["seconds"], float)
+    assert summary["engines"] == [{"name": "w8a8.engine", "bytes": 4, "summary": "8 of 9", **counts}]
     shown = capsys.readouterr().out.splitlines()
-    assert any("w8a8_engine" in line and f"{-metrics['nds']:+.3f}" in line and "8/9" in line for line in shown)  # whole in 80 columns
+    assert any("w8a8_engine" in line and f"{-metrics['nds']:+.3f}" in line for line in shown)  # whole in 80 columns
+    assert any(line.split()[:4] == ["w8a8.engine", "9", "8", "20"] for line in shown)
 
 
 def test_a_run_without_metrics_and_an_altered_one_are_refused(tmp_path: Path) -> None:

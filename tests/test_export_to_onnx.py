@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from export import functions, parity, qdq, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, schema
+from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import BackboneConfig, to_dict
 from qdbev.model.bevformer import BEVFormer
@@ -66,7 +66,7 @@ def small_model(kind):
         return config, model
     model = quantized(config, model).eval()
     frame, _ = parity.synthetic_frames(model, IMAGE_HW)
-    feeds = {name: torch.from_numpy(value) for name, value in parity.deployed_inputs(frame, None, model).items()}
+    feeds = {name: torch.from_numpy(value) for name, value in temporal.deployed_inputs(frame, None, model.config).items()}
     feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
     calibrate(model, lambda: model(*(feeds[name] for name in schema.INPUTS)), "max")
     return config, model
@@ -215,7 +215,7 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
     assert "backbone.conv1.weight.int8" not in four_bit
     frame, _ = parity.synthetic_frames(done.model, IMAGE_HW)
-    feeds = parity.deployed_inputs(frame, None, done.model)
+    feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
     for name in schema.OUTPUTS:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -298,6 +298,20 @@ def test_a_checkpoint_without_an_image_size_asks_for_it(tmp_path, monkeypatch, c
     assert stop.value.code == 2
     assert "--image-hw 480 800" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_each_side_carries_its_own_bev_to_the_second_frame():
+    _, model = small_model("float")
+    seen = []
+
+    def side(inputs):
+        seen.append(inputs)
+        return {"bev": np.full_like(inputs["prev_bev"], 7)}
+
+    parity._chain(side, parity.synthetic_frames(model, IMAGE_HW), model)
+    assert [float(inputs["has_prev"][0]) for inputs in seen] == [0, 1]
+    assert [np.unique(inputs["prev_bev"]).tolist() for inputs in seen] == [[0], [7]]
+    np.testing.assert_allclose(seen[1]["can_bus"][0, [0, 17]], [2.5, 2.0], rtol=1e-6)
 
 
 def test_quantized_tolerance_follows_the_network_within_bounds():

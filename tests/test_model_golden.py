@@ -39,7 +39,9 @@ class Recorder:
 def recorded(golden_micro: dict[str, np.ndarray]) -> tuple[tuple[BevOutput, BevOutput], Recorder]:
     model = official_micro(shifted_reference=False)
     layers = [f"encoder.layers.{layer}" for layer in (0, 1)]
-    names = [f"backbone.layer{stage}" for stage in (1, 2, 3, 4)] + [f"{layer}{part}" for layer in layers for part in ("", ".temporal", ".spatial")]
+    names = [f"backbone.layer{stage}" for stage in (1, 2, 3, 4)] + [
+        f"{layer}{part}" for layer in layers for part in ("", ".temporal", ".spatial")
+    ]
     recorder = Recorder(model, [*names, "decoder", "decoder.layers.0", "decoder.layers.1"])
     with torch.no_grad():
         return two_frames(model), recorder

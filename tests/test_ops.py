@@ -43,7 +43,9 @@ def msda_in_loops(value: Tensor, reference: Tensor, offsets: Tensor, logits: Ten
     return out
 
 
-def sca_in_loops(value: Tensor, reference: Tensor, visible: Tensor, offsets: Tensor, logits: Tensor, level_hw: list[tuple[int, int]]) -> Tensor:
+def sca_in_loops(
+    value: Tensor, reference: Tensor, visible: Tensor, offsets: Tensor, logits: Tensor, level_hw: list[tuple[int, int]]
+) -> Tensor:
     B, N = value.shape[:2]
     Q, P, D = offsets.shape[1], offsets.shape[4], reference.shape[3]
     out = torch.zeros(B, Q, value.shape[3] * value.shape[4], dtype=value.dtype)
@@ -153,7 +155,9 @@ def test_each_sample_of_a_batch_is_rotated_by_its_own_angle():
     angles = torch.tensor([20.0, -35.0])
     together = rotate_bev(bev, angles, (20, 20), (10.0, 10.0))
     for sample in range(2):
-        torch.testing.assert_close(together[sample], rotate_bev(bev[sample : sample + 1], angles[sample : sample + 1], (20, 20), (10.0, 10.0))[0])
+        torch.testing.assert_close(
+            together[sample], rotate_bev(bev[sample : sample + 1], angles[sample : sample + 1], (20, 20), (10.0, 10.0))[0]
+        )
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -99,7 +99,6 @@ def quantized(bits: Bits, method: str = "mse", **changes: object) -> Toy:
     return model
 
 
-
 def test_folded_batch_norm_changes_nothing() -> None:
     torch.manual_seed(0)
     model = Toy().eval()

@@ -19,7 +19,7 @@ from train import loop
 from train.distributed import World
 from train.float import train
 from train.grid_mask import grid_mask
-from train.loop import TrainingDiverged
+from train.loop import DivergenceError
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -88,7 +88,7 @@ def test_resuming_without_a_state_or_with_another_config_is_refused(tiny_world, 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples(tiny_world, tmp_path, monkeypatch):
     real = loop.history_bev
     monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
-    with pytest.raises(TrainingDiverged, match=r"loss is nan at step 1, samples [0-9a-f]{32}, [0-9a-f]{32}"):
+    with pytest.raises(DivergenceError, match=r"loss is nan at step 1, samples [0-9a-f]{32}, [0-9a-f]{32}"):
         train(small(tiny_world), tmp_path, CPU, World(), resume=False)
     assert not (tmp_path / "teacher.pt").exists()
 
@@ -104,7 +104,9 @@ def launch(run: Path, root: Path, *launcher: str) -> list[float]:
     changes = {"data.root": str(root), "model.dropout": "0.0", "train.epochs": "1", "train.batch_size": "2"}
     settings = [f"--set={name}={value}" for name, value in {**SETTINGS, **changes}.items()]
     command = [sys.executable, *(launcher or ("-m",)), "train.float", "--recipe", "micro", "--run", str(run), "--device", "cpu", *settings]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [line["loss"] for line in log(run)]
 

@@ -36,7 +36,9 @@ def train(config: Config, folder: Path, device: torch.device, world: World, resu
     facts = {"image_hw": list(frames.padded_hw), **fit(model, frames, run)}
     teacher = folder / "teacher.pt"
     if world.is_main:
-        artifact.save_checkpoint(teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts)
+        artifact.save_checkpoint(
+            teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts
+        )
     return teacher
 
 

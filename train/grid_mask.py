@@ -1,6 +1,6 @@
 """Grid mask: a grid of zeroed squares over all camera images of a step.
 
-Source: GridMask (arXiv:2001.04086) as in bevformer utils/grid_mask.py at 66b65f3, where stripes are kept and the squares between are zeroed.
+Source: GridMask (arXiv:2001.04086) as in bevformer utils/grid_mask.py at 66b65f3: stripes are kept, the squares between are zeroed.
 """
 
 import numpy as np

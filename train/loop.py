@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ SAVE_EVERY_SECONDS = 120.0
 """Upper bound on the work a killed run loses, besides the end of each epoch."""
 
 
-class TrainingDiverged(FloatingPointError, ValueError):
+class DivergenceError(FloatingPointError, ValueError):
     """The loss or a gradient is no longer finite."""
 
 
@@ -61,13 +61,30 @@ class Run:
         return self.folder / f"{self.name}.log.jsonl"
 
 
+@dataclass
+class Learner:
+    """What a training changes. `forward` is the model, or its wrapper in a world of many processes."""
+
+    model: BEVFormer
+    forward: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def of(cls, model: BEVFormer, schedule: TrainConfig, device: torch.device) -> Self:
+        """A fresh one around `model`, in training mode on `device`."""
+        model.to(device).train()
+        amp = schedule.amp and device.type == "cuda"
+        return cls(model, model, build_optimizer(model, schedule), torch.amp.GradScaler(device.type, enabled=amp))
+
+
 def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     """Train `model` in place; facts about the run.
 
     Raises:
         ValueError: The batch does not divide among the processes, or there are too few samples.
         ArtifactError: `--resume` without a state, or with one of another config.
-        TrainingDiverged: A loss is not finite; names the step and the samples.
+        DivergenceError: A loss is not finite; names the step and the samples.
     """
     schedule, world = run.schedule, run.world
     if schedule.batch_size % world.size:
@@ -75,18 +92,16 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     steps_per_epoch = len(frames) // schedule.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"{len(frames)} training samples are fewer than train.batch_size {schedule.batch_size}")
-    model.to(run.device).train()
-    optimizer = build_optimizer(model, schedule)
-    amp = schedule.amp and run.device.type == "cuda"
-    scaler = torch.amp.GradScaler(run.device.type, enabled=amp)
-    step = _resume(model, optimizer, scaler, run) if run.resume else 0
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
+    learner = Learner.of(model, schedule, run.device)
+    step = _resume(learner, run) if run.resume else 0
+    if world.size > 1:
+        learner.forward = DistributedDataParallel(model, broadcast_buffers=False)
     begin = saved = time.monotonic()
     last_loss = math.nan
     with _log(run, step) as log, _bar(run, step, steps_per_epoch) as bar:
         for history, current in batches(frames, run, step, steps_per_epoch):
-            set_learning_rate(optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
-            losses, norm = train_step(wrapped, model, optimizer, scaler, history, current, run, step)
+            set_learning_rate(learner.optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
+            losses, norm = train_step(learner, history, current, run, step)
             step += 1
             cls, box = (world.mean(part.sum().item()) for part in (losses.cls, losses.box))
             last_loss = world.mean(losses.total.item())
@@ -94,41 +109,33 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
             bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
             bar.update()
             if world.is_main and (step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS):
-                _save(model, optimizer, scaler, run, step)
+                _save(learner, run, step)
                 saved = time.monotonic()
     return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
 
 
-def train_step(
-    wrapped: nn.Module,
-    model: BEVFormer,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    history: list[Batch],
-    current: Batch,
-    run: Run,
-    step: int,
-) -> tuple[Losses, float]:
+def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
     """One optimizer step; the losses (detached) and the gradient norm before clipping."""
     rng = np.random.default_rng((run.config.seed, step))
+    scaler = learner.scaler
     with torch.autocast(run.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
-        prev_bev = history_bev(model, history)
+        prev_bev = history_bev(learner.model, history)
         images = grid_mask(current.images, run.schedule.grid_mask, rng)
-        output = wrapped(images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
+        output = learner.forward(images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
     full = BevOutput(output.image_features, output.bev, output.cls_logits.float(), output.box_code.float())
     losses = run.loss(full, current)
     if not losses.total.isfinite():
-        raise TrainingDiverged(
+        raise DivergenceError(
             f"loss is {losses.total.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
             "lower train.learning_rate, and continue with --resume"
         )
-    optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad(set_to_none=True)
     scaler.scale(losses.total).backward()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), run.schedule.max_grad_norm)
+    scaler.unscale_(learner.optimizer)
+    norm = nn.utils.clip_grad_norm_(learner.model.parameters(), run.schedule.max_grad_norm)
     if not (norm.isfinite() or scaler.is_enabled()):
-        raise TrainingDiverged(f"gradient norm is {norm.item()} at step {step + 1}, samples {', '.join(current.tokens)}")
-    scaler.step(optimizer)
+        raise DivergenceError(f"gradient norm is {norm.item()} at step {step + 1}, samples {', '.join(current.tokens)}")
+    scaler.step(learner.optimizer)
     scaler.update()
     return Losses(*(part.detach() for part in losses)), norm.item()
 
@@ -178,24 +185,32 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(move(value) for value in batch))
 
 
-def _resume(model: BEVFormer, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run) -> int:
+def _resume(learner: Learner, run: Run) -> int:
     """Load the state of an earlier run; the number of steps it has done."""
     seal, weights, state = artifact.load_checkpoint(run.state_path, "training")
     wanted = _fingerprint(run)
     if seal.config != wanted:
         changed = [key for key in wanted if seal.config.get(key) != wanted[key]]
-        raise ArtifactError(f"{run.state_path} belongs to a run with another config (differs in {', '.join(changed)}); use another --run folder")
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+        raise ArtifactError(
+            f"{run.state_path} belongs to a run with another config (differs in {', '.join(changed)}); use another --run folder"
+        )
+    learner.model.load_state_dict(weights)
+    learner.optimizer.load_state_dict(state["optimizer"])
+    learner.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
     return state["step"]
 
 
-def _save(model: BEVFormer, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run, step: int) -> None:
-    state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()}
+def _save(learner: Learner, run: Run, step: int) -> None:
+    state = {"step": step, "optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict(), "rng": torch.get_rng_state()}
     artifact.save_checkpoint(
-        run.state_path, kind="training", config=_fingerprint(run), weights=model.state_dict(), parent=None, facts={"step": step}, state=state
+        run.state_path,
+        kind="training",
+        config=_fingerprint(run),
+        weights=learner.model.state_dict(),
+        parent=None,
+        facts={"step": step},
+        state=state,
     )
 
 

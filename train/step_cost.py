@@ -24,8 +24,7 @@ from qdbev.recipes import BITS
 from qdbev.restore import restore
 from train.criterion import detection_loss
 from train.distributed import World
-from train.loop import Run, batches, train_step
-from train.optimizer import build_optimizer
+from train.loop import Learner, Run, batches, train_step
 from train.qat import calibrated_student
 
 WARM_UP = 3
@@ -45,20 +44,20 @@ def measure(teacher: BEVFormer, config: Config, target: torch.device, steps: int
         world=World(),
         loss=lambda output, batch: detection_loss(output, batch.boxes, batch.labels, config.train),
     )
-    scaler = torch.amp.GradScaler(target.type, enabled=config.train.amp and target.type == "cuda")
     seconds: dict[str, list[float]] = {"float": [], "qat": []}
-    models = {"float": teacher.to(target).train(), "qat": student.train()}
-    optimizers = {name: build_optimizer(model, config.train) for name, model in models.items()}
+    learners = {name: Learner.of(model, config.train, target) for name, model in (("float", teacher), ("qat", student))}
     for history, current in itertools.islice(batches(frames, run, 0, len(frames) // config.train.batch_size), WARM_UP + steps):
-        for name, model in models.items():
+        for name, learner in learners.items():
             start = time.perf_counter()
-            train_step(model, model, optimizers[name], scaler, history, current, run, 0)
+            train_step(learner, history, current, run, 0)
             if target.type == "cuda":
                 torch.cuda.synchronize(target)
             seconds[name].append(time.perf_counter() - start)
     counted = {name: values[WARM_UP:] for name, values in seconds.items()}
     ratios = [qat / plain for plain, qat in zip(counted["float"], counted["qat"], strict=True)]
-    return {"steps": steps, "ratio": statistics.median(ratios)} | {f"{name}_s": statistics.median(values) for name, values in counted.items()}
+    return {"steps": steps, "ratio": statistics.median(ratios)} | {
+        f"{name}_s": statistics.median(values) for name, values in counted.items()
+    }
 
 
 @entry_point

@@ -27,6 +27,9 @@ class FrameDataset(Dataset):
     def __init__(self, config: DataConfig, pc_range: tuple[float, ...], split: str, training: bool, seed: int) -> None:
         """Open a split; reads the dataset's tables where that has not been done yet.
 
+        From here on OpenCV works in the calling thread only, in this whole process: loader processes share the cores as it is, and
+        they would hang in a thread pool that OpenCV had started before they were forked (seen with 4.11, pthreads build).
+
         Args:
             config: Dataset and image settings.
             pc_range: x, y, z minimum then maximum in metres, lidar frame; objects outside it in x or y are left out.
@@ -37,6 +40,7 @@ class FrameDataset(Dataset):
         Raises:
             DatasetError: The dataset or the split is missing or incomplete.
         """
+        cv2.setNumThreads(0)
         self._config = config
         self._infos = load_or_build(config)
         self._indices = self._infos.split(split)
@@ -117,8 +121,8 @@ class FrameDataset(Dataset):
 
 
 def start_worker(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: keeps OpenCV to one thread, as the loader's processes share the cores already."""
-    cv2.setNumThreads(1)
+    """`worker_init_fn` of a DataLoader: stops it where OpenCV's threads came back after the dataset was opened, instead of hanging."""
+    assert cv2.getNumThreads() <= 1, f"OpenCV has {cv2.getNumThreads()} threads in loader process {worker}; call cv2.setNumThreads(0)"
 
 
 def _in_range(infos: Infos, pc_range: tuple[float, ...]) -> np.ndarray:

@@ -3,7 +3,6 @@
 Source: BEVFormer (arXiv:2203.17270); fundamentalvision/BEVFormer at 66b65f3.
 """
 
-import torch
 from torch import Tensor, nn
 
 from qdbev.config import ModelConfig
@@ -86,7 +85,9 @@ class Deployed(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor, has_prev: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor, has_prev: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Last decoder layer's logits and box code, and the BEV."""
         output = self.model(images, lidar2img, can_bus, prev_bev, has_prev)
         return output.cls_logits[-1], output.box_code[-1], output.bev

@@ -1,6 +1,8 @@
 """Object queries read the BEV and refine their reference points layer by layer.
 
-Source: Deformable DETR (arXiv:2010.04159), box refinement; bevformer modules/decoder.py at 66b65f3. B batch, C width, K BEV cells, Q queries.
+Source: Deformable DETR (arXiv:2010.04159), box refinement; bevformer modules/decoder.py at 66b65f3.
+
+B batch, C width, K BEV cells, Q queries.
 """
 
 from typing import NamedTuple

@@ -22,7 +22,7 @@ _LEVEL_EMBEDDINGS = 4
 
 
 class Views(NamedTuple):
-    """What the cameras see of the BEV: tokens (B, N, S, C), their level_hw, and per query reference_points (B, N, K, D, 2), visible (B, N, K)."""
+    """What cameras see: tokens (B, N, S, C) and their level_hw; of each BEV cell reference_points (B, N, K, D, 2), visible (B, N, K)."""
 
     tokens: Tensor
     level_hw: Sequence[tuple[int, int]]

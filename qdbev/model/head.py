@@ -29,7 +29,8 @@ class Head(nn.Module):
             for _ in range(config.decoder_layers)
         )
         self.reg_branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, CODE_SIZE)) for _ in range(config.decoder_layers)
+            nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, CODE_SIZE))
+            for _ in range(config.decoder_layers)
         )
         for branch in self.cls_branches:
             nn.init.constant_(branch[-1].bias, -math.log((1 - _FOREGROUND_PRIOR) / _FOREGROUND_PRIOR))

@@ -87,7 +87,7 @@ def read_official(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged or unsafe file
+    except Exception as error:
         raise ArtifactError(f"{path} cannot be read as a weights-only checkpoint: {str(error).splitlines()[0]}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):

@@ -22,7 +22,12 @@ class MultiScaleDeformableAttention(nn.Module):
     quantized_inputs = (0,)
 
     def forward(
-        self, value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
+        self,
+        value: Tensor,
+        reference_points: Tensor,
+        sampling_offsets: Tensor,
+        attention_logits: Tensor,
+        level_hw: Sequence[tuple[int, int]],
     ) -> Tensor:
         """Args and result as `multi_scale_deformable_attention`."""
         return multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, level_hw)
