@@ -19,6 +19,7 @@ from engine.backend import EngineError
 from engine.graph import QuantizedLayer
 from engine.layers import Layer
 from qdbev import artifact
+from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
 _COMPUTE_KINDS = ("gemm", "correlation", "conv", "matrixmultiply", "mha")
@@ -155,16 +156,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@entry_point
 def main(arguments: list[str] | None = None) -> None:
     """Engine in, report out; fails if a quantized layer runs in float."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(arguments)
-    try:
-        report = of_files(args.engine, args.onnx)
-        save(args.out or report_path(args.engine), report)
-        require_int8(report)
-    except (artifact.ArtifactError, EngineError) as error:
-        raise SystemExit(f"error: {error}") from error
+    report = of_files(args.engine, args.onnx)
+    save(args.out or report_path(args.engine), report)
+    require_int8(report)
     _log.info("%s", report.summary)
 
 

@@ -21,6 +21,7 @@ from engine import backend
 from engine.backend import EngineError
 from engine.session import Session
 from qdbev import artifact
+from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
 _TOOLS: dict[str, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
@@ -99,16 +100,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+@entry_point
 def main(arguments: list[str] | None = None) -> None:
     """Engine in, latency out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(arguments)
-    try:
-        if args.onnx:
-            artifact.expect_parent(args.engine, artifact.unseal(args.engine, "engine"), args.onnx, artifact.unseal(args.onnx, "onnx"))
-        report = bench(args.engine, args.iterations)
-    except (artifact.ArtifactError, EngineError) as error:
-        raise SystemExit(f"error: {error}") from error
+    if args.onnx:
+        artifact.expect_parent(args.engine, artifact.unseal(args.engine, "engine"), args.onnx, artifact.unseal(args.onnx, "onnx"))
+    report = bench(args.engine, args.iterations)
     with artifact.atomic(args.out or report_path(args.engine)) as temporary:
         temporary.write_text(json.dumps(report, indent=1))
     _log.info("%s on %s: p50 %.3f ms, p90 %.3f ms, p99 %.3f ms, %.1f frames/s over %d runs",

@@ -18,6 +18,7 @@ from engine import audit, backend, graph, layers, monitor
 from engine.backend import Backend, BackendName, EngineError
 from engine.layers import Layer
 from qdbev import artifact
+from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -187,9 +188,9 @@ def _positive(text: str) -> int:
     return value
 
 
+@entry_point
 def main(arguments: list[str] | None = None) -> None:
     """ONNX in, engine out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(arguments)
     engine_path = args.out or args.onnx.with_suffix(".engine")
     options = Options(
@@ -199,10 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         timing_cache=args.timing_cache or engine_path.with_name("tensorrt.timing"),
         allow_float=args.allow_float,
     )
-    try:
-        report = build_file(args.onnx, engine_path, options)
-    except (artifact.ArtifactError, EngineError) as error:
-        raise SystemExit(f"error: {error}") from error
+    report = build_file(args.onnx, engine_path, options)
     _log.info("%s: %s", engine_path, report.summary)
 
 

@@ -69,7 +69,6 @@ def parse_args() -> argparse.Namespace:
 @entry_point
 def main() -> None:
     """Model in, pictures out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # pytorch-quantization's import installs a handler
     args = parse_args()
     with open_detector(args.model, args.device) as detector:
         config: Config = detector.config

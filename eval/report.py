@@ -106,7 +106,6 @@ def parse_args() -> argparse.Namespace:
 @entry_point
 def main() -> None:
     """Metrics in, table and summary out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args()
     rows, audits = collect(args.run), engines(args.run)
     path = save(args.run, rows, audits)

@@ -132,7 +132,6 @@ def data_of(config: DataConfig, args: argparse.Namespace) -> tuple[DataConfig, s
 @entry_point
 def main() -> None:
     """Model in, results and metrics out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # pytorch-quantization's import installs a handler
     args = parse_args()
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
     with open_detector(args.model, args.device) as detector:

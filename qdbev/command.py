@@ -2,22 +2,26 @@
 
 import argparse
 import functools
-import sys
+import logging
 from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 
+P = ParamSpec("P")
 
-def entry_point(main: Callable[[], None]) -> Callable[[], None]:
-    """`main`, with user errors (ValueError, OSError) printed as one message and exit status 2."""
+
+def entry_point(main: Callable[P, None]) -> Callable[P, None]:
+    """`main` with progress lines on, and with user errors (ValueError, OSError) as one line and exit status 1."""
 
     @functools.wraps(main)
-    def wrapper() -> None:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # importing pytorch-quantization installs a handler
+        logging.getLogger("absl").setLevel(logging.WARNING)  # and it reports every quantizer
         try:
-            main()
+            main(*args, **kwargs)
         except (ValueError, OSError) as error:
-            sys.stderr.write(f"error: {error}\n")
-            sys.exit(2)
+            raise SystemExit(f"error: {error}") from error
 
     return wrapper
 

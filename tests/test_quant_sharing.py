@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from qdbev.config import Bits, QuantConfig
 from qdbev.quant.calibrate import calibrate
-from qdbev.quant.prepare import prepare
+from qdbev.quant.prepare import enable, prepare, set_enabled
 
 
 class Attention(nn.Module):
@@ -44,7 +44,18 @@ def test_layers_that_read_one_tensor_share_and_others_do_not():
     encoder = net.encoder
     assert encoder.q.input_quantizer is encoder.k.input_quantizer
     assert len({id(layer.input_quantizer) for layer in (encoder.q, encoder.v, encoder.out)}) == 3
-    assert encoder.v.input_quantizer is not net.decoder.v.input_quantizer  # stages switch groups on one by one
+    assert encoder.v.input_quantizer is net.decoder.v.input_quantizer
+
+
+def test_a_shared_quantizer_is_on_while_one_of_its_layers_is():
+    net = calibrated(POLICY)
+    enable(net, ("encoder",))
+    assert net.decoder.v.input_quantizer.enabled
+    assert not net.decoder.v.weight_quantizer.enabled
+    enable(net, ("decoder",))
+    assert net.encoder.v.input_quantizer.enabled
+    set_enabled(net, ("decoder.v",), False)
+    assert not net.encoder.v.input_quantizer.enabled
 
 
 def test_layers_of_different_width_do_not_share():

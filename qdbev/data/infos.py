@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qdbev import artifact
+from qdbev.command import entry_point
 from qdbev.config import DataConfig
 
 TABLES = (
@@ -214,6 +215,7 @@ def _identity(version: str) -> dict[str, Any]:
     return {"version": version, "layout": _LAYOUT}
 
 
+@entry_point
 def main() -> None:
     """Read a dataset's tables, keep the infos and print what is in them."""
     parser = argparse.ArgumentParser(prog="python -m qdbev.data.infos", description=main.__doc__)
@@ -221,10 +223,7 @@ def main() -> None:
     parser.add_argument("--version", default="v1.0-trainval", help="folder of tables in it (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 0, help="reading processes (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        infos = build(args.root, args.version, args.workers)
-    except ValueError as error:  # a DatasetError; under `-m` this file's own class is not the one tables.py raises
-        raise SystemExit(f"error: {error}") from error
+    infos = build(args.root, args.version, args.workers)
     lines = [f"{cache_path(args.root, args.version)}", *(f"  {name}: {value}" for name, value in summary(infos).items())]
     sys.stdout.write("\n".join(lines) + "\n")
 

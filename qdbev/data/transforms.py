@@ -113,7 +113,7 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         saturation *= np.float32(rng.uniform(0.5, 1.5))
     if _heads(rng):
         hue += np.float32(rng.uniform(-18, 18))
-        hue += np.float32(360) * (hue < 0) - np.float32(360) * (hue > 360)
+        hue += np.float32(360) * (hue < 0) - np.float32(360) * (hue > 360)  # OpenCV 4.11 misreads a negative hue in its vector code
     image = cv2.cvtColor(cv2.merge((hue, saturation, value)), cv2.COLOR_HSV2BGR)
     if not contrast_first and _heads(rng):
         image *= np.float32(rng.uniform(0.5, 1.5))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qdbev.artifact import ArtifactError
+from qdbev.command import entry_point
 from qdbev.model.bevformer import BEVFormer
 from qdbev.recipes import RECIPES
 
@@ -130,16 +131,14 @@ def translate(key: str, value: Tensor, own: dict[str, Tensor]) -> dict[str, Tens
     return {name: value}
 
 
+@entry_point
 def main() -> None:
     """Say which recipe a checkpoint fits."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("file", type=Path)
     path = parser.parse_args().file
-    try:
-        state_dict = read_official(path)
-        name = fitting_recipe(state_dict)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    state_dict = read_official(path)
+    name = fitting_recipe(state_dict)
     parameters = sum(value.numel() for key, value in state_dict.items() if "running_" not in key and "num_batches" not in key)
     sys.stdout.write(f"{path}: {name}, {len(state_dict)} tensors, {parameters / 1e6:.2f} M parameters\n")
 

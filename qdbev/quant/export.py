@@ -36,7 +36,7 @@ def _freeze(layer: nn.Module) -> None:
         if not quantizer.enabled:
             continue
         if quantizer.axis is None:
-            quantizer.frozen = float(quantizer.log_step.exp())
+            quantizer.frozen = float(quantizer.step(quantizer.log_step))
             continue
         step = quantizer.step(layer.weight).flatten()
         layer.weight.data = quantizer(layer.weight)

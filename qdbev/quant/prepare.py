@@ -13,7 +13,6 @@ from torch import nn
 
 from qdbev.config import Bits, QuantConfig
 from qdbev.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantOp, quant_layers, quantizers
-from qdbev.quant.quantizer import Quantizer
 
 GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
 """Top-level children of the model, each with its bits in QuantConfig; also the order of the progressive stages."""
@@ -93,6 +92,8 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
     """Quantize exactly these groups; the others run in float with their ranges kept.
 
+    A quantizer that layers of several groups share (sharing.py) is on while one of them is.
+
     Raises:
         ValueError: A group does not exist, or its layers have no range yet.
     """
@@ -100,8 +101,8 @@ def enable(model: nn.Module, groups: Iterable[str]) -> None:
     unknown = [group for group in groups if group not in GROUPS]
     if unknown:
         raise ValueError(f"no such group: {', '.join(unknown)}; there are {', '.join(GROUPS)}")
-    for name, layer in quant_layers(model):
-        _switch(name, layer, name.partition(".")[0] in groups)
+    layers = dict(quant_layers(model))
+    _switch(layers, {name for name in layers if name.partition(".")[0] in groups})
 
 
 def set_enabled(model: nn.Module, patterns: Iterable[str], enabled: bool) -> None:
@@ -113,9 +114,9 @@ def set_enabled(model: nn.Module, patterns: Iterable[str], enabled: bool) -> Non
     patterns = tuple(patterns)
     layers = dict(quant_layers(model))
     _refuse_unmatched("patterns", patterns, layers)
-    for name, layer in layers.items():
-        if _matches(name, patterns):
-            _switch(name, layer, enabled)
+    matched = {name for name in layers if _matches(name, patterns)}
+    on = {name for name, layer in layers.items() if all(quantizer.enabled for quantizer in quantizers(layer))}
+    _switch(layers, on | matched if enabled else on - matched)
 
 
 def describe(model: nn.Module) -> list[Row]:
@@ -179,12 +180,15 @@ def _row(name: str, module: nn.Module) -> Row:
     return Row(name, kind, weight_bits, parts[0].num_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
 
 
-def _switch(name: str, layer: QuantLayer, enabled: bool) -> None:
-    parts: list[Quantizer] = quantizers(layer)
-    if enabled and not all(quantizer.calibrated for quantizer in parts):
-        raise ValueError(f"layer {name!r} has no range yet; calibrate the model before switching it on")
-    for quantizer in parts:
-        quantizer.enable_quant() if enabled else quantizer.disable_quant()
+def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:
+    """Switch on the quantizers of the layers named in `on`, and all others off."""
+    for name in sorted(on):
+        if not all(quantizer.calibrated for quantizer in quantizers(layers[name])):
+            raise ValueError(f"layer {name!r} has no range yet; calibrate the model before switching it on")
+    wanted = {quantizer for name in on for quantizer in quantizers(layers[name])}
+    for layer in layers.values():
+        for quantizer in quantizers(layer):
+            quantizer.enable_quant() if quantizer in wanted else quantizer.disable_quant()
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -17,19 +17,19 @@ from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
 
 @contextmanager
 def shared_inputs(model: nn.Module) -> Iterator[None]:
-    """Watch the forwards inside; afterwards, layers of one group and width that always read the same tensor share a quantizer."""
-    layers = [(name, layer) for name, layer in quant_layers(model) if isinstance(layer, QuantConv2d | QuantLinear)]
+    """Watch the forwards inside; afterwards, layers of one width that always read the same tensor share a quantizer."""
+    layers = [layer for _, layer in quant_layers(model) if isinstance(layer, QuantConv2d | QuantLinear)]
     watch = _Watch()
-    hooks = [layer.input_quantizer.register_forward_pre_hook(watch) for _, layer in layers]
+    hooks = [layer.input_quantizer.register_forward_pre_hook(watch) for layer in layers]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
     leaders: dict[tuple, nn.Module] = {}
-    for name, layer in layers:
+    for layer in layers:
         quantizer = layer.input_quantizer
-        key = (name.partition(".")[0], quantizer.num_bits, tuple(watch.read[quantizer]))
+        key = (quantizer.num_bits, tuple(watch.read[quantizer]))
         if watch.read[quantizer]:
             layer.input_quantizer = leaders.setdefault(key, quantizer)
 

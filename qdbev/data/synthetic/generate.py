@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from qdbev.command import entry_point
 from qdbev.data.synthetic.config import WORLDS, WorldConfig
 from qdbev.data.synthetic.rig import CHANNELS
 from qdbev.data.synthetic.scene_files import PARTS_FOLDER, part_path, replace_text, write_scene
@@ -136,17 +137,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@entry_point
 def main() -> None:
     """Name of a world in, a folder in nuScenes format out."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args()
     config = WORLDS[args.world]()
     if args.scenes:
         config = dataclasses.replace(config, num_train=args.scenes[0], num_val=args.scenes[1])
-    try:
-        written = generate(config, args.out, args.workers)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+    written = generate(config, args.out, args.workers)
     _log.info("%s: %s", args.out, "written" if written else "already complete, nothing to do")
 
 
