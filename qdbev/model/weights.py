@@ -134,8 +134,9 @@ def translate(key: str, value: Tensor, own: dict[str, Tensor]) -> dict[str, Tens
 @entry_point
 def main() -> None:
     """Say which recipe a checkpoint fits."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", type=Path)
+    parser = argparse.ArgumentParser(prog="python -m qdbev.model.weights", description=main.__doc__)
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("inspect", help="say which recipe a checkpoint fits").add_argument("file", type=Path)
     path = parser.parse_args().file
     state_dict = read_official(path)
     name = fitting_recipe(state_dict)
