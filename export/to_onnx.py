@@ -66,6 +66,7 @@ def export(model: BEVFormer, parent: Seal, path: Path, image_hw: tuple[int, int]
     start = time.perf_counter()
     proto = trace(model, image_hw)
     qdq.pack_weights(proto)
+    qdq.clip_before_pooling(proto)
     facts = {"opset": schema.OPSET, "nodes": len(proto.graph.node), "image_hw": list(image_hw)}
     facts["trace_s"] = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")

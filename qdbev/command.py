@@ -10,14 +10,18 @@ import torch
 
 P = ParamSpec("P")
 
+ROOMS = ("__main__", "qdbev", "train", "export", "plugins", "engine", "eval")
+"""Loggers whose progress is shown; libraries speak up only to warn."""
+
 
 def entry_point(main: Callable[P, None]) -> Callable[P, None]:
     """`main` with progress lines on, and with user errors (ValueError, OSError) as one line and exit status 1."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # importing pytorch-quantization installs a handler
-        logging.getLogger("absl").setLevel(logging.WARNING)  # and it reports every quantizer
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # pytorch-quantization installs a handler of its own
+        for room in ROOMS:
+            logging.getLogger(room).setLevel(logging.INFO)
         try:
             main(*args, **kwargs)
         except (ValueError, OSError) as error:

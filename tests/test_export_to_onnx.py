@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export import functions, parity, qdq, to_onnx
 from export.runner import OnnxRunner
@@ -320,3 +320,21 @@ def test_quantized_tolerance_follows_the_network_within_bounds():
     assert not parity._compare(0, "bev", ours, wrong, wrong, True).passed
     assert not parity._compare(0, "bev", ours, near, ours, False).passed
     assert not parity._compare(0, "bev", ours, ours * np.float32("nan"), ours, True).passed
+
+
+def test_no_clip_stands_behind_a_pooling_and_the_values_are_the_same():
+    shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 8, 8])
+    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -0.5), ("high", 0.7))]
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["p"], name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
+        helper.make_node("Clip", ["p", "low", "high"], ["y"], name="clip"),
+    ]
+    graph = helper.make_graph(nodes, "g", [shape], [result], bounds)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET)], ir_version=9)
+    x = {"x": np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32)}
+    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0]
+    assert qdq.clip_before_pooling(model) == 1
+    assert [node.name for node in model.graph.node] == ["clip", "pool"]
+    onnx.checker.check_model(model)
+    np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before)
