@@ -324,7 +324,7 @@ def test_quantized_tolerance_follows_the_network_within_bounds():
 
 def test_no_clip_stands_behind_a_pooling_and_the_values_are_the_same():
     shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 8, 8])
-    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2, 4, 4])
     bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -0.5), ("high", 0.7))]
     nodes = [
         helper.make_node("MaxPool", ["x"], ["p"], name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
