@@ -17,10 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from qdbev.command import entry_point
+from qdbev.data.infos import TABLES
 from qdbev.data.synthetic.config import WORLDS, WorldConfig
 from qdbev.data.synthetic.rig import CHANNELS
 from qdbev.data.synthetic.scene_files import PARTS_FOLDER, part_path, replace_text, write_scene
-from qdbev.data.synthetic.tables import TABLES, VERSION, world_tables
+from qdbev.data.synthetic.tables import VERSION, world_tables
 
 _log = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
+from qdbev.data.infos import TABLES
 from qdbev.data.synthetic.actors import Actor
 from qdbev.data.synthetic.classes import ATTRIBUTES, CATEGORIES, CLASSES
 from qdbev.data.synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
@@ -20,21 +21,6 @@ from qdbev.data.synthetic.street import Street
 from qdbev.data.synthetic.visibility import LEVELS, level_token
 
 VERSION = "v1.0-trainval"
-TABLES = (
-    "category",
-    "attribute",
-    "visibility",
-    "instance",
-    "sensor",
-    "calibrated_sensor",
-    "ego_pose",
-    "log",
-    "scene",
-    "sample",
-    "sample_data",
-    "sample_annotation",
-    "map",
-)
 KEY_FRAME_US = round(KEY_FRAME_INTERVAL * 1e6)
 _FIRST_STAMP_US = 1_700_000_000_000_000
 _SCENE_APART_US = 3_600_000_000
