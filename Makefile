@@ -7,7 +7,7 @@
 #   make export-onnx             MODEL=runs/demo/w4a6.pt
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
-#   make report lint step-cost
+#   make report lint step-cost image-cost results
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step. A sixth faster, measured.
 export GOMP_SPINCOUNT ?= 20000
@@ -31,7 +31,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx engine audit bench eval report step-cost lint setup clean
+.PHONY: demo test data train export-onnx engine audit bench eval report step-cost image-cost results lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
 	$(PY) -m eval.report --run $(RUN)
@@ -107,6 +107,18 @@ report: .venv/.ok
 
 step-cost: .venv/.ok
 	$(PY) -m train.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
+
+image-cost: .venv/.ok
+	$(PY) -m qdbev.data.synthetic.generate --world street --scenes 1 1 --out data/street
+	$(PY) -m qdbev.data.image_cost --root data/street --out $(RUN)/image_cost.json
+
+# Keeps what demo, step-cost and image-cost measured.
+results:
+	cp $(RUN)/summary.json results/demo_micro_cpu.json
+	cp $(RUN)/w8a8.engine.audit.json results/audit_micro_w8a8.json
+	cp $(RUN)/w4a6.engine.audit.json results/audit_micro_w4a6.json
+	cp $(RUN)/step_cost.json results/step_cost_micro_cpu.json
+	cp $(RUN)/image_cost.json results/image_cost_cpu.json
 
 lint: .venv/.ok
 	$(PY) -m ruff check .

@@ -2,6 +2,7 @@
 
 import colorsys
 import dataclasses
+import json
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from qdbev import recipes
 from qdbev.config import DataConfig
-from qdbev.data import transforms
+from qdbev.data import image_cost, transforms
 from qdbev.data.infos import DatasetError
 
 
@@ -132,3 +133,15 @@ def test_each_image_is_distorted_on_its_own_and_repeatably(photo: Path) -> None:
     assert not np.array_equal(first[0], first[1])
     assert not np.allclose(first[0], plain, atol=0.05)
     assert (first[:, :, 45:] == 0).all()
+
+
+def test_the_cost_of_a_frames_images_is_measured_and_kept(
+    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cost.json"
+    monkeypatch.setattr("sys.argv", ["image_cost", "--root", str(tiny_world), "--frames", "3", "--out", str(out)])
+    image_cost.main()
+    figures = json.loads(out.read_text())
+    assert 0 < figures["decode_ms"] < figures["load_ms"]
+    assert (figures["frames"], figures["image_hw"], figures["scale"]) == (3, [180, 320], 0.5)
+    assert f"{figures['load_ms']:.1f} ms" in capsys.readouterr().out
