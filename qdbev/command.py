@@ -3,6 +3,7 @@
 import argparse
 import functools
 import logging
+import sys
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -11,7 +12,7 @@ import torch
 P = ParamSpec("P")
 
 ROOMS = ("__main__", "qdbev", "train", "export", "plugins", "engine", "eval")
-"""Loggers whose progress is shown; libraries speak up only to warn."""
+"""Loggers whose progress is shown."""
 
 
 def entry_point(main: Callable[P, None]) -> Callable[P, None]:
@@ -19,15 +20,29 @@ def entry_point(main: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)  # pytorch-quantization installs a handler of its own
-        for room in ROOMS:
-            logging.getLogger(room).setLevel(logging.INFO)
+        _show_progress()
         try:
             main(*args, **kwargs)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
 
     return wrapper
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever sys.stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _show_progress() -> None:
+    """Let the project's own loggers speak; libraries are left alone, and only warn (pytorch-quantization reports every quantizer)."""
+    for room in ROOMS:
+        logger = logging.getLogger(room)
+        logger.setLevel(logging.INFO)
+        logger.handlers = [_Stderr()]
+        logger.propagate = False
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

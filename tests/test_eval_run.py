@@ -148,14 +148,9 @@ def test_a_missing_model_and_a_wrong_device_each_say_so(teacher: Path, tmp_path:
 
 
 @pytest.mark.parametrize("wrong", [("--split", "moon"), ("--data", "nowhere")])
-def test_the_command_ends_with_one_clear_line(
-    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: tuple[str, str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_the_command_ends_with_one_clear_line(teacher: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+    with pytest.raises(SystemExit, match=rf"^error: [^\n]*{wrong[1]}[^\n]*$"):
         command(run.main, "--model", teacher, *wrong, "--out", tmp_path / "out")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("error: ")
-    assert wrong[1] in lines[-1]
     assert not (tmp_path / "out").exists()
 
 
