@@ -46,9 +46,11 @@ def test_reference_points_equal_the_official_ones(golden_modules):
 
 def test_a_point_ahead_is_seen_and_one_behind_or_beside_is_not():
     lidar2img = torch.tensor([[100.0, 50.0, 0, 0], [0, 50.0, -100.0, 0], [0, 1.0, 0, 0], [0, 0, 0, 1.0]]).view(1, 1, 4, 4)
-    points = torch.tensor([[[0.0, 10.0, 0.0], [0.0, -10.0, 0.0], [9.0, 10.0, 0.0]]])
+    points = torch.tensor([[[0.0, 10.0, 0.0], [0.500005, -1.0, -0.500005], [9.0, 10.0, 0.0]]])
     uv, visible = project(points, lidar2img, (100, 100))
     assert visible[0, 0, :, 0].tolist() == [True, False, False]
+    behind = uv[0, 0, 1, 0]
+    assert ((behind > 0) & (behind < 1)).all()  # only its depth tells where it is
     torch.testing.assert_close(uv[0, 0, 0, 0], torch.tensor([0.5, 0.5]))
     assert uv.isfinite().all()
 

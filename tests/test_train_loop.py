@@ -13,13 +13,15 @@ import torch
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import Config, override
+from qdbev.data.dataset import FrameDataset
 from qdbev.recipes import RECIPES
 from qdbev.restore import restore
 from train import loop
+from train.criterion import detection_loss
 from train.distributed import World
 from train.float import train
 from train.grid_mask import grid_mask
-from train.loop import DivergenceError
+from train.loop import DivergenceError, Run
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -98,6 +100,18 @@ def test_a_batch_that_does_not_divide_or_exceeds_the_data_is_refused(tiny_world,
         train(small(tiny_world), tmp_path, CPU, World(0, 3), resume=False)
     with pytest.raises(ValueError, match="8 training samples are fewer than train.batch_size 9"):
         train(small(tiny_world, **{"train.batch_size": "9"}), tmp_path, CPU, World(), resume=False)
+
+
+def test_processes_share_out_every_batch(tiny_world, tmp_path):
+    config = small(tiny_world)
+    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+
+    def tokens(world: World) -> list[list[str]]:
+        run = Run(config=config, schedule=config.train, folder=tmp_path, name="x", device=CPU, world=world, loss=detection_loss)
+        return [current.tokens for _, current in loop.batches(frames, run, 0, 4)]
+
+    parts = zip(tokens(World(0, 2)), tokens(World(1, 2)), strict=True)
+    assert [first + second for first, second in parts] == tokens(World(0, 1))
 
 
 def launch(run: Path, root: Path, *launcher: str) -> list[float]:
