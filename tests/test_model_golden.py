@@ -14,6 +14,7 @@ from golden_model import ATOL, BOX_ATOL, close, inputs, micro_config, official_m
 from torch import Tensor
 
 from qdbev.boxes import decode
+from qdbev.geometry import pillar_points, project
 from qdbev.model.bevformer import BEVFormer
 from qdbev.schema import BevOutput
 
@@ -92,6 +93,9 @@ def test_projection_and_visibility_equal_the_official_ones(recorded, golden_micr
     ours = views.reference_points[0].numpy()
     np.testing.assert_allclose(ours[near], golden[near], atol=ATOL, rtol=0)
     np.testing.assert_array_equal(views.visible[0].numpy() > 0, golden_micro["bev_mask"].any(-1))
+    config = micro_config(shifted_reference=False)
+    pillars = pillar_points(config.bev_hw, config.num_pillar_points, config.pc_range)
+    np.testing.assert_array_equal(project(pillars, inputs(0, None)[1], (192, 320))[1][0], golden_micro["bev_mask"])
 
 
 @pytest.mark.parametrize("frame", [0, 1])
