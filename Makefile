@@ -9,7 +9,7 @@
 #   make eval                    MODEL=runs/demo/w4a6.onnx
 #   make report lint step-cost image-cost results
 
-# Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step. A sixth faster, measured.
+# Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
 export GOMP_SPINCOUNT ?= 20000
 export MALLOC_TRIM_THRESHOLD_ ?= 1000000000
 export MALLOC_MMAP_THRESHOLD_ ?= 33554432

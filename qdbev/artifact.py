@@ -112,7 +112,7 @@ def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], 
     except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, OSError) as error:
         raise ArtifactError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]}); copy or train it again") from error
     if not isinstance(content, dict) or "seal" not in content:
-        raise ArtifactError(f"{path} is no checkpoint of this project; official ones are read with --teacher or qdbev.model.weights")
+        raise ArtifactError(f"{path} is no checkpoint of this project; python -m train.official makes one of a published checkpoint")
     found = Seal(**{**content["seal"], "sha256": sha256(path)})
     _expect_kind(path, found.kind, kinds)
     return found, content["weights"], content["state"]

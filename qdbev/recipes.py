@@ -11,7 +11,7 @@ _CAFFE_MEAN = (103.53, 116.28, 123.675)
 def micro() -> Config:
     """A detector that trains in minutes on two cores, on the synthetic `micro` world.
 
-    Command: make demo
+    Command: make demo; about 8 minutes on two cores. Expected: NDS 0.474, mAP 0.442 (results/demo_micro_cpu.json).
     """
     return Config(
         name="micro",

@@ -18,6 +18,12 @@ torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers at every run, whichever run before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden_folder() -> Path:
     """Folder of the numbers produced by the official code; the test skips where it is absent."""

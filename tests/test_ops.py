@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from golden_inputs import DCN_SHAPES, fill_value, make_dcn_inputs, make_msda_inputs, make_rotate_input
-from torch import Tensor
+from torch import Tensor, library
 
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention, weighted_samples
@@ -139,7 +139,7 @@ def test_sampling_points_that_cannot_be_shared_among_the_pillar_points_are_refus
 def test_the_exported_node_computes_and_declares_what_the_function_does(op, problem):
     *tensors, levels = problem()
     flat = [size for hw in levels for size in hw]
-    torch.library.opcheck(getattr(torch.ops.qdbev, op).default, (*tensors, flat), test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(getattr(torch.ops.qdbev, op).default, (*tensors, flat), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_rotation_equals_the_official_numbers(golden_modules):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -91,7 +91,7 @@ def check_levels(num_keys: int, level_hw: Sequence[tuple[int, int]]) -> None:
         raise ValueError(f"level_hw {list(level_hw)} covers {total} keys, value has {num_keys}")
 
 
-@torch.library.custom_op("qdbev::multi_scale_deformable_attention", mutates_args=())
+@library.custom_op("qdbev::multi_scale_deformable_attention", mutates_args=())
 def _node(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[int]) -> Tensor:
     pairs = list(zip(level_hw[::2], level_hw[1::2], strict=True))
     return multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, pairs).contiguous()

@@ -13,7 +13,7 @@ B batch, N cameras, S keys of all levels, M heads, C channels a head, Q queries,
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from qdbev.ops.msda import check_levels, joint_softmax, level_wh, weighted_samples
 
@@ -98,7 +98,7 @@ def _gathered(
     return out.view(B, Q, M * C)
 
 
-@torch.library.custom_op("qdbev::spatial_cross_attention", mutates_args=())
+@library.custom_op("qdbev::spatial_cross_attention", mutates_args=())
 def _node(
     value: Tensor,
     reference_points: Tensor,

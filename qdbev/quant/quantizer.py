@@ -22,9 +22,9 @@ SMALLEST_STEP = 1e-10
 """Floor of a step, so that a channel of zeros divides by something."""
 
 STEP_BITS = 4
-"""Significant bits of a step. Integers times such steps, their products and the sums of these fit float32's 24 bits, so that layers of
-fake-quantized tensors come out the same in whatever order a library adds: PyTorch, onnxruntime and integer kernels agree, where a step
-of full precision lets a last bit, and then a rounding, differ. The range grows by 12 % at most. Fewer bits make exact ties frequent."""
+"""Significant bits of a step. At 4 and 6 bits, products of fake-quantized tensors and sums of them then fit float32's 24 bits, so that a
+layer comes out the same in whatever order a library adds, where a step of full precision lets a last bit, and then a rounding, differ.
+At 8 bits long sums may still need more. The range grows by 12 % at most. Fewer bits make exact ties frequent."""
 
 EDGE = 1e-3
 """Share of a step by which the range is widened in the backward pass: the largest weight lies on the end of a fixed range and would
