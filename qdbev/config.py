@@ -39,6 +39,9 @@ class DataConfig:
     to_rgb: bool = True
     queue_length: int = 3
     """Frames of a training queue, the current one included."""
+    full_quaternion: bool = False
+    """can_bus[3:7] is the ego's rotation (w, x, y, z). The code that trained the published checkpoints casts the quaternion to a float on
+    assignment and so repeats w four times (upstream pull request 285); False does the same."""
     photometric: bool = True
     """Random brightness, contrast, saturation, hue and channel order during training."""
     workers: int = 4
@@ -109,6 +112,10 @@ class ModelConfig:
     shifted_reference: bool = True
     """Shift the current frame's temporal reference points too. A slip of the code that trained the published v1.0 checkpoints
     (fixed upstream in 2f37d0d, 2023-07-27); False is the corrected form."""
+    absolute_yaw: bool = True
+    """The network reads the vehicle's heading on the map (can_bus[16]) and a turn that jumps by 360 degrees where the heading wraps ([17]),
+    as the published models were trained. False lets it read the wrapped turn alone, in radians and degrees, so that it cannot learn the
+    map's compass. The geometry is right either way."""
 
     def __post_init__(self) -> None:
         _require(self.embed_dim % self.num_heads == 0, f"model.embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")

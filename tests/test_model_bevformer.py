@@ -1,5 +1,8 @@
 """The one forward: batches, first and later frames together, and inputs that do not fit."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from golden_inputs import make_can_bus, make_images, make_lidar2img
@@ -65,3 +68,20 @@ def test_inputs_that_do_not_fit_are_refused_by_name(model, batch):
     for message, inputs in cases.items():
         with pytest.raises(ValueError, match=message):
             model(*inputs)
+
+
+@torch.no_grad()
+def test_without_absolute_yaw_the_network_reads_only_the_turn(batch):
+    torch.manual_seed(0)
+    model = BEVFormer(dataclasses.replace(micro_config(shifted_reference=False), absolute_yaw=False)).eval()
+    images, lidar2img, can_bus, prev_bev, has_prev = batch
+    seen = []
+    model.encoder.can_bus_mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    bev = model(*batch).bev
+    turn = float(can_bus[0, temporal.YAW_DEG])
+    assert turn != 0
+    torch.testing.assert_close(seen[0][:, temporal.YAW_RAD], torch.tensor([math.radians(turn), 0.0]))
+    torch.testing.assert_close(seen[0][:, temporal.YAW_DEG], torch.tensor([turn, 0.0]))
+    jumped = can_bus.clone()
+    jumped[0, temporal.YAW_DEG] += 360
+    torch.testing.assert_close(model(images, lidar2img, jumped, prev_bev, has_prev).bev, bev, atol=1e-3, rtol=0)

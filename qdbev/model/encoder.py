@@ -90,7 +90,7 @@ class Encoder(nn.Module):
             (B, K, C).
         """
         B = can_bus.shape[0]
-        initial = self.bev_embedding.weight + self.can_bus_norm(self.can_bus_mlp(can_bus))[:, None]  # (B, K, C)
+        initial = self.bev_embedding.weight + self.can_bus_norm(self.can_bus_mlp(self._motion(can_bus)))[:, None]  # (B, K, C)
         query_pos = self._positions().expand(B, -1, -1)
         views = self._views(features, lidar2img, image_hw)
         rotated = rotate_bev(prev_bev, can_bus[:, YAW_DEG], self.config.bev_hw, self.config.rotate_center)
@@ -102,6 +102,14 @@ class Encoder(nn.Module):
             queue = torch.where(known, history, torch.stack((query, query), 1))
             query = layer(query, query_pos, queue, reference_points, views)
         return query
+
+    def _motion(self, can_bus: Tensor) -> Tensor:
+        """(B, 18): what the network reads of `can_bus`; see `ModelConfig.absolute_yaw`."""
+        if self.config.absolute_yaw:
+            return can_bus
+        turn = can_bus[:, YAW_DEG:]  # (B, 1)
+        turn = turn - 360 * (turn / 360).round()
+        return torch.cat((can_bus[:, :YAW_RAD], turn.deg2rad(), turn), 1)
 
     def _positions(self) -> Tensor:
         """(K, C): the column's embedding, then the row's."""
