@@ -1,13 +1,14 @@
 """ONNX local functions: the bodies of the custom operators, for every runtime that has no kernel of that name.
 
-The contracts are those of qdbev/ops/msda.py and qdbev/ops/sca.py. Both bodies share one reading core, in which
-MultiScaleDeformableAttention is the case of one camera that sees every query. A body takes `level_hw` from the node's attribute; only
-the number of levels is fixed when it is made.
+The contracts are those of qdbev/ops/{msda,sca,deform_conv}.py. Both attentions share one reading core, in which
+MultiScaleDeformableAttention is the case of one camera that sees every query. Bodies take `level_hw` and `stride` from the node's
+attributes; only the number of levels is fixed when a body is made.
 
 Every camera is read for every query and masked afterwards: shapes stay static, which is what TensorRT needs. All shape arithmetic
 starts at Shape nodes, which fold to constants because the deployed graph has static shapes.
 
 B batch, N cameras, S keys of all levels, M heads, C channels a head, Q queries, D pillar points, L levels, P points.
+In deformable convolution: C channels, H W the input's size, h w the output's.
 """
 
 from collections.abc import Callable
@@ -20,13 +21,18 @@ from qdbev import schema
 
 MSDA = "MultiScaleDeformableAttention"
 SCA = "SpatialCrossAttention"
+IM2COL = "ModulatedDeformableIm2col"
 INPUTS = {
     MSDA: ("value", "reference_points", "sampling_offsets", "attention_logits"),
     SCA: ("value", "reference_points", "visible", "sampling_offsets", "attention_logits"),
+    IM2COL: ("x", "offsets", "mask"),
 }
 """Input names of each operator, in order."""
-ATTRIBUTES = ("level_hw", "plugin_namespace", "plugin_version")
-"""h0, w0, h1, w1, ... of the levels, and what makes TensorRT take a registered plugin before the body."""
+PLUGIN = {"plugin_namespace": schema.OP_DOMAIN, "plugin_version": str(schema.OP_VERSION)}
+"""Attributes that make TensorRT take a registered plugin before the body."""
+_LEVELS = {"level_hw": AttributeProto.INTS}
+ATTRIBUTES = {MSDA: _LEVELS, SCA: _LEVELS, IM2COL: {"stride": AttributeProto.INT}}
+"""Each operator's own attributes and their types; level_hw is h0, w0, h1, w1, ..."""
 
 _OUTPUT = "output"
 
@@ -43,7 +49,7 @@ def attach(model: onnx.ModelProto) -> None:
             continue
         if node.op_type not in _BODIES:
             raise ValueError(f"node {node.name} is a {node.domain}::{node.op_type}; bodies exist for {', '.join(_BODIES)}")
-        levels.setdefault(node.op_type, set()).add(num_levels(node))
+        levels.setdefault(node.op_type, set()).add(_num_levels(node))
     for op_type, counts in levels.items():
         if len(counts) > 1:
             raise ValueError(f"{op_type} is used with {sorted(counts)} levels; one ONNX function has one number of levels")
@@ -52,9 +58,9 @@ def attach(model: onnx.ModelProto) -> None:
         model.opset_import.append(helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION))
 
 
-def num_levels(node: NodeProto) -> int:
-    """Levels that a custom node reads."""
-    return next(len(attribute.ints) // 2 for attribute in node.attribute if attribute.name == "level_hw")
+def _num_levels(node: NodeProto) -> int:
+    """Levels that a custom node reads; zero where it knows none."""
+    return sum(len(attribute.ints) // 2 for attribute in node.attribute if attribute.name == "level_hw")
 
 
 def body(op_type: str, levels: int) -> FunctionProto:
@@ -68,7 +74,7 @@ def body(op_type: str, levels: int) -> FunctionProto:
         [_OUTPUT],
         nodes.list,
         [helper.make_opsetid("", schema.OPSET)],
-        attributes=list(ATTRIBUTES),
+        attributes=[*ATTRIBUTES[op_type], *PLUGIN],
     )
 
 
@@ -110,11 +116,19 @@ class _Nodes:
 
     def level_hw(self) -> str:
         """(L, 2) int64 from the node's attribute."""
-        reference = AttributeProto(name="value_ints", ref_attr_name="level_hw", type=AttributeProto.INTS)
-        node = helper.make_node("Constant", [], ["flat_level_hw"])
-        node.attribute.append(reference)
+        return self("Reshape", self.attribute("level_hw", AttributeProto.INTS), [-1, 2])
+
+    def attribute(self, name: str, kind: AttributeProto.AttributeType) -> str:
+        """An integer attribute of the node without dimensions, or a list of them as 1-D."""
+        field = "value_ints" if kind == AttributeProto.INTS else "value_int"
+        node = helper.make_node("Constant", [], [f"attribute_{name}"])
+        node.attribute.append(AttributeProto(name=field, ref_attr_name=name, type=kind))
         self.list.append(node)
-        return self("Reshape", "flat_level_hw", [-1, 2])
+        return node.output[0]
+
+    def floats(self, values: list[float]) -> str:
+        """1-D float32."""
+        return self("Constant", value_floats=values)
 
 
 def _multi_scale_deformable_attention(nodes: _Nodes, levels: int) -> None:
@@ -138,7 +152,37 @@ def _spatial_cross_attention(nodes: _Nodes, levels: int) -> None:
     _finish(nodes, nodes("Div", total, nodes("Unsqueeze", count, [1, 2])))
 
 
-_BODIES: dict[str, Callable[[_Nodes, int], None]] = {MSDA: _multi_scale_deformable_attention, SCA: _spatial_cross_attention}
+def _modulated_deformable_im2col(nodes: _Nodes, _: int) -> None:
+    out_hw = nodes.size("offsets", 2, 4)  # h, w
+    shift = nodes("Reshape", "offsets", nodes.join([0, 9, 2], out_hw))  # (B, 9, 2, h, w)
+    stride = nodes("Cast", nodes.attribute("stride", AttributeProto.INT), to=TensorProto.FLOAT)
+    grid = [_positions(nodes, shift, stride, axis) for axis in (1, 0)]  # x, then y; (B, 9, h, w) each
+    grid = nodes("Concat", *(nodes("Unsqueeze", g, [4]) for g in grid), axis=4)  # (B, 9, h, w, 2)
+    grid = nodes("Reshape", grid, nodes.join([0, -1], nodes.size(shift, 4), [2]))  # (B, 9*h, w, 2)
+    read = nodes("GridSample", "x", grid, mode="bilinear", padding_mode="zeros", align_corners=0)  # (B, C, 9*h, w)
+    read = nodes("Reshape", read, nodes.join([0, 0, 9], out_hw))  # (B, C, 9, h, w)
+    masked = nodes("Mul", read, nodes("Unsqueeze", "mask", [1]))
+    nodes("Reshape", masked, nodes.join([0, -1], out_hw), output=_OUTPUT)  # (B, C*9, h, w)
+
+
+def _positions(nodes: _Nodes, shift: str, stride: str, axis: int) -> str:
+    """(B, 9, h, w) rows (axis 0) or columns (axis 1) that the taps read, in -1..1 of the input."""
+    taps = [float(tap // 3 - 1 if axis == 0 else tap % 3 - 1) for tap in range(9)]
+    taps = nodes("Unsqueeze", nodes.floats(taps), [1, 2])  # (9, 1, 1)
+    start, end = nodes("Constant", value_int=0), nodes("Squeeze", nodes.size(shift, 3 + axis))
+    steps = nodes("Cast", nodes("Range", start, end, nodes("Constant", value_int=1)), to=TensorProto.FLOAT)  # (h,) or (w,)
+    place = nodes("Unsqueeze", nodes("Mul", steps, stride), [1 - axis])  # (h, 1) or (1, w)
+    pixels = nodes("Add", nodes.level(shift, axis, axis=2), nodes("Add", place, taps))  # (B, 9, h, w)
+    size = nodes("Cast", nodes.size("x", 2 + axis), to=TensorProto.FLOAT)
+    doubled = nodes("Add", nodes("Mul", pixels, nodes.scalar(2.0)), nodes.scalar(1.0))
+    return nodes("Sub", nodes("Div", doubled, size), nodes.scalar(1.0))
+
+
+_BODIES: dict[str, Callable[[_Nodes, int], None]] = {
+    MSDA: _multi_scale_deformable_attention,
+    SCA: _spatial_cross_attention,
+    IM2COL: _modulated_deformable_im2col,
+}
 
 
 def _offsets(nodes: _Nodes, level_hw: str) -> str:

@@ -72,6 +72,19 @@ class Graph:
         self.producers = {output: node for node in self.proto.node for output in node.output}
 
 
+def opset(model: onnx.ModelProto) -> int:
+    """Version of ONNX's own operator set that the model declares."""
+    return next(entry.version for entry in model.opset_import if entry.domain == "")
+
+
+def declare_opset(model: onnx.ModelProto, version: int) -> None:
+    """Declare another version of ONNX's own operator set in the model and its functions; nodes stay as they are."""
+    for owner in (model, *model.functions):
+        for entry in owner.opset_import:
+            if entry.domain == "":
+                entry.version = version
+
+
 def unused(name: str, taken: set[str]) -> str:
     """`name`, with a number behind it if it is taken."""
     candidate, count = name, 1

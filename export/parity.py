@@ -70,11 +70,17 @@ def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], quant
     ]
 
 
-def synthetic_frames(model: BEVFormer, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
-    """Two frames of noise, seen by a nuScenes-like rig that drives and turns; the same ones at every call."""
+def synthetic_frames(model: BEVFormer, image_hw: tuple[int, int], pixel_std: float = 1.0) -> tuple[Frame, Frame]:
+    """Two frames of noise, seen by a nuScenes-like rig that drives and turns; the same ones at every call.
+
+    Args:
+        pixel_std: Standard deviation of the normalised pixels, so that they fill the ranges that calibration found.
+    """
     rng = np.random.default_rng(0)
     lidar2img = np.stack([_img_from_lidar(camera, image_hw[1]) for camera in range(model.config.num_cameras)]).astype(np.float32)
-    return _noise_frame(rng, 0, lidar2img, image_hw), _noise_frame(rng, 1, lidar2img, image_hw)
+    frames = (_noise_frame(rng, index, lidar2img, image_hw) for index in (0, 1))
+    first, second = (dataclasses.replace(frame, images=frame.images * np.float32(pixel_std)) for frame in frames)
+    return first, second
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from export.graph import Graph, integers
+from export.graph import Graph, declare_opset, integers
 from qdbev import schema
 
 _STORAGE_OPSET = 21
@@ -137,10 +137,7 @@ def _weight_names(model: onnx.ModelProto) -> set[str]:
 
 def _set_opset(model: onnx.ModelProto, version: int, grid_sample_modes: dict[bytes, bytes]) -> None:
     """Declare another operator set in the model and its functions, and rename GridSample's mode."""
-    for owner in (model, *model.functions):
-        for opset in owner.opset_import:
-            if opset.domain == "":
-                opset.version = version
+    declare_opset(model, version)
     for nodes in (model.graph.node, *(function.node for function in model.functions)):
         for node in nodes:
             for attribute in node.attribute:

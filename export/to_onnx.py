@@ -8,6 +8,8 @@ written beside it as `.int4.onnx`. Nothing is written unless the graph agrees wi
 
 import argparse
 import dataclasses
+import resource
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -16,10 +18,11 @@ from pathlib import Path
 
 import onnx
 
-from export import parity, qdq
+from export import deform_conv, parity, qdq
+from export.graph import opset
 from export.runner import OnnxRunner
 from export.trace import trace
-from qdbev import artifact, schema
+from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import Config, from_dict
@@ -28,6 +31,8 @@ from qdbev.restore import restore
 from qdbev.schema import Frame
 
 _INT4_BITS = 4
+_GREY_STD = 57.0
+"""Of a pixel of ordinary photographs on the 0-255 scale."""
 
 
 class ParityError(ValueError):
@@ -40,24 +45,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
     parser.add_argument("--onnx", type=Path, required=True, help="file to write; its seal goes beside it")
+    parser.add_argument(
+        "--standard-deform-conv", action="store_true", help="float DCNv2 as ONNX's own DeformConv (opset 19); TensorRT-RTX has none"
+    )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    rows, made = export(model, seal, args.onnx, image_hw, parity.synthetic_frames(model, image_hw))
+    frames = parity.synthetic_frames(model, image_hw, _GREY_STD / statistics.mean(from_dict(seal.config).data.std))
+    rows, made = export(model, seal, args.onnx, image_hw, frames, args.standard_deform_conv)
     facts = made.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
     sys.stdout.write(f"traced in {facts['trace_s']} s\n")
 
 
-def export(model: BEVFormer, parent: Seal, path: Path, image_hw: tuple[int, int], frames: Sequence[Frame]) -> tuple[list[parity.Row], Seal]:
+def export(
+    model: BEVFormer,
+    parent: Seal,
+    path: Path,
+    image_hw: tuple[int, int],
+    frames: Sequence[Frame],
+    standard_deform_conv: bool = False,
+) -> tuple[list[parity.Row], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
 
     Args:
         image_hw: Height and width of the padded images.
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
+        standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
 
     Raises:
+        ValueError: `standard_deform_conv` does not fit the model.
         ParityError: They differ; the message holds the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
@@ -67,7 +85,9 @@ def export(model: BEVFormer, parent: Seal, path: Path, image_hw: tuple[int, int]
     proto = trace(model, image_hw)
     qdq.pack_weights(proto)
     qdq.clip_before_pooling(proto)
-    facts = {"opset": schema.OPSET, "nodes": len(proto.graph.node), "image_hw": list(image_hw)}
+    if standard_deform_conv:
+        deform_conv.use_standard_node(proto)
+    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "image_hw": list(image_hw)}
     facts["trace_s"] = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
@@ -79,6 +99,7 @@ def export(model: BEVFormer, parent: Seal, path: Path, image_hw: tuple[int, int]
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if quantized and _has_4_bit_weights(config):
             facts["int4_bytes"] = _save(qdq.pack_int4(proto), files.enter_context(artifact.atomic(storage)))
+    facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     made = artifact.seal(path, kind="onnx", config=parent.config, parent=parent, facts=facts | parity.facts(rows))
     if storage.is_file() and "int4_bytes" in facts:
         artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})

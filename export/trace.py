@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import onnxscript
 import torch
-from onnx import NodeProto, defs
+from onnx import AttributeProto, NodeProto, defs
 from torch import Tensor
 
 from export import functions
@@ -21,7 +21,7 @@ from qdbev.model.bevformer import BEVFormer, Deployed
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
 
-_COMPUTE = ("Conv", "Gemm", "MatMul", functions.MSDA, functions.SCA)
+_COMPUTE = ("Conv", "Gemm", "MatMul", *functions.INPUTS)
 """Nodes that carry exactly the name of their module, so that an engine's layers can be traced back to it."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata in which torch 2.11 and 2.13 leave the modules around a node, outermost first, the traced call last."""
@@ -73,24 +73,26 @@ def example_inputs(model: BEVFormer, image_hw: tuple[int, int]) -> tuple[Tensor,
 def _translations() -> dict[Any, Any]:
     """One bare node for each operator of ours; bodies are attached afterwards, since the exporter would inline them."""
     domain = onnxscript.values.Opset(schema.OP_DOMAIN, schema.OP_VERSION)
-    plugin = {"plugin_namespace": schema.OP_DOMAIN, "plugin_version": str(schema.OP_VERSION)}
-    msda = onnxscript.values.Op(domain, functions.MSDA, _op_schema(functions.MSDA))
-    sca = onnxscript.values.Op(domain, functions.SCA, _op_schema(functions.SCA))
+    msda, sca, im2col = (onnxscript.values.Op(domain, name, _op_schema(name)) for name in (functions.MSDA, functions.SCA, functions.IM2COL))
 
     def translate_msda(value: Any, reference_points: Any, sampling_offsets: Any, attention_logits: Any, level_hw: Any) -> Any:
-        return msda(value, reference_points, sampling_offsets, attention_logits, level_hw=list(level_hw), **plugin)
+        return msda(value, reference_points, sampling_offsets, attention_logits, level_hw=list(level_hw), **functions.PLUGIN)
 
     def translate_sca(value: Any, reference_points: Any, visible: Any, sampling_offsets: Any, attention_logits: Any, level_hw: Any) -> Any:
-        return sca(value, reference_points, visible, sampling_offsets, attention_logits, level_hw=list(level_hw), **plugin)
+        return sca(value, reference_points, visible, sampling_offsets, attention_logits, level_hw=list(level_hw), **functions.PLUGIN)
+
+    def translate_im2col(x: Any, offsets: Any, mask: Any, stride: int) -> Any:
+        return im2col(x, offsets, mask, stride=stride, **functions.PLUGIN)
 
     return {
         torch.ops.qdbev.multi_scale_deformable_attention.default: translate_msda,
         torch.ops.qdbev.spatial_cross_attention.default: translate_sca,
+        torch.ops.qdbev.modulated_deformable_im2col.default: translate_im2col,
     }
 
 
 def _op_schema(op_type: str) -> defs.OpSchema:
-    kinds = dict.fromkeys(functions.ATTRIBUTES, defs.OpSchema.AttrType.STRING) | {"level_hw": defs.OpSchema.AttrType.INTS}
+    kinds = dict.fromkeys(functions.PLUGIN, AttributeProto.STRING) | functions.ATTRIBUTES[op_type]
     return defs.OpSchema(
         op_type,
         schema.OP_DOMAIN,
@@ -98,7 +100,7 @@ def _op_schema(op_type: str) -> defs.OpSchema:
         inputs=[defs.OpSchema.FormalParameter(name, "T") for name in functions.INPUTS[op_type]],
         outputs=[defs.OpSchema.FormalParameter("output", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[defs.OpSchema.Attribute(name, kind, required=True) for name, kind in kinds.items()],
+        attributes=[defs.OpSchema.Attribute(name, defs.OpSchema.AttrType(kind), required=True) for name, kind in kinds.items()],
     )
 
 

@@ -172,6 +172,51 @@ class Bits:
             _require(2 <= bits <= 8, f"{name} bits are {bits}, must be 2 to 8")
 
 
+GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
+"""Top-level children of the model, each with its bits in QuantConfig; also the order of the progressive stages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """View-guided distillation (QD-BEV, arXiv:2308.10515, section 4) and what it is compared with; train/distill.py has the equations."""
+
+    form: Literal["image", "bev", "sum", "product", "guided"] = "product"
+    """What is minimised: the image divergence of each camera, the BEV divergence of each cell, their sum, the paper's product summed over
+    cameras and cells, or the BEV divergence weighted by a camera map that says only where to learn (docs/distillation.md)."""
+    temperature: float = 1.0
+    axis: Literal["channel", "space"] = "channel"
+    """Of the softmax: over the channels at each place, which gives every place a divergence of its own, or over each channel's places."""
+    generalized: bool = True
+    """Generalised divergence p log(p / q) - p + q, smallest at q = p under any weighting of its terms; False is the plain p log(p / q)."""
+    weight: float = 0.5
+    """Of the distillation loss, in units that `balance` says."""
+    balance: Literal["none", "start", "follow"] = "start"
+    """none: `weight` multiplies the loss as it is. start: the loss is scaled once, so that it begins at `weight` times the detection
+    loss. follow: it is scaled at every step."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, f"distill.temperature is {self.temperature}, must be positive")
+        _require(self.weight >= 0, f"distill.weight is {self.weight}, must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of quantization-aware training: which groups are quantized, how long, and what is learned from."""
+
+    groups: tuple[str, ...] = GROUPS
+    epochs: float = 1.0
+    """Fractions are allowed."""
+    learning_rate: float = 2e-5
+    distill: bool = False
+    """Learn from the float teacher too, as `QuantConfig.distill` says."""
+
+    def __post_init__(self) -> None:
+        unknown = [group for group in self.groups if group not in GROUPS]
+        _require(not unknown, f"stage groups {unknown} do not exist; there are {', '.join(GROUPS)}")
+        _require(self.epochs > 0, f"stage epochs are {self.epochs}, must be positive")
+        _require(self.learning_rate > 0, f"stage learning_rate is {self.learning_rate}, must be positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
     """Which layers are quantized to how many bits, and how their ranges are found.
@@ -192,6 +237,14 @@ class QuantConfig:
     """Geometry: eighteen numbers of mixed units, and a constant."""
     calibration: Literal["max", "percentile", "mse", "entropy"] = "mse"
     calibration_samples: int = 32
+    scale: Literal["fixed", "clip", "step"] = "step"
+    """What becomes of the calibrated ranges in training. fixed: activations keep theirs, weights follow their largest value (QD-BEV).
+    clip: the end of the range is learned from what lies outside it (PACT). step: the step is learned (LSQ)."""
+    per_channel: bool = True
+    """Weights have a step for each output channel; False gives them one."""
+    embedding_bits: int | None = None
+    """Width of the embedding tables, weight only, a step for each row; None leaves them float."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
     learn_scale: bool = True
     """Step sizes are trained (LSQ); False keeps the calibrated range."""
     epochs: int = 2

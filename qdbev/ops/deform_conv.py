@@ -1,11 +1,13 @@
 """Modulated deformable convolution (DCNv2) as a gather of columns and an ordinary matrix product that quantizes like any other.
 
+The gather is an operator: one node of domain `qdbev` in the exported graph, with a local function of the same name as its body
+(export/functions.py). With the product behind it, it can be exchanged for ONNX's own DeformConv (export/deform_conv.py).
 Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 
 class DeformConv2d(nn.Module):
@@ -27,10 +29,10 @@ class DeformConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H / stride, W / stride)."""
         offsets, mask = self.offset(x).split((2 * self.TAPS, self.TAPS), dim=1)
-        return self.product(deformed_columns(x, offsets, mask.sigmoid(), self.stride))
+        return self.product(modulated_deformable_im2col(x, offsets, mask.sigmoid(), self.stride))
 
 
-def deformed_columns(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
+def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
     """The 3x3 neighbourhood of each output position, read at shifted places.
 
     Args:
@@ -41,6 +43,8 @@ def deformed_columns(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> T
     Returns:
         (B, C * 9, h, w) with the kernel position as the fast axis; samples outside read zero.
     """
+    if torch.compiler.is_exporting():
+        return torch.ops.qdbev.modulated_deformable_im2col(x, offsets, mask, stride)
     B, C, H, W = x.shape
     h, w = offsets.shape[-2:]
     row = torch.arange(h, dtype=torch.float32, device=x.device)[:, None] * stride
@@ -52,3 +56,13 @@ def deformed_columns(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> T
     grid = torch.stack(((2 * x_ + 1) / W - 1, (2 * y + 1) / H - 1), -1)  # (B, 9, h, w, 2)
     read = F.grid_sample(x, grid.view(B, 9 * h, w, 2).to(x.dtype), align_corners=False).view(B, C, 9, h, w)
     return (read * mask[:, None]).view(B, C * 9, h, w)
+
+
+@library.custom_op("qdbev::modulated_deformable_im2col", mutates_args=())
+def _node(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
+    return modulated_deformable_im2col(x, offsets, mask, stride)
+
+
+@_node.register_fake
+def _(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[1] * DeformConv2d.TAPS, *offsets.shape[-2:])

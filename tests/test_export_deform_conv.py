@@ -1,0 +1,145 @@
+"""Deformable convolution in ONNX: gather and product, or the standard node; both give what PyTorch gives."""
+
+import dataclasses
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from export import functions, parity, to_onnx
+from qdbev import artifact, schema, temporal
+from qdbev.artifact import Seal
+from qdbev.config import BackboneConfig, Config, to_dict
+from qdbev.model.bevformer import BEVFormer
+from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
+from qdbev.quant.calibrate import calibrate
+from qdbev.recipes import micro
+from qdbev.restore import quantized
+
+IMAGE_HW = (64, 96)
+
+
+def small_config() -> Config:
+    """Two deformable stages, of which the first has stride 2 before and the second too."""
+    config = micro()
+    model = dataclasses.replace(
+        config.model,
+        backbone=BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2)),
+        embed_dim=32,
+        num_heads=4,
+        ffn_dim=32,
+        bev_hw=(8, 8),
+        encoder_layers=1,
+        decoder_layers=1,
+        num_query=12,
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def small_model() -> BEVFormer:
+    """Random weights; offsets of about a pixel, so that every tap falls between pixels."""
+    torch.manual_seed(0)
+    model = BEVFormer(small_config().model).eval()
+    for module in model.modules():
+        if isinstance(module, DeformConv2d):
+            torch.nn.init.normal_(module.offset.weight, std=0.05)
+            torch.nn.init.normal_(module.offset.bias)
+    return model
+
+
+def seal(kind: str) -> Seal:
+    return Seal(kind=kind, config=to_dict(small_config()), parent=None, facts={}, made={}, sha256=kind)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
+    folder, model = tmp_path_factory.mktemp("export"), small_model()
+    frames = parity.synthetic_frames(model, IMAGE_HW)
+    made = {}
+    for standard in (False, True):
+        path = folder / f"{standard}.onnx"
+        rows, sealed = to_onnx.export(model, seal("teacher"), path, IMAGE_HW, frames, standard)
+        made[standard] = onnx.load(path), rows, sealed
+    return made
+
+
+def im2col_model(x, offsets, mask, stride):
+    names = functions.INPUTS[functions.IM2COL]
+    node = helper.make_node(functions.IM2COL, names, ["out"], name="op", domain=schema.OP_DOMAIN, stride=stride, **functions.PLUGIN)
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(t.shape)) for n, t in zip(names, (x, offsets, mask), strict=True)]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [x.shape[0], 9 * x.shape[1], *mask.shape[2:]])
+    model = helper.make_model(helper.make_graph([node], "op", inputs, [output]), opset_imports=[helper.make_opsetid("", schema.OPSET)])
+    model.ir_version = 10
+    functions.attach(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+@pytest.mark.parametrize(("stride", "out_hw"), [(1, (7, 9)), (2, (4, 5))])
+def test_the_body_gathers_what_the_operator_gathers(stride, out_hw):
+    torch.manual_seed(0)
+    x, offsets, mask = torch.randn(2, 3, 7, 9), torch.randn(2, 18, *out_hw) * 3, torch.rand(2, 9, *out_hw)
+    session = onnxruntime.InferenceSession(im2col_model(x, offsets, mask, stride).SerializeToString())
+    got = session.run(None, {"x": x.numpy(), "offsets": offsets.numpy(), "mask": mask.numpy()})[0]
+    # float32 coordinates of up to 20 pixels carry errors of 1e-6 pixels
+    np.testing.assert_allclose(got, modulated_deformable_im2col(x, offsets, mask, stride).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_both_forms_compute_what_pytorch_computes(exports, standard):
+    _, rows, _ = exports[standard]
+    assert len(rows) == 2 * len(schema.OUTPUTS)
+    assert all(row.passed for row in rows), parity.table(rows)
+
+
+def test_the_gather_is_one_node_before_an_ordinary_product(exports):
+    proto, _, made = exports[False]
+    nodes = {node.name: node for node in proto.graph.node}
+    gathers = [node for node in proto.graph.node if node.op_type == functions.IM2COL]
+    assert sorted(node.name for node in gathers) == ["backbone.layer2.0.conv2", "backbone.layer3.0.conv2"]
+    for gather in gathers:
+        product = nodes[f"{gather.name}.product"]
+        assert (product.op_type, product.input[0]) == ("Conv", gather.output[0])
+    assert made.facts["opset"] == schema.OPSET
+
+
+def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
+    proto, _, made = exports[True]
+    onnx.checker.check_model(proto)
+    convolutions = [node for node in proto.graph.node if node.op_type == "DeformConv"]
+    assert sorted(node.name for node in convolutions) == ["backbone.layer2.0.conv2.product", "backbone.layer3.0.conv2.product"]
+    assert functions.IM2COL not in {node.op_type for node in proto.graph.node} | {function.name for function in proto.functions}
+    assert made.facts["opset"] == 19
+    assert {entry.version for owner in (proto, *proto.functions) for entry in owner.opset_import if not entry.domain} == {19}
+
+
+def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(tmp_path):
+    model = quantized(small_config(), small_model()).eval()
+    frames = parity.synthetic_frames(model, IMAGE_HW)
+    feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
+    calibrate(model, lambda: model(*feeds), "max")
+    path = tmp_path / "w8a8.onnx"
+    rows, _ = to_onnx.export(model, seal("student"), path, IMAGE_HW, frames)
+    assert all(row.passed for row in rows), parity.table(rows)
+    proto = onnx.load(path)
+    producers = {output: node for node in proto.graph.node for output in node.output}
+    product = next(node for node in proto.graph.node if node.name == "backbone.layer3.0.conv2.product")
+    assert [producers[name].op_type for name in product.input[:2]] == ["DequantizeLinear", "DequantizeLinear"]
+    with pytest.raises(ValueError, match="no integer form: leave --standard-deform-conv out"):
+        to_onnx.export(model, seal("student"), tmp_path / "standard.onnx", IMAGE_HW, frames, True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["w8a8.onnx", artifact.seal_path(path).name]
+
+
+def test_a_model_without_deformable_convolution_has_nothing_to_replace(tmp_path):
+    config = small_config()
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, backbone=dataclasses.replace(config.model.backbone, deformable_stages=()))
+    )
+    model = BEVFormer(config.model).eval()
+    with pytest.raises(ValueError, match="no deformable convolution"):
+        to_onnx.export(model, seal("teacher"), tmp_path / "x.onnx", IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW), True)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,58 @@
+"""Random weights in official shapes, sealed as a teacher, to check that a size quantizes, exports and builds; it detects nothing.
+
+python -m train.untrained --recipe base --teacher runs/sizes/base.pt
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qdbev import artifact
+from qdbev.command import add_settings, entry_point
+from qdbev.config import Config, override, to_dict
+from qdbev.data.transforms import image_transform
+from qdbev.model.bevformer import BEVFormer
+from qdbev.model.image_encoder import Bottleneck
+from qdbev.recipes import RECIPES
+from train.official import NUSCENES_HW
+
+_RESIDUAL_GAIN = 0.3
+"""Of each residual branch: 33 of them then widen the activations about tenfold and not ten thousandfold."""
+_PREDICTION_STD = 0.02
+"""Of weights that training starts at zero and that move sampling points or weigh them: with zeros they would hide mistakes."""
+_FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight", "conv2.offset.weight")
+
+
+def untrained(config: Config) -> BEVFormer:
+    """A model whose every weight matters and whose activations stay moderate; a function of `config.seed`."""
+    torch.manual_seed(config.seed)
+    model = BEVFormer(config.model)
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            nn.init.constant_(module.bn3.weight, _RESIDUAL_GAIN)
+    for name, parameter in model.named_parameters():
+        if name.endswith(_FROM_ZERO):
+            nn.init.normal_(parameter, std=_PREDICTION_STD)
+    return model
+
+
+@entry_point
+def main() -> None:
+    """Write a teacher of random weights."""
+    parser = argparse.ArgumentParser(prog="python -m train.untrained", description=main.__doc__)
+    parser.add_argument("--recipe", required=True, choices=RECIPES)
+    parser.add_argument("--teacher", type=Path, required=True, help="file to write")
+    add_settings(parser)
+    args = parser.parse_args()
+    config = override(RECIPES[args.recipe](), args.settings)
+    facts = {"image_hw": list(image_transform(config.data, NUSCENES_HW).padded_hw), "untrained": True}
+    weights = untrained(config).state_dict()
+    artifact.save_checkpoint(args.teacher, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts=facts)
+    sys.stdout.write(f"{args.teacher}: {args.recipe}, random weights\n")
+
+
+if __name__ == "__main__":
+    main()
