@@ -60,9 +60,9 @@ $(RUN)/teacher.pt: | $(WORLD)/world.json
 	$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) --set data.root=$(WORLD)
 
 $(RUN)/w8a8.pt: $(RUN)/teacher.pt
-	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.epochs=0
+	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8
 $(RUN)/w4a6_ptq.pt: $(RUN)/teacher.pt
-	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6 --set quant.epochs=0
+	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6 --set 'quant.stages=()'
 $(RUN)/w4a6.pt: $(RUN)/teacher.pt
 	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6
 

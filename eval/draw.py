@@ -4,10 +4,12 @@ Predictions have their class's colour; ground truth is a pale dashed outline in 
 the lidar frame (x right, y forward, z up; metres).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
@@ -29,7 +31,7 @@ COLORS = {
     "pedestrian": "#3a86ff",
     "traffic_cone": "#2ec4b6",
 }
-_MOSAIC = {
+MOSAIC = {
     "CAM_FRONT": (0, 0),
     "CAM_BACK": (0, 1),
     "CAM_FRONT_LEFT": (1, 0),
@@ -38,21 +40,58 @@ _MOSAIC = {
     "CAM_BACK_RIGHT": (2, 1),
 }
 """Row and column of each camera's image: what is left of the car is on the left."""
-_IMAGE_WIDTH, _GAP, _MARGIN, _AXIS, _HEADER, _FOOTER = 5.2, 0.08, 0.2, 0.5, 0.6, 0.7
+_IMAGE_WIDTH, _FOOTER = 5.2, 0.7
+GAP, MARGIN, AXIS, HEADER = 0.08, 0.2, 0.5, 0.6
 """Inches of the page."""
-_PAPER = "#fbfbf9"
-_INK = "#2b2d42"
-_TRUTH_FACE, _TRUTH_EDGE = "#d9dbe1", "#767b8c"
+PAPER = "#fbfbf9"
+INK = "#2b2d42"
+TRUTH_FACE, TRUTH_EDGE = "#d9dbe1", "#767b8c"
 _CORNERS = np.array([[1, 1, 0], [1, -1, 0], [-1, -1, 0], [-1, 1, 0], [1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1]]) - [0, 0, 0.5]
 """Along, across and up: half lengths, half widths, whole heights. The first two of each four are the front."""
 _EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
 _NEAR = 0.2
 """Metres in front of a camera where edges are cut off."""
-_RING_STEP = 10
+RING_STEP = 10
 _EGO_OUTLINE = np.array([[3.1, 0.0], [2.7, 0.87], [-1.0, 0.87], [-1.0, -0.87], [2.7, -0.87]])
 """Ego frame, metres: the recording car, with its origin on the rear axle."""
 _ARROW_SECONDS = 1.0
 _SLOW = 0.2
+
+
+class Page:
+    """A sheet of paper, measured in inches from its left and its top."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=100, facecolor=PAPER)
+        FigureCanvasAgg(self.figure)
+
+    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """A place to draw."""
+        corner = left / self.width, 1 - (top + height) / self.height
+        return self.figure.add_axes((*corner, width / self.width, height / self.height))
+
+    def heading(self, title: str, note: str) -> None:
+        """The top line: what it shows on the left, what to know about it on the right."""
+        left, right, top = MARGIN / self.width, 1 - MARGIN / self.width, 1 - HEADER / 2 / self.height
+        self.figure.text(left, top, title, fontsize=17, color=INK, weight="bold", va="center")
+        self.figure.text(right, top, note, fontsize=13, color=INK, ha="right", va="center")
+
+    def legend(self, handles: Sequence[Artist], bottom: float) -> None:
+        """A row of a legend, so many inches above the lower edge."""
+        legend = self.figure.legend(
+            handles=handles,
+            loc="lower left",
+            bbox_to_anchor=(MARGIN / self.width, bottom / self.height),
+            ncols=len(handles),
+            frameon=False,
+            fontsize=11,
+            labelcolor=INK,
+            handlelength=1.6,
+            columnspacing=1.5,
+            borderaxespad=0,
+        )
+        self.figure.add_artist(legend)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,26 +114,17 @@ def save(path: Path, scene: Scene, pc_range: tuple[float, ...]) -> None:
     """Draw a scene into a PNG file."""
     height, width = scene.images[0].shape[:2]
     row = _IMAGE_WIDTH * height / width
-    side = 3 * row + 2 * _GAP  # of the bird's-eye view
-    page = (3 * _MARGIN + 2 * _IMAGE_WIDTH + _GAP + _AXIS + side, _HEADER + side + _AXIS + _FOOTER)
-    figure = Figure(figsize=page, dpi=100, facecolor=_PAPER)
-    FigureCanvasAgg(figure)
-
-    def place(left: float, top: float, width: float, height: float) -> Axes:
-        """Axes by inches from the page's left and top."""
-        return figure.add_axes((left / page[0], 1 - (top + height) / page[1], width / page[0], height / page[1]))
-
+    side = 3 * row + 2 * GAP  # of the bird's-eye view
+    page = Page(3 * MARGIN + 2 * _IMAGE_WIDTH + GAP + AXIS + side, HEADER + side + AXIS + _FOOTER)
     for index, camera in enumerate(CAMERAS):
-        line, column = _MOSAIC[camera]
-        left, top = _MARGIN + column * (_IMAGE_WIDTH + _GAP), _HEADER + line * (row + _GAP)
-        draw_camera(place(left, top, _IMAGE_WIDTH, row), scene, index, camera)
-    draw_bev(place(page[0] - _MARGIN - side, _HEADER, side, side), scene, pc_range)
-    left, right, top = _MARGIN / page[0], 1 - _MARGIN / page[0], 1 - _HEADER / 2 / page[1]
-    figure.text(left, top, scene.title, fontsize=17, color=_INK, weight="bold", va="center")
+        line, column = MOSAIC[camera]
+        left, top = MARGIN + column * (_IMAGE_WIDTH + GAP), HEADER + line * (row + GAP)
+        draw_camera(page.axes(left, top, _IMAGE_WIDTH, row), scene, index, camera)
+    draw_bev(page.axes(page.width - MARGIN - side, HEADER, side, side), scene, pc_range)
     counts = f"{len(scene.boxes)} predictions with a score of {scene.threshold:g} or more · {len(scene.truth_boxes)} annotated objects"
-    figure.text(right, top, counts, fontsize=13, color=_INK, ha="right", va="center")
-    _legend(figure, left, page[1])
-    figure.savefig(path, format="png")
+    page.heading(scene.title, counts)
+    _legend(page)
+    page.figure.savefig(path, format="png")
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:
@@ -132,46 +162,60 @@ def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
     image = scene.images[index]
     height, width = image.shape[:2]
     axes.imshow(image, interpolation="lanczos", aspect="auto")
-    truth = project_edges(corners(scene.truth_boxes), scene.lidar2img[index], width, height)
-    for segments in truth.values():
-        axes.add_collection(LineCollection(segments, colors="white", linewidths=1.1, linestyles=(0, (3, 2)), alpha=0.9))
+    draw_truth(axes, scene.truth_boxes, scene.lidar2img[index], width, height)
     for k, segments in project_edges(corners(scene.boxes), scene.lidar2img[index], width, height).items():
         color = COLORS[CLASSES[scene.labels[k]]]
         axes.add_collection(LineCollection(segments, colors="black", linewidths=2.6, alpha=0.35))
         axes.add_collection(LineCollection(segments, colors=color, linewidths=1.6))
+    frame_image(axes, width, height, camera.removeprefix("CAM_").replace("_", " ").lower())
+
+
+def draw_truth(axes: Axes, boxes: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> None:
+    """Outlines of the annotated boxes (K, 9) that a camera sees."""
+    for segments in project_edges(corners(boxes), lidar2img, width, height).values():
+        axes.add_collection(LineCollection(segments, colors="white", linewidths=1.1, linestyles=(0, (3, 2)), alpha=0.9))
+
+
+def frame_image(axes: Axes, width: int, height: int, label: str) -> None:
+    """Cut the axes off at the image and name it in its corner."""
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    label = camera.removeprefix("CAM_").replace("_", " ").lower()
     box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "boxstyle": "round,pad=0.3"}
     axes.text(0.015, 0.965, label, transform=axes.transAxes, va="top", fontsize=10, color="white", bbox=box)
 
 
 def draw_bev(axes: Axes, scene: Scene, pc_range: tuple[float, ...]) -> None:
     """The frame from above, forward up."""
-    x_min, y_min, _, x_max, y_max, _ = pc_range
     axes.set_facecolor("white")
-    _rings(axes, scene.lidar_from_ego, max(x_max, y_max))
-    _shapes(axes, scene.truth_boxes, [_TRUTH_EDGE] * len(scene.truth_boxes), face=_TRUTH_FACE, width=1.1)
-    _shapes(axes, scene.boxes, [COLORS[CLASSES[label]] for label in scene.labels], face="none", width=2.0)
+    rings(axes, scene.lidar_from_ego, max(pc_range[3:5]))
+    shapes(axes, scene.truth_boxes, [TRUTH_EDGE] * len(scene.truth_boxes), face=TRUTH_FACE, width=1.1)
+    shapes(axes, scene.boxes, [COLORS[CLASSES[label]] for label in scene.labels], face="none", width=2.0)
+    frame_bev(axes, scene.lidar_from_ego, pc_range)
+
+
+def frame_bev(axes: Axes, lidar_from_ego: np.ndarray, pc_range: tuple[float, ...]) -> None:
+    """The own car, and axes in metres that end where the grid does."""
+    x_min, y_min, _, x_max, y_max, _ = pc_range
+    outline = _EGO_OUTLINE @ lidar_from_ego[:2, :2].T + lidar_from_ego[:2, 3]
+    axes.add_patch(Polygon(outline, facecolor=INK, edgecolor="none", zorder=3))
     axes.set(xlim=(x_min, x_max), ylim=(y_min, y_max), aspect="equal")
-    axes.set_xlabel("right (m)", color=_INK, labelpad=1)
-    axes.set_ylabel("forward (m)", color=_INK, labelpad=0)
-    axes.tick_params(colors=_INK, labelsize=9, length=3)
+    axes.set_xlabel("right (m)", color=INK, labelpad=1)
+    axes.set_ylabel("forward (m)", color=INK, labelpad=0)
+    axes.tick_params(colors=INK, labelsize=9, length=3)
     axes.spines[:].set_color("#c8cad3")
 
 
-def _rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float) -> None:
+def rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float, line: str = "#dfe1e8", ink: str = "#9a9eae") -> None:
+    """Distances from the own car, below the objects."""
     center = lidar_from_ego[:2, 3]
-    for radius in range(_RING_STEP, int(reach * 1.5), _RING_STEP):
-        axes.add_patch(Circle(center, radius, fill=False, edgecolor="#dfe1e8", linewidth=0.9, zorder=0))
+    for radius in range(RING_STEP, int(reach * 1.5), RING_STEP):
+        axes.add_patch(Circle(center, radius, fill=False, edgecolor=line, linewidth=0.9, zorder=1))
         if radius < reach:
             place = center + radius * np.array((0.7071, -0.7071))
-            axes.text(*place, f"{radius} m", fontsize=8, color="#9a9eae", ha="center", va="center")
-    outline = _EGO_OUTLINE @ lidar_from_ego[:2, :2].T + center
-    axes.add_patch(Polygon(outline, facecolor=_INK, edgecolor="none", zorder=3))
+            axes.text(*place, f"{radius} m", fontsize=8, color=ink, ha="center", va="center")
 
 
-def _shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: float) -> None:
+def shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: float) -> None:
     """Outlines with a tick from the centre over the front, and the way each object makes in a second."""
     if len(boxes) == 0:
         return
@@ -199,17 +243,15 @@ def _overlaps(segments: np.ndarray, width: int, height: int) -> bool:
     return bool(low[0] < width and high[0] > 0 and low[1] < height and high[1] > 0)
 
 
-def _legend(figure: Figure, left: float, page_height: float) -> None:
+def _legend(page: Page) -> None:
     classes = [Patch(color=color, label=name.replace("_", " ")) for name, color in COLORS.items()]
     marks = [
-        Line2D([], [], color=_INK, linewidth=2, label="prediction (colour of its class)"),
+        Line2D([], [], color=INK, linewidth=2, label="prediction (colour of its class)"),
         Line2D([], [], color="#8a8a8a", linewidth=1.5, linestyle=(0, (3, 2)), label="ground truth in the images (white)"),
-        Patch(facecolor=_TRUTH_FACE, edgecolor=_TRUTH_EDGE, label="ground truth from above"),
-        Line2D([], [], color=_INK, linewidth=1.6, marker=(3, 0, -90), label=f"way in {_ARROW_SECONDS:g} s"),
-        Line2D([], [], color=_INK, linewidth=1.6, label="tick: front"),
-        Patch(facecolor=_INK, label="own car"),
+        Patch(facecolor=TRUTH_FACE, edgecolor=TRUTH_EDGE, label="ground truth from above"),
+        Line2D([], [], color=INK, linewidth=1.6, marker=(3, 0, -90), label=f"way in {_ARROW_SECONDS:g} s"),
+        Line2D([], [], color=INK, linewidth=1.6, label="tick: front"),
+        Patch(facecolor=INK, label="own car"),
     ]
-    style = {"frameon": False, "fontsize": 11, "labelcolor": _INK, "handlelength": 1.6, "columnspacing": 1.5, "borderaxespad": 0}
-    for handles, bottom in ((classes, 0.42), (marks, 0.14)):
-        legend = figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(left, bottom / page_height), ncols=len(handles), **style)
-        figure.add_artist(legend)
+    page.legend(classes, 0.42)
+    page.legend(marks, 0.14)

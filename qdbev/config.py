@@ -132,7 +132,8 @@ class ModelConfig:
 class TrainConfig:
     """Losses, optimizer and schedule; defaults are the official ones."""
 
-    epochs: int = 24
+    epochs: float = 24
+    """Fractions are allowed."""
     batch_size: int = 1
     """Samples per step over all processes."""
     learning_rate: float = 2e-4
@@ -154,7 +155,7 @@ class TrainConfig:
     """Mixed precision (float16) where there is a GPU; geometry and quantizers stay in float32."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"train.epochs is {self.epochs}, must be at least 1")
+        _require(self.epochs > 0, f"train.epochs is {self.epochs}, must be positive")
         _require(self.batch_size >= 1, f"train.batch_size is {self.batch_size}, must be at least 1")
         _require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}, must be positive")
         _require(0 <= self.grid_mask <= 1, f"train.grid_mask is {self.grid_mask}, must be a probability")
@@ -188,15 +189,29 @@ class DistillConfig:
     """Of the softmax: over the channels at each place, which gives every place a divergence of its own, or over each channel's places."""
     generalized: bool = True
     """Generalised divergence p log(p / q) - p + q, smallest at q = p under any weighting of its terms; False is the plain p log(p / q)."""
+    image_map: Literal["camera", "pixel"] = "camera"
+    """What a camera lays on the cells it sees: its one divergence, or the divergence at the places where the cell's pillar appears."""
+    foreground: float = 0.0
+    """Share of the cells' weight that goes to where the teacher sees objects; the rest is spread evenly."""
     weight: float = 0.5
-    """Of the distillation loss, in units that `balance` says."""
+    """Of what `form` says, in units that `balance` says."""
+    head: float = 0.0
+    """Of the divergence between the heads' outputs, query by query, in the same units."""
     balance: Literal["none", "start", "follow"] = "start"
-    """none: `weight` multiplies the loss as it is. start: the loss is scaled once, so that it begins at `weight` times the detection
-    loss. follow: it is scaled at every step."""
+    """none: the weights multiply the losses as they are. start: each loss is scaled once, so that it begins at its weight times the
+    detection loss. follow: it is scaled at every step."""
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, f"distill.temperature is {self.temperature}, must be positive")
+        _require(0 <= self.foreground <= 1, f"distill.foreground is {self.foreground}, must be in [0, 1]")
         _require(self.weight >= 0, f"distill.weight is {self.weight}, must be 0 or more")
+        _require(self.head >= 0, f"distill.head is {self.head}, must be 0 or more")
+        signed = self.axis == "space" and not self.generalized
+        _require(
+            not (self.image_map == "pixel" and signed),
+            "distill.image_map is 'pixel', but the plain divergence of a place is negative at times under distill.axis 'space'; "
+            "set distill.generalized=true or distill.axis=channel",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,16 +258,14 @@ class QuantConfig:
     per_channel: bool = True
     """Weights have a step for each output channel; False gives them one."""
     embedding_bits: int | None = None
-    """Width of the embedding tables, weight only, a step for each row; None leaves them float."""
+    """Width of the embedding tables, weight only, always a step for each row; None leaves them float."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    learn_scale: bool = True
-    """Step sizes are trained (LSQ); False keeps the calibrated range."""
-    epochs: int = 2
-    learning_rate: float = 2e-5
+    stages: tuple[Stage, ...] = ()
+    """Trained one after the other; none is calibration alone."""
 
     def __post_init__(self) -> None:
         _require(self.calibration_samples >= 1, f"quant.calibration_samples is {self.calibration_samples}, must be at least 1")
-        _require(self.epochs >= 0, f"quant.epochs is {self.epochs}, must be 0 or more")
+        _require(self.embedding_bits in (None, *range(2, 9)), f"quant.embedding_bits is {self.embedding_bits}, must be 2 to 8 or None")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,26 @@
 """Named runs: functions that return a `Config`; the docstring is the lab note."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from qdbev.config import BackboneConfig, Bits, Config, DataConfig, ModelConfig, QuantConfig, TrainConfig
+from qdbev.config import GROUPS, BackboneConfig, Bits, Config, DataConfig, ModelConfig, QuantConfig, Stage, TrainConfig
 
 _CAFFE_MEAN = (103.53, 116.28, 123.675)
+
+
+def progressive(epochs: Sequence[float], learning_rate: float) -> tuple[Stage, ...]:
+    """QD-BEV's first phase: backbone, neck, encoder, then decoder with head, each quantized on top of those before, with so many epochs."""
+    parts = (GROUPS[:1], GROUPS[:2], GROUPS[:3], GROUPS)
+    return tuple(Stage(groups=groups, epochs=count, learning_rate=learning_rate) for groups, count in zip(parts, epochs, strict=True))
+
+
+def _method(progressive_epochs: Sequence[float], distill_epochs: float, learning_rate: float) -> tuple[Stage, ...]:
+    """QD-BEV whole (arXiv:2308.10515, Algorithm 1): the progressive stages, then view-guided distillation with everything quantized."""
+    return *progressive(progressive_epochs, learning_rate), Stage(epochs=distill_epochs, learning_rate=learning_rate, distill=True)
+
+
+_PAPER = QuantConfig(stages=_method((24, 11, 16, 9), 25, learning_rate=5e-5))
+"""Lengths read off the paper's Figure 3 (tiny); it gives no learning rate."""
 
 
 def micro() -> Config:
@@ -42,13 +57,13 @@ def micro() -> Config:
             code_weights=(2.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 0.5, 0.5),
             grid_mask=0.0,
         ),
-        quant=QuantConfig(epochs=1, learning_rate=1e-4),
+        quant=QuantConfig(stages=_method((0.2, 0.1, 0.2, 0.1), 0.4, learning_rate=1e-4)),
     )
 
 
 def tiny() -> Config:
     """BEVFormer-Tiny: ResNet-50, 480x800, BEV 50x50; 25.2 mAP / 35.4 NDS on nuScenes val with the published checkpoint."""
-    return Config(name="tiny", data=DataConfig(root="data/nuscenes"))
+    return Config(name="tiny", data=DataConfig(root="data/nuscenes"), quant=_PAPER)
 
 
 def small() -> Config:
@@ -60,6 +75,7 @@ def small() -> Config:
             backbone=BackboneConfig(depths=(3, 4, 23, 3), style="caffe", deformable_stages=(2, 3)),
             bev_hw=(150, 150),
         ),
+        quant=_PAPER,
     )
 
 
@@ -74,12 +90,14 @@ def base() -> Config:
             bev_hw=(200, 200),
             encoder_layers=6,
         ),
+        quant=_PAPER,
     )
 
 
 def w8a8(config: Config) -> Config:
-    """The same run with 8-bit weights and activations everywhere."""
-    return _at(config, Bits(weight=8, activation=8))
+    """The same run with 8-bit weights and activations everywhere, calibrated and not trained."""
+    config = _at(config, Bits(weight=8, activation=8))
+    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=()))
 
 
 def w4a6(config: Config) -> Config:

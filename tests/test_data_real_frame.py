@@ -1,4 +1,4 @@
-"""One real nuScenes key frame goes through the transforms, and its boxes land on its pixels.
+"""One real nuScenes key frame goes through the transforms, the geometry of the BEV and the network, and its boxes land on its pixels.
 
 To look at it: QDBEV_PICTURE=/tmp/frame.png python -m pytest tests/test_data_real_frame.py
 """
@@ -15,11 +15,18 @@ import torch
 
 from qdbev import geometry, recipes
 from qdbev.data import transforms
+from qdbev.model.bevformer import BEVFormer
 from qdbev.schema import CAMERAS
 
 FOLDER = Path(__file__).parents[2] / "shared/real_frame"
 IMAGE_HW = (900, 1600)
 EDGES = ((0, 1), (1, 3), (3, 2), (2, 0), (4, 5), (5, 7), (7, 6), (6, 4), (0, 4), (1, 5), (2, 6), (3, 7))
+
+MIRRORED = CAMERAS.index("CAM_BACK_RIGHT")
+"""A camera that sees one cell of the tiny grid in the padding only, which counts."""
+BASE = recipes.base().model
+CELL = 102.4 / 200
+"""Metres of a cell of the base grid, which is fine enough to fall into small objects."""
 
 pytestmark = [
     pytest.mark.nuscenes,
@@ -117,3 +124,113 @@ def test_the_red_barriers_are_red_where_their_boxes_project(
     picture = Path(os.environ.get("QDBEV_PICTURE", tmp_path / "frame.png"))
     draw(images, lidar2img, [instance["bbox_3d"] for instance in frame["instances"]], transform, picture)
     assert cv2.imread(str(picture)).shape == (960, 2400, 3)
+
+
+def measured_boxes(frame: dict[str, Any]) -> np.ndarray:
+    """(G, 7) boxes with lidar points whose centre lies on the BEV grid."""
+    boxes = np.array([instance["bbox_3d"] for instance in frame["instances"] if instance["num_lidar_pts"] > 0])
+    return boxes[(np.abs(boxes[:, :2]) < 51.2).all(1)]
+
+
+def base_cells() -> torch.Tensor:
+    """(K, 3) centres of the base grid's cells, row-major, as the encoder's pillars have them; the height is the lowest."""
+    return geometry.pillar_points(BASE.bev_hw, BASE.num_pillar_points, BASE.pc_range)[0]
+
+
+def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: dict[str, Any], transform: transforms.ImageTransform) -> None:
+    """The outline is projected here, in float64 from the stored matrices; half a cell is added to each side of the box."""
+    boxes = measured_boxes(frame)
+    column, row = ((boxes[:, :2] + 51.2) / CELL).astype(int).T
+    cells = base_cells()[torch.from_numpy(row * 200 + column)]
+    assert (np.abs(cells[:, :2].numpy() - boxes[:, :2]) < CELL / 2 + 1e-4).all()
+    heights = boxes[:, 2] + boxes[:, 5] * np.array([[-0.5], [0.0], [0.5]])
+    points = torch.cat((cells[:, :2].expand(3, -1, -1), torch.from_numpy(heights).float()[..., None]), -1)  # (3, G, 3)
+    lidar2img = scaled_lidar2img(frame, transform.scale)
+    uv, visible = geometry.project(points, torch.from_numpy(lidar2img)[None].float(), transform.padded_hw)
+    pixels = uv[0].numpy() * transform.padded_hw[::-1]  # (6, G, 3, 2)
+    grown = boxes + np.array([0, 0, 0, CELL * 2**0.5, CELL * 2**0.5, 0, 0])
+    inside = []
+    for camera, k, height in visible[0].nonzero().tolist():
+        cam = np.c_[corners(grown[k]), np.ones(8)] @ lidar2img[camera].T
+        if (cam[:, 2] > 0.5).all():
+            outline = cv2.convexHull((cam[:, :2] / cam[:, 2:3]).astype(np.float32))
+            inside.append(cv2.pointPolygonTest(outline, pixels[camera, k, height].tolist(), measureDist=True))
+    assert len(inside) > 3 * 45
+    assert min(inside) > -0.01  # pixels; float32 in the projection
+
+
+def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
+    frame: dict[str, Any], images: np.ndarray, transform: transforms.ImageTransform
+) -> None:
+    is_barrier = np.array([i["bbox_label"] == frame["categories"]["barrier"] and i["num_lidar_pts"] > 0 for i in frame["instances"]])
+    boxes = np.array([instance["bbox_3d"] for instance in frame["instances"]])[is_barrier]
+    red_over_blue = (images[:, 0] * transform.std[0] + transform.mean[0]) - (images[:, 2] * transform.std[2] + transform.mean[2])
+    lidar2img = torch.from_numpy(scaled_lidar2img(frame, transform.scale))[None].float()
+    height, width = transform.padded_hw
+
+    def redness(points: np.ndarray) -> float:
+        uv, visible = geometry.project(torch.from_numpy(points)[None].float(), lidar2img, transform.padded_hw)
+        camera, k, _ = visible[0].nonzero().numpy().T
+        assert len(k) > 100
+        u, v = (uv[0, camera, k, 0].numpy() * (width, height)).astype(int).T
+        return float(red_over_blue[camera, v, u].mean())
+
+    cells, under = base_cells().numpy(), []
+    for box in boxes:
+        along_across = (cells[:, :2] - box[:2]) @ geometry.rotation_z(box[6])[:2, :2]
+        inside = cells[(np.abs(along_across) < box[3:5] / 2).all(1)]
+        under.append(np.c_[inside[:, :2], np.full(len(inside), box[2])])
+    points = np.concatenate(under)
+    own = redness(points)
+    assert own > 25  # grey levels
+    mistaken = {
+        "left and right": points * (-1, 1, 1),
+        "front and back": points * (1, -1, 1),
+        "rows and columns": points[:, [1, 0, 2]],
+        "a metre higher": points + (0, 0, 1.0),
+        "below the ground": points - (0, 0, 1.5),
+    }
+    for mistake, wrong in mistaken.items():
+        assert redness(wrong) < own - 10, mistake  # the road is a little red too, at 15
+
+
+@pytest.fixture(scope="module")
+def tiny() -> BEVFormer:
+    torch.manual_seed(0)
+    return BEVFormer(recipes.tiny().model).eval()
+
+
+@torch.no_grad()
+def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_it_sees(
+    tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: transforms.ImageTransform
+) -> None:
+    """Temporal attention, which spreads between cells, comes first in a layer: only from the second on does it carry the news further."""
+    matrices = scaled_lidar2img(frame, transform.scale)
+    lidar2img, can_bus, whole = torch.from_numpy(matrices)[None].float(), torch.zeros(1, 18), torch.from_numpy(images)[None]
+    first_layer: list[torch.Tensor] = []
+    handle = tiny.encoder.layers[0].register_forward_hook(lambda _, __, bev: first_layer.append(bev[0]))
+    output = tiny(whole, lidar2img, can_bus)
+    mirrored = tiny.neck(tiny.backbone(whole[0, MIRRORED : MIRRORED + 1].flip(-1)))
+    features = tuple(
+        level.index_copy(1, torch.tensor([MIRRORED]), new[None]) for level, new in zip(output.image_features, mirrored, strict=True)
+    )
+    bev = tiny.encoder(features, lidar2img, can_bus, transform.padded_hw, torch.zeros_like(output.bev), torch.zeros(1))
+    handle.remove()
+
+    assert all(torch.isfinite(tensor).all() for tensor in (*output.image_features, *output[1:]))
+    assert output.image_features[0].shape == (1, 6, 256, 15, 25)
+    assert output.box_code.shape == (6, 1, 900, 10)
+    changed = (first_layer[0] != first_layer[1]).any(-1).numpy()
+    np.testing.assert_array_equal(changed, cells_seen_by(matrices[MIRRORED], transform.padded_hw))
+    later = (output.bev[0] != bev[0]).any(-1).numpy()
+    assert (later | ~changed).all()
+    assert changed.sum() < later.sum() < later.size
+
+
+def cells_seen_by(lidar2img: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
+    """(2500,) bool: cells of the tiny grid with one of their four heights in a camera's image; float64, apart from geometry.py."""
+    centers = -51.2 + (np.arange(50) + 0.5) * 2.048
+    x, y, z = (axis.ravel() for axis in np.meshgrid(centers, centers, np.linspace(-4.5, 2.5, 4), indexing="xy"))
+    u, v, depth, _ = lidar2img @ np.stack((x, y, z, np.ones_like(x)))
+    inside = (depth > 1e-5) & (u > 0) & (u < image_hw[1] * depth) & (v > 0) & (v < image_hw[0] * depth)
+    return inside.reshape(2500, 4).any(1)

@@ -31,7 +31,7 @@ SETTINGS = (
     "model.backbone.width=4",
     "train.batch_size=2",
     "train.epochs=1",
-    "quant.epochs=1",
+    "quant.stages=[{'epochs': 1.0}]",
     "quant.calibration_samples=2",
 )
 
@@ -58,7 +58,7 @@ def loop_output(model: BEVFormer, frame) -> torch.Tensor:
 
 
 def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp_path):
-    config = config_of(teacher, "w8a8", "quant.epochs=0")
+    config = config_of(teacher, "w8a8", "quant.stages=()")
     frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
     student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
     qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
@@ -84,7 +84,7 @@ def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tm
     sizes = {}
     for bits in BITS:
         path = tmp_path / f"{bits}.pt"
-        qat.train(teacher, path, config_of(teacher, bits, "quant.epochs=0"), CPU, World(), resume=False)
+        qat.train(teacher, path, config_of(teacher, bits, "quant.stages=()"), CPU, World(), resume=False)
         sizes[bits] = artifact.load_checkpoint(path, "student")[0].facts
     assert sizes["w4a6"]["packed_bytes"] < sizes["w8a8"]["packed_bytes"]
     assert sizes["w4a6"]["paper_bytes"] == sizes["w8a8"]["paper_bytes"] / 2
@@ -114,12 +114,15 @@ def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for
         qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)
     monkeypatch.undo()
     qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=True)
-    logs = [[json.loads(line)["loss"] for line in (tmp_path / f"{name}.log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    logs = [
+        [json.loads(line)["loss"] for line in (tmp_path / f"{name}.stage1.log.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
     assert logs[0] == logs[1]
 
 
 def test_a_student_is_no_teacher(teacher, tmp_path):
-    qat.train(teacher, tmp_path / "w8a8.pt", config_of(teacher, "w8a8", "quant.epochs=0"), CPU, World(), resume=False)
+    qat.train(teacher, tmp_path / "w8a8.pt", config_of(teacher, "w8a8", "quant.stages=()"), CPU, World(), resume=False)
     with pytest.raises(ArtifactError, match="is a student file, a teacher is needed"):
         artifact.load_checkpoint(tmp_path / "w8a8.pt", "teacher")
 

@@ -17,11 +17,12 @@ from train.matcher import ALPHA, match
 
 
 class Losses(NamedTuple):
-    """`total` is what is minimised; `cls` and `box` are (layers,), weighted."""
+    """`total` is what is minimised, the sum of the others; `cls` and `box` are (layers,), `distill` is (); all weighted."""
 
     total: Tensor
     cls: Tensor
     box: Tensor
+    distill: Tensor
 
 
 def detection_loss(
@@ -43,7 +44,7 @@ def detection_loss(
         cls.append(config.cls_weight * cls_sum / num_objects)
         box.append(config.box_weight * box_sum / num_objects)
     cls_losses, box_losses = torch.stack(cls), torch.stack(box)
-    return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses)
+    return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses, weights.new_zeros(()))
 
 
 def _layer_sums(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -33,13 +33,33 @@ SAVE_EVERY_SECONDS = 120.0
 """Upper bound on the work a killed run loses, besides the end of each epoch."""
 
 
+Loss = Callable[[BevOutput, Batch, list[Batch]], Losses]
+"""What is minimised, from the network's output, the batch as the network saw it, and the history before it."""
+
+
+class Stateful(Protocol):
+    """Something with numbers to save and restore."""
+
+    def state_dict(self) -> dict[str, float]:
+        """The numbers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue with the numbers of `state_dict`."""
+        ...
+
+
 class DivergenceError(FloatingPointError, ValueError):
     """The loss or a gradient is no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how one training runs. `loss` maps the network's output and the batch to what is minimised."""
+    """Where and how one training runs. Files are called after `name`, the progress bar shows `title`.
+
+    `first_step` are the steps of earlier stages: samples and masks go on from there, while the learning rate starts anew. `balance` is
+    what `loss` keeps from step to step; it is saved with the state.
+    """
 
     config: Config
     schedule: TrainConfig
@@ -47,8 +67,11 @@ class Run:
     name: str
     device: torch.device
     world: World
-    loss: Callable[[BevOutput, Batch], Losses]
+    loss: Loss
+    title: str = "training"
     resume: bool = False
+    first_step: int = 0
+    balance: Stateful | None = None
 
     @property
     def state_path(self) -> Path:
@@ -93,37 +116,38 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     if steps_per_epoch == 0:
         raise ValueError(f"{len(frames)} training samples are fewer than train.batch_size {schedule.batch_size}")
     learner = Learner.of(model, schedule, run.device)
-    step = _resume(learner, run) if run.resume else 0
+    num_steps = total_steps(schedule, len(frames))
+    step, last_loss = _resume(learner, run) if run.resume else (0, math.nan)
     if world.size > 1:
         learner.forward = DistributedDataParallel(model, broadcast_buffers=False)
     begin = saved = time.monotonic()
-    last_loss = math.nan
-    with _log(run, step) as log, _bar(run, step, steps_per_epoch) as bar:
-        for history, current in batches(frames, run, step, steps_per_epoch):
+    with _log(run, step) as log, _bar(run, step, num_steps) as bar:
+        for history, current in batches(frames, run, step, num_steps):
             set_learning_rate(learner.optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
             losses, norm = train_step(learner, history, current, run, step)
             step += 1
-            cls, box = (world.mean(part.sum().item()) for part in (losses.cls, losses.box))
-            last_loss = world.mean(losses.total.item())
-            log(step=step, loss=last_loss, cls=cls, box=box, grad_norm=norm, learning_rate=rate)
+            parts = {name: world.mean(part.sum().item()) for name, part in losses._asdict().items()}
+            last_loss = parts.pop("total")
+            log(step=step, loss=last_loss, **parts, grad_norm=norm, learning_rate=rate)
             bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
             bar.update()
-            if world.is_main and (step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS):
-                _save(learner, run, step)
+            due = step == num_steps or step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS
+            if world.is_main and due:
+                _save(learner, run, step, last_loss)
                 saved = time.monotonic()
     return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
 
 
 def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
     """One optimizer step; the losses (detached) and the gradient norm before clipping."""
-    rng = np.random.default_rng((run.config.seed, step))
+    rng = np.random.default_rng((run.config.seed, run.first_step + step))
     scaler = learner.scaler
     with torch.autocast(run.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
         prev_bev = history_bev(learner.model, history)
         images = grid_mask(current.images, run.schedule.grid_mask, rng)
         output = learner.forward(images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
     full = BevOutput(output.image_features, output.bev, output.cls_logits.float(), output.box_code.float())
-    losses = run.loss(full, current)
+    losses = run.loss(full, current._replace(images=images), history)
     if not losses.total.isfinite():
         raise DivergenceError(
             f"loss is {losses.total.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
@@ -152,13 +176,18 @@ def history_bev(model: BEVFormer, history: list[Batch]) -> Tensor | None:
     return bev
 
 
-def batches(frames: FrameDataset, run: Run, first_step: int, steps_per_epoch: int) -> Iterator[tuple[list[Batch], Batch]]:
-    """This process's share of every batch from `first_step` to the end, on the run's device."""
+def total_steps(schedule: TrainConfig, num_samples: int) -> int:
+    """Steps of a whole training."""
+    return max(round(schedule.epochs * (num_samples // schedule.batch_size)), 1)
+
+
+def batches(frames: FrameDataset, run: Run, begin: int, end: int) -> Iterator[tuple[list[Batch], Batch]]:
+    """This process's share of every batch of the steps from `begin` to `end` of the run, on the run's device."""
     size, world = run.schedule.batch_size, run.world
     keys = []
-    for step in range(first_step, run.schedule.epochs * steps_per_epoch):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0 or step == first_step:
+    for step in range(run.first_step + begin, run.first_step + end):
+        epoch, position = divmod(step, len(frames) // size)
+        if position == 0 or step == run.first_step + begin:
             order = np.random.default_rng((run.config.seed, epoch)).permutation(len(frames))
         batch = order[position * size : (position + 1) * size]
         keys.append([(epoch, int(index)) for index in batch[world.rank :: world.size]])
@@ -185,8 +214,8 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(move(value) for value in batch))
 
 
-def _resume(learner: Learner, run: Run) -> int:
-    """Load the state of an earlier run; the number of steps it has done."""
+def _resume(learner: Learner, run: Run) -> tuple[int, float]:
+    """Load the state of an earlier run; the number of steps it has done, and its last loss."""
     seal, weights, state = artifact.load_checkpoint(run.state_path, "training")
     wanted = _fingerprint(run)
     if seal.config != wanted:
@@ -198,11 +227,20 @@ def _resume(learner: Learner, run: Run) -> int:
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    return state["step"]
+    if run.balance is not None:
+        run.balance.load_state_dict(state["balance"])
+    return state["step"], state["loss"]
 
 
-def _save(learner: Learner, run: Run, step: int) -> None:
-    state = {"step": step, "optimizer": learner.optimizer.state_dict(), "scaler": learner.scaler.state_dict(), "rng": torch.get_rng_state()}
+def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
+    state = {
+        "step": step,
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "rng": torch.get_rng_state(),
+        "balance": {} if run.balance is None else run.balance.state_dict(),
+        "loss": last_loss,
+    }
     artifact.save_checkpoint(
         run.state_path,
         kind="training",
@@ -216,7 +254,7 @@ def _save(learner: Learner, run: Run, step: int) -> None:
 
 def _fingerprint(run: Run) -> dict[str, Any]:
     """The settings that decide a run's numbers; where the data lies and how it is loaded may change."""
-    values = {**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule)}
+    values = {**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule), "first_step": run.first_step}
     values["data"] = {key: value for key, value in values["data"].items() if key not in ("root", "workers")}
     return json.loads(json.dumps(values))
 
@@ -234,5 +272,5 @@ def _log(run: Run, first_step: int) -> Iterator[Callable[..., None]]:
         yield lambda **values: (file.write(json.dumps(values) + "\n"), file.flush())
 
 
-def _bar(run: Run, first_step: int, steps_per_epoch: int) -> tqdm:
-    return tqdm(total=run.schedule.epochs * steps_per_epoch, initial=first_step, desc=run.name, unit="step", disable=not run.world.is_main)
+def _bar(run: Run, first_step: int, num_steps: int) -> tqdm:
+    return tqdm(total=num_steps, initial=first_step, desc=run.title, unit="step", disable=not run.world.is_main)

@@ -5,7 +5,7 @@ fake quantization. Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 """
 
 import argparse
-import dataclasses
+import copy
 import sys
 from pathlib import Path
 
@@ -23,9 +23,8 @@ from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import BITS
 from qdbev.restore import quantized, restore
-from train.criterion import detection_loss
 from train.distributed import World, world
-from train.loop import Run, fit
+from train.stages import run_stages
 
 
 def calibrated_student(teacher: BEVFormer, config: Config, frames: FrameDataset, device: torch.device) -> BEVFormer:
@@ -49,30 +48,18 @@ def stream(model: BEVFormer, frames: FrameDataset, num_frames: int, device: torc
 
 
 def train(teacher_path: Path, student_path: Path, config: Config, device: torch.device, world: World, resume: bool) -> None:
-    """Calibrate, train and seal the student of one policy."""
+    """Calibrate, train through the stages and seal the student of one policy."""
     teacher_seal, teacher = restore(teacher_path)
     torch.manual_seed(config.seed)
     frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
-    student = calibrated_student(teacher, config, frames, device)
+    student = calibrated_student(copy.deepcopy(teacher), config, frames, device)
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
-    quant = config.quant
-    schedule = dataclasses.replace(config.train, epochs=max(quant.epochs, 1), learning_rate=quant.learning_rate, warmup_steps=0)
-    run = Run(
-        config=config,
-        schedule=schedule,
-        folder=student_path.parent,
-        name=student_path.stem,
-        device=device,
-        world=world,
-        loss=lambda output, batch: detection_loss(output, batch.boxes, batch.labels, config.train, world.mean),
-        resume=resume,
-    )
     facts = {"image_hw": list(frames.padded_hw)}
-    if quant.epochs:
-        facts |= fit(student.requires_grad_(True), frames, run)
+    if config.quant.stages:
+        facts |= run_stages(student, teacher.to(device), frames, config, student_path.parent, student_path.stem, device, world, resume)
     if world.is_main:
-        facts |= {"paper_bytes": paper_bytes(student, quant.encoder.weight), "packed_bytes": packed_bytes(student)}
+        facts |= {"paper_bytes": paper_bytes(student, config.quant.encoder.weight), "packed_bytes": packed_bytes(student)}
         artifact.save_checkpoint(
             student_path, kind="student", config=to_dict(config), weights=student.cpu().state_dict(), parent=teacher_seal, facts=facts
         )

@@ -5,7 +5,6 @@ A float and a quantization-aware step take turns on every batch, so that the rat
 
 import argparse
 import copy
-import itertools
 import json
 import os
 import statistics
@@ -42,11 +41,11 @@ def measure(teacher: BEVFormer, config: Config, target: torch.device, steps: int
         name="step cost",
         device=target,
         world=World(),
-        loss=lambda output, batch: detection_loss(output, batch.boxes, batch.labels, config.train),
+        loss=lambda output, batch, _: detection_loss(output, batch.boxes, batch.labels, config.train),
     )
     seconds: dict[str, list[float]] = {"float": [], "qat": []}
     learners = {name: Learner.of(model, config.train, target) for name, model in (("float", teacher), ("qat", student))}
-    for history, current in itertools.islice(batches(frames, run, 0, len(frames) // config.train.batch_size), WARM_UP + steps):
+    for history, current in batches(frames, run, 0, WARM_UP + steps):
         for name, learner in learners.items():
             start = time.perf_counter()
             train_step(learner, history, current, run, 0)

@@ -1,0 +1,107 @@
+"""Pictures of what one frame is to a model: its cameras with the reference points of the BEV, its features, and its BEV.
+
+    python -m eval.views --model runs/demo/teacher.pt --out runs/demo/views
+
+The frame is seen alone, without what an earlier one would leave for it.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval import draw_views
+from eval.draw_views import Views
+from eval.run import data_of
+from qdbev import command, geometry, temporal
+from qdbev.artifact import atomic
+from qdbev.command import entry_point
+from qdbev.config import from_dict
+from qdbev.data.dataset import FrameDataset
+from qdbev.data.infos import DatasetError
+from qdbev.data.transforms import ImageTransform
+from qdbev.model.bevformer import BEVFormer
+from qdbev.restore import restore
+from qdbev.schema import BevOutput, Frame
+
+_log = logging.getLogger(__name__)
+
+
+def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.device) -> Views:
+    """Run one frame through the network and keep what is to be drawn.
+
+    Raises:
+        DatasetError: The split has no such frame, or an image cannot be read.
+    """
+    if not 0 <= index < len(dataset):
+        raise DatasetError(f"--frame is {index}, the split has {len(dataset)} frames; choose one from 0 to {len(dataset) - 1}")
+    frame, info = dataset.frame(index), dataset.info(index)
+    output, points, visible = _run(model.to(device), frame, device)
+    cells = output.bev[0] - output.bev[0].mean(0)  # a LayerNorm comes last, so that the norm itself is much the same everywhere
+    return Views(
+        title=f"frame {index} · {frame.token[:8]}",
+        images=[colors(planes, dataset.transform) for planes in frame.images],
+        scaled_hw=dataset.transform.scaled_hw,
+        lidar2img=frame.lidar2img,
+        lidar_from_ego=geometry.inverse(info.ego_from_lidar),
+        truth_boxes=frame.boxes.astype(np.float64),
+        pc_range=model.config.pc_range,
+        pillars=model.encoder.pillars.cpu().numpy(),
+        points=points[0].cpu().numpy(),
+        visible=visible[0].cpu().numpy(),
+        features=[level[0].norm(dim=1).cpu().numpy() for level in output.image_features],
+        bev=cells.norm(dim=1).view(model.config.bev_hw).cpu().numpy(),
+    )
+
+
+def colors(planes: np.ndarray, transform: ImageTransform) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a camera's (3, H, W) network input."""
+    pixels = planes.transpose(1, 2, 0) * transform.std + transform.mean
+    pixels = pixels.round().clip(0, 255).astype(np.uint8)
+    return pixels if transform.to_rgb else pixels[:, :, ::-1]
+
+
+@torch.inference_mode()
+def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[BevOutput, Tensor, Tensor]:
+    """What the network gives, and where the encoder's pillars fall."""
+    images, lidar2img = (torch.from_numpy(array)[None].to(device) for array in (frame.images, frame.lidar2img))
+    can_bus = torch.from_numpy(temporal.delta(frame.can_bus, None))[None].to(device)
+    image_hw = (images.shape[-2], images.shape[-1])
+    return model(images, lidar2img, can_bus), *geometry.project(model.encoder.pillars, lidar2img, image_hw)
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m eval.views", description="Draw a frame's reference points, features and BEV.")
+    parser.add_argument("--model", type=Path, required=True, help=".pt file with its seal")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
+    parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
+    parser.add_argument("--version", help="version of the dataset (default: the one in the model's config)")
+    parser.add_argument("--split", help="split of the dataset (default: the model's data.val_split)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    return parser.parse_args()
+
+
+@entry_point
+def main() -> None:
+    """Model and frame in, two pictures out."""
+    args = parse_args()
+    device = command.device(args.device)
+    seal, model = restore(args.model)
+    config = from_dict(seal.config)
+    data, split = data_of(config.data, args)
+    dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
+    views = views_of(model, dataset, args.frame, device)
+    for name, save in (("points", draw_views.save_points), ("features", draw_views.save_features)):
+        path = args.out / f"frame_{args.frame:05d}_{name}.png"
+        with atomic(path) as temporary:
+            save(temporary, views)
+        _log.info("%s", path)
+
+
+if __name__ == "__main__":
+    main()
