@@ -35,7 +35,11 @@ class Step(NamedTuple):
 
 
 def steps(detector: Detector, dataset: Frames) -> Iterator[Step]:
-    """Evaluate every frame in order; the memory starts anew with every scene."""
+    """Evaluate every frame in order; the memory starts anew with every scene.
+
+    Raises:
+        FrameOrderError: Frames of a scene do not come in order of time.
+    """
     model = detector.config.model
     memory: Memory | None = None
     for index in range(len(dataset)):

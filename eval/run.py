@@ -103,12 +103,18 @@ def table(content: dict[str, Any]) -> Table:
 
 def warnings(metrics: dict[str, Any]) -> list[str]:
     """What a reader of the numbers must know."""
-    if not metrics["absent"]:
-        return []
-    return [
-        f"the ground truth of this split has no scored {', '.join(metrics['absent'])}: the metric counts each as AP 0 with errors of 1, "
-        "so NDS and mAP compare only with runs on the same split"
-    ]
+    found, data = [], metrics["data"]
+    if metrics["absent"]:
+        found.append(
+            f"the ground truth of this split has no scored {', '.join(metrics['absent'])}: the metric counts each as AP 0 with errors "
+            "of 1, so NDS and mAP compare only with runs on the same split"
+        )
+    if data["version"].endswith("mini"):
+        found.append(
+            f"{data['version']} is for smoke runs: {data['split']} is {metrics['frames']} frames of a few scenes, so NDS and mAP say "
+            "nothing of the model and compare with no published number"
+        )
+    return found
 
 
 def parse_args() -> argparse.Namespace:

@@ -46,6 +46,25 @@ def without_points(tiny_world: Path, root: Path, silent: set[int]) -> Path:
     return root
 
 
+def with_poses(tiny_world: Path, root: Path, rotations: np.ndarray, translations: np.ndarray) -> Path:
+    """The tiny world, where the vehicle of the first frames stands and looks as told."""
+    info = [open_split(tiny_world).info(index) for index in range(len(rotations))]
+    shutil.copytree(tiny_world / VERSION, root / VERSION)
+    for folder in ("samples", "maps", "can_bus"):
+        (root / folder).symlink_to(tiny_world / folder)
+    data = json.loads((root / VERSION / "sample_data.json").read_text())
+    lidar = {row["sample_token"]: row["ego_pose_token"] for row in data if "LIDAR_TOP" in row["filename"]}
+    poses = {
+        lidar[frame.token]: pose for frame, pose in zip(info, zip(rotations.tolist(), translations.tolist(), strict=True), strict=True)
+    }
+    records = json.loads((root / VERSION / "ego_pose.json").read_text())
+    for record in records:
+        if record["token"] in poses:
+            record["rotation"], record["translation"] = poses[record["token"]]
+    (root / VERSION / "ego_pose.json").write_text(json.dumps(records))
+    return root
+
+
 def blank_frame(scene_token: str, can_bus: np.ndarray) -> Frame:
     return Frame(
         token="",
@@ -121,6 +140,30 @@ def test_reading_a_frame_leaves_the_infos_alone(tiny_world: Path) -> None:
     np.testing.assert_array_equal(dataset.info(1).can_bus, before[1])
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_can_bus_has_the_whole_rotation_only_where_it_is_asked_for(
+    tiny_world: Path, tmp_path: Path, golden_modules: dict[str, np.ndarray], full: bool
+) -> None:
+    official, rotations = golden_modules["info_can_bus"], golden_modules["info_quats"] * np.array([[1], [-1], [1]])  # either sign is kept
+    root = with_poses(tiny_world, tmp_path, rotations, official[:, :3])
+    found = np.stack([open_split(root, full_quaternion=full).frame(index).can_bus for index in range(3)])
+    np.testing.assert_array_equal(found[:, temporal.ROTATION], rotations if full else rotations[:, :1].repeat(4, 1))
+    moves = [0, 1, 2, temporal.YAW_RAD, temporal.YAW_DEG]
+    np.testing.assert_allclose(found[:, moves], official[:, moves], atol=1e-11)  # degrees of float64
+    assert open_split(root).frame(0).can_bus[3:7].tolist() == [rotations[0, 0]] * 4  # the default is upstream's
+
+
+def test_the_whole_rotation_reaches_the_network_unchanged(tiny_world: Path) -> None:
+    dataset = open_split(tiny_world, queue_length=2, photometric=False, full_quaternion=True)
+    history, current = queue_batch([dataset[(0, 6)]])
+    for batch in (*history, current):
+        index = [dataset.info(i).token for i in range(len(dataset))].index(batch.tokens[0])
+        w, x, y, z = batch.can_bus[0, temporal.ROTATION].double().tolist()
+        expected = dataset.info(index).global_from_ego[:2, :2]
+        np.testing.assert_allclose([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z)]], expected[:1], atol=1e-6)  # float32
+        assert z != w
+
+
 @pytest.mark.parametrize("length", [1, 2, 3])
 def test_a_queue_ends_with_its_frame_and_leaves_one_candidate_out(tiny_world: Path, length: int) -> None:
     dataset = open_split(tiny_world, queue_length=length, photometric=False)
@@ -138,6 +181,16 @@ def test_a_queue_ends_with_its_frame_and_leaves_one_candidate_out(tiny_world: Pa
 def test_before_the_first_frame_the_first_frame_repeats(tiny_world: Path) -> None:
     dataset = open_split(tiny_world, photometric=False)
     assert positions(dataset, dataset.queue(0, 0)) == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("length", "index"), [(3, 1), (3, 2), (4, 2), (4, 5)])
+def test_every_candidate_but_one_is_in_a_queue_and_those_before_the_split_are_its_first_frame(
+    tiny_world: Path, length: int, index: int
+) -> None:
+    dataset = open_split(tiny_world, queue_length=length, photometric=False)
+    candidates = [max(0, index - back) for back in range(length, 0, -1)]
+    allowed = {(*candidates[:out], *candidates[out + 1 :], index) for out in range(length)}
+    assert {tuple(positions(dataset, dataset.queue(index, epoch))) for epoch in range(25)} == allowed
 
 
 def test_queues_are_decided_by_seed_epoch_and_index(tiny_world: Path) -> None:

@@ -155,8 +155,9 @@ def test_the_command_ends_with_one_clear_line(teacher: Path, tmp_path: Path, wro
 
 
 def test_absent_classes_are_warned_about() -> None:
-    assert run.warnings({"absent": []}) == []
-    assert "no scored bus, trailer" in run.warnings({"absent": ["bus", "trailer"]})[0]
+    data = {"version": "v1.0-trainval", "split": "val"}
+    assert run.warnings({"absent": [], "data": data}) == []
+    assert "no scored bus, trailer" in run.warnings({"absent": ["bus", "trailer"], "data": data})[0]
 
 
 def test_summary_has_a_row_per_model_with_the_change_from_its_parent(

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from torch.utils.data import Dataset
 
+from qdbev import temporal
 from qdbev.config import DataConfig
 from qdbev.data.infos import DatasetError, Info, Infos, load_or_build
 from qdbev.data.transforms import image_transform, load_images, scale_lidar2img
@@ -114,10 +115,17 @@ class FrameDataset(Dataset):
             timestamp_us=info.timestamp_us,
             images=load_images([root / name for name in info.image_files], self.transform, rng),
             lidar2img=scale_lidar2img(info.lidar2img, self.transform.scale).astype(np.float32),
-            can_bus=info.can_bus.copy(),
+            can_bus=self._can_bus(info),
             boxes=boxes,
             labels=info.labels[kept],
         )
+
+    def _can_bus(self, info: Info) -> np.ndarray:
+        """(18,) absolute can_bus of its own; see `DataConfig.full_quaternion`."""
+        can_bus = info.can_bus.copy()
+        if self._config.full_quaternion:
+            can_bus[temporal.ROTATION] = info.quaternion
+        return can_bus
 
 
 def start_worker(worker: int) -> None:

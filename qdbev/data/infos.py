@@ -9,6 +9,7 @@ tools/data_converter/nuscenes_converter.py and nuscenes_dataset.py).
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ TABLES = (
     "sample_annotation",
     "map",
 )
-_LAYOUT = 1
+_LAYOUT = 2
 """Raised when the arrays of `Infos` or their meaning change, so that older files are made again."""
+
+_log = logging.getLogger(__name__)
 
 
 class DatasetError(ValueError):
@@ -48,9 +51,10 @@ class Info(NamedTuple):
     """One key frame. Lengths are metres, angles radians; N cameras in the order of `schema.CAMERAS`, G annotated boxes.
 
     image_files are relative to the dataset's root. lidar2img (N, 4, 4) maps the lidar frame at the key frame's time to pixels of the
-    camera at its own, for the stored images. ego_from_lidar and global_from_ego (4, 4) are those of the lidar. can_bus (18,) is
-    absolute, see `tables.can_bus`. boxes (G, 9) are as in `schema.Frame`, but neither filtered nor wrapped; labels (G,) index
-    `schema.CLASSES`; num_points (G,) counts lidar and radar returns, zero where an object was annotated without being measured.
+    camera at its own, for the stored images. ego_from_lidar and global_from_ego (4, 4) are those of the lidar, and quaternion (4,)
+    w, x, y, z is the rotation of the latter as the tables have it. can_bus (18,) is absolute, see `tables.can_bus`. boxes (G, 9) are
+    as in `schema.Frame`, but neither filtered nor wrapped; labels (G,) index `schema.CLASSES`; num_points (G,) counts lidar and radar
+    returns, zero where an object was annotated without being measured.
     """
 
     token: str
@@ -62,6 +66,7 @@ class Info(NamedTuple):
     lidar2img: np.ndarray
     ego_from_lidar: np.ndarray
     global_from_ego: np.ndarray
+    quaternion: np.ndarray
     can_bus: np.ndarray
     boxes: np.ndarray
     labels: np.ndarray
@@ -87,6 +92,7 @@ class Infos:
     lidar2img: np.ndarray
     ego_from_lidar: np.ndarray
     global_from_ego: np.ndarray
+    quaternion: np.ndarray
     can_bus: np.ndarray
     box_start: np.ndarray
     boxes: np.ndarray
@@ -110,6 +116,7 @@ class Infos:
             lidar2img=self.lidar2img[index],
             ego_from_lidar=self.ego_from_lidar[index],
             global_from_ego=self.global_from_ego[index],
+            quaternion=self.quaternion[index],
             can_bus=self.can_bus[index],
             boxes=self.boxes[own],
             labels=self.labels[own],
@@ -141,9 +148,15 @@ def load_or_build(config: DataConfig) -> Infos:
 
 
 def build(root: Path, version: str, workers: int) -> Infos:
-    """Read the tables with so many worker processes (0: in this one), keep the result as a sealed file and return it."""
-    from qdbev.data import tables  # costs seconds (the devkit brings matplotlib and scikit-learn), needed only here
+    """Check that the version is complete, read it with so many processes (0: this one), keep the result as a sealed file and return it.
 
+    Raises:
+        DatasetError: As `load_or_build`; one report names all that is missing.
+    """
+    from qdbev.data import completeness, tables  # costs seconds (the devkit brings matplotlib and scikit-learn), needed only here
+
+    _log.info("checking %s in %s", version, root)
+    completeness.require(root, version)
     stamp = fingerprint(root, version)
     infos = tables.read(root, version, workers)
     path = cache_path(root, version)
@@ -174,29 +187,12 @@ def summary(infos: Infos) -> dict[str, Any]:
 
 
 def fingerprint(root: Path, version: str) -> dict[str, list[int]]:
-    """Size and time of change of each table, and the number of CAN files: what tells a changed dataset from the same one.
-
-    Raises:
-        DatasetError: The root, the version, a table or the CAN expansion is missing.
-    """
-    if not root.is_dir():
-        raise DatasetError(f"no dataset at {root}: no such folder; set data.root to one in nuScenes format, or make one with `make demo`")
-    folder = root / version
-    if not folder.is_dir():
-        found = sorted(path.parent.name for path in root.glob("*/sample.json")) or ["no version"]
-        raise DatasetError(f"{root} has no {version}; it has {', '.join(found)}; set data.version, or add the metadata of {version}")
-    missing = [f"{name}.json" for name in TABLES if not (folder / f"{name}.json").is_file()]
-    if missing:
-        raise DatasetError(f"{folder} lacks {', '.join(missing)}; unpack the metadata archive of {version} again")
-    can_bus = root / "can_bus"
-    if not can_bus.is_dir():
-        raise DatasetError(
-            f"{can_bus} is missing; the ego motion comes from nuScenes' CAN bus expansion: https://www.nuscenes.org/nuscenes#download, "
-            "unpacked into the dataset's root"
-        )
+    """Size and time of change of each table, and the number of CAN files: what tells a changed dataset from the same one."""
+    folder, can_bus = root / version, root / "can_bus"
     files = [path for path in (*(folder / f"{name}.json" for name in TABLES), folder / "splits.json") if path.is_file()]
     stamp = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-    return {**stamp, "can_bus": [sum(name.endswith("_pose.json") for name in os.listdir(can_bus))]}  # noqa: PTH208 (8000 names)
+    signals = os.listdir(can_bus) if can_bus.is_dir() else []  # noqa: PTH208 (8000 names)
+    return {**stamp, "can_bus": [sum(name.endswith("_pose.json") for name in signals)]}
 
 
 def _load(path: Path, tables: dict[str, list[int]]) -> Infos | None:

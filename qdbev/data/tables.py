@@ -4,20 +4,21 @@ Numbers follow BEVFormer 66b65f3 (tools/data_converter/nuscenes_converter.py) an
 velocity from neighbouring annotations, the ego motion between the shutters of camera and lidar inside `lidar2img`.
 """
 
+import gc
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nuscenes.can_bus.can_bus_api import NuScenesCanBus
 from nuscenes.eval.detection.utils import category_to_detection_name
 from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 from tqdm import tqdm
 
 from qdbev import geometry, temporal
+from qdbev.data.completeness import scenes_without_can_signals
 from qdbev.data.infos import DatasetError, Infos
 from qdbev.schema import CAMERAS, CLASSES
 
@@ -36,7 +37,7 @@ def read(root: Path, version: str, workers: int) -> Infos:
     """All samples of `root/version`, scenes shared out over `workers` processes (0: read in this one).
 
     Raises:
-        DatasetError: Tables are damaged or contradict each other, images are missing, or cameras differ in image size.
+        DatasetError: Tables or CAN signals are damaged or contradict each other, or cameras differ in image size.
     """
     with tqdm(desc=f"reading {version}", unit="scene", disable=None) as bar:
         reader = SceneReader(root, _open(root, version))
@@ -48,7 +49,6 @@ def read(root: Path, version: str, workers: int) -> Infos:
     if not rows:
         raise DatasetError(f"{root / version} has no samples")
     rows.sort(key=lambda row: row["timestamp_us"])
-    _require_images(root, [name for row in rows for name in row["image_files"]])
     return _stack(rows, _splits(root, version))
 
 
@@ -69,7 +69,7 @@ def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) 
         yaw_deg += 360
     vector = np.empty(18)
     vector[temporal.POSITION] = translation
-    vector[3:7] = rotation[0]
+    vector[temporal.ROTATION] = rotation[0]
     vector[7:16] = signals
     vector[temporal.YAW_RAD] = np.deg2rad(yaw_deg)
     vector[temporal.YAW_DEG] = yaw_deg
@@ -94,7 +94,7 @@ class SceneReader:
     def __init__(self, root: Path, nuscenes: NuScenes) -> None:
         self.nuscenes = nuscenes
         self._can_folder = root / "can_bus"
-        self._without_can = {f"scene-{number:04d}" for number in NuScenesCanBus(str(root)).can_blacklist}
+        self._without_can = scenes_without_can_signals(root)
 
     def read(self, scene: Row) -> list[Row]:
         """One row per sample with the fields of `Infos`, plus the scene's name."""
@@ -108,13 +108,13 @@ class SceneReader:
         return rows
 
     def _can_signals(self, scene_name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) microseconds and (M, 9) signals of the scene's pose messages; one message of zeros where there are none.
+        """(M,) microseconds and (M, 9) signals of the scene's pose messages; one message of zeros where nuScenes has none.
 
         Upstream takes the signals from the message after the sample and nothing else from it.
         """
-        path = self._can_folder / f"{scene_name}_pose.json"
-        if scene_name in self._without_can or not path.is_file():
+        if scene_name in self._without_can:
             return np.zeros(1), np.zeros((1, 9))
+        path = self._can_folder / f"{scene_name}_pose.json"
         try:
             messages = json.loads(path.read_text())
             times = np.array([message["utime"] for message in messages])
@@ -142,6 +142,7 @@ class SceneReader:
             "lidar2img": np.stack([matrix for _, matrix in cameras]),
             "ego_from_lidar": ego_from_lidar,
             "global_from_ego": global_from_ego,
+            "quaternion": np.array(ego_pose["rotation"]),
             "can_bus": can_bus(signals, np.array(ego_pose["rotation"]), np.array(ego_pose["translation"])),
             **self._boxes(sample, lidar_from_global),
         }
@@ -184,9 +185,24 @@ class SceneReader:
         }
 
 
+class _KeyFrames(NuScenes):
+    """The devkit's tables without what lies between key frames, which is nine tenths of nuScenes' sensor files and poses."""
+
+    def __load_table__(self, table_name: str) -> list[Row]:
+        if table_name == "ego_pose":  # comes before sample_data, which tells whose poses are needed
+            self._key_data = self._load("sample_data", lambda record: record["is_key_frame"])
+            used = {record["ego_pose_token"] for record in self._key_data}
+            return self._load("ego_pose", lambda record: record["token"] in used)
+        return self._key_data if table_name == "sample_data" else super().__load_table__(table_name)
+
+    def _load(self, table_name: str, keep: Callable[[Row], bool]) -> list[Row]:
+        text = (Path(self.table_root) / f"{table_name}.json").read_text()
+        return [record for record in json.loads(text, object_hook=lambda record: record if keep(record) else None) if record]
+
+
 def _open(root: Path, version: str) -> NuScenes:
     try:
-        return NuScenes(version, str(root), verbose=False)
+        return _KeyFrames(version, str(root), verbose=False)
     except (ValueError, KeyError, AssertionError) as error:
         raise DatasetError(f"the tables in {root / version} cannot be read ({error!r}); unpack the metadata archive again") from error
 
@@ -206,8 +222,12 @@ def _over_scenes(reader: SceneReader, workers: int) -> Iterator[list[Row]]:
     if workers <= 1:
         yield from map(reader.read, scenes)
         return
-    with multiprocessing.get_context("fork").Pool(workers, _adopt, (reader,)) as pool:
-        yield from pool.imap(_read_scene, range(len(scenes)), chunksize=1)
+    gc.freeze()  # a collection in a worker would touch, and so copy, all the gigabytes it shares with this process
+    try:
+        with multiprocessing.get_context("fork").Pool(workers, _adopt, (reader,)) as pool:
+            yield from pool.imap(_read_scene, range(len(scenes)), chunksize=1)
+    finally:
+        gc.unfreeze()
 
 
 def _adopt(reader: SceneReader) -> None:
@@ -218,17 +238,6 @@ def _adopt(reader: SceneReader) -> None:
 def _read_scene(index: int) -> list[Row]:
     assert _forked_reader is not None
     return _forked_reader.read(_forked_reader.nuscenes.scene[index])
-
-
-def _require_images(root: Path, names: list[str]) -> None:
-    """Raise DatasetError unless every file exists. Lists each folder once: a look at every file is slow on network disks."""
-    folders = {str(Path(name).parent) for name in names}
-    present = {f"{folder}/{path.name}" for folder in folders if (root / folder).is_dir() for path in (root / folder).iterdir()}
-    missing = [name for name in names if name not in present]
-    if missing:
-        raise DatasetError(
-            f"{len(missing)} of {len(names)} camera images are missing under {root}, first {missing[0]}; unpack all parts of the dataset"
-        )
 
 
 def _splits(root: Path, version: str) -> dict[str, set[str]]:
@@ -254,10 +263,10 @@ def _stack(rows: list[Row], splits: dict[str, set[str]]) -> Infos:
     inside = {name: [scene in scenes for scene in scene_names] for name, scenes in splits.items()}
     inside = {name: members for name, members in inside.items() if any(members)}
     text = {name: np.array([row[name].encode() for row in rows]) for name in ("token", "scene_token", "prev", "next")}
-    matrices = {name: np.stack([row[name] for row in rows]) for name in ("lidar2img", "ego_from_lidar", "global_from_ego", "can_bus")}
+    numbers = ("lidar2img", "ego_from_lidar", "global_from_ego", "quaternion", "can_bus")
     return Infos(
         **text,
-        **matrices,
+        **{name: np.stack([row[name] for row in rows]) for name in numbers},
         timestamp_us=np.array([row["timestamp_us"] for row in rows], dtype=np.int64),
         image_files=np.array([[name.encode() for name in row["image_files"]] for row in rows]),
         image_hw=sizes[0],

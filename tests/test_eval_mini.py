@@ -1,0 +1,89 @@
+"""A smoke run on nuScenes mini: its own splits from tables to metrics, and a warning that the numbers compare with nothing."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval import run
+from qdbev.config import Config, override
+from qdbev.data import infos
+from qdbev.data.synthetic.config import WORLDS, WorldConfig
+from qdbev.data.synthetic.generate import generate
+from qdbev.recipes import RECIPES
+from train.distributed import World
+from train.float import train
+
+VERSION = "v1.0-mini"
+SETTINGS = (
+    f"data.version={VERSION}",
+    "data.train_split=mini_train",
+    "data.val_split=mini_val",
+    "data.workers=0",
+    "data.image_scale=0.2",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.ffn_dim=16",
+    "model.bev_hw=(8,8)",
+    "model.rotate_center=(4.0,4.0)",
+    "model.backbone.width=4",
+    "train.batch_size=2",
+    "train.epochs=1",
+)
+
+
+class MiniWorld(WorldConfig):
+    """A world with the scene names of mini: one of mini_train and the two of mini_val."""
+
+    @property
+    def scene_names(self) -> tuple[str, ...]:
+        return ("scene-0061", "scene-0103", "scene-0916")
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mini") / "world"
+    micro = dataclasses.replace(WORLDS["micro"](), name="mini", num_train=1, num_val=2, num_samples=3)
+    generate(MiniWorld(**dataclasses.asdict(micro)), root)
+    (root / "v1.0-trainval").rename(root / VERSION)
+    return root
+
+
+@pytest.fixture
+def config(mini: Path) -> Config:
+    return override(RECIPES["micro"](), [f"data.root={mini}", *SETTINGS])
+
+
+def command(main: Callable[[], None], *arguments: object) -> None:
+    """Run an entry point with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        main()
+
+
+def test_mini_is_prepared_with_its_own_splits(mini: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command(infos.main, "--root", mini, "--version", VERSION, "--workers", 2)
+    assert "splits: {'mini_train': 3, 'mini_val': 6}" in capsys.readouterr().out
+
+
+def test_mini_trains_and_is_scored_with_a_warning(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config, tmp_path, torch.device("cpu"), World(), resume=False)
+    command(run.main, "--model", tmp_path / "teacher.pt")
+    metrics = json.loads((tmp_path / "eval" / "teacher_pt" / "metrics.json").read_text())
+    assert metrics["data"] == {"version": VERSION, "split": "mini_val"}
+    assert metrics["frames"] == 6
+    assert "warning: v1.0-mini is for smoke runs: mini_val is 6 frames" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("absent", [[], ["bus"]])
+def test_only_mini_is_always_warned_about(absent: list[str]) -> None:
+    def warned(version: str) -> list[str]:
+        return run.warnings({"absent": absent, "frames": 81, "data": {"version": version, "split": "some"}})
+
+    assert len(warned("v1.0-trainval")) == len(absent)
+    assert warned(VERSION)[:-1] == warned("v1.0-trainval")
+    assert "v1.0-mini is for smoke runs: some is 81 frames" in warned(VERSION)[-1]

@@ -1,0 +1,255 @@
+"""Time passes between frames as it did in the official code: streams, training queues, dropped frames, gaps, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from golden_inputs import make_can_bus, make_images, make_lidar2img, make_rotate_input
+from golden_model import micro_config
+from torch import Tensor
+
+from eval.detectors import Detector
+from eval.loop import steps
+from qdbev import temporal
+from qdbev.artifact import Seal
+from qdbev.config import Config, DataConfig, ModelConfig, to_dict
+from qdbev.data.collate import queue_batch
+from qdbev.model.bevformer import BEVFormer
+from qdbev.ops.rotate import rotate_bev
+from qdbev.schema import Frame
+from qdbev.temporal import FrameOrderError
+from train.loop import history_bev
+
+BEV = np.ones((1, 4, 2), np.float32)
+MOVING = [*range(3), temporal.YAW_DEG]
+
+
+def seen(can_bus: np.ndarray, time_s: float, scene: str = "a", images: np.ndarray | None = None) -> Frame:
+    """A frame without objects."""
+    return Frame(
+        token=f"{scene}{time_s}",
+        scene_token=scene,
+        timestamp_us=round(time_s * 1e6),
+        images=np.zeros((6, 3, 2, 2), np.float32) if images is None else images,
+        lidar2img=make_lidar2img("micro").astype(np.float32),
+        can_bus=can_bus,
+        boxes=np.zeros((0, 9), np.float32),
+        labels=np.zeros(0, np.int64),
+    )
+
+
+def heading(degrees: float) -> np.ndarray:
+    """(18,) can_bus of a vehicle that stands and looks that way."""
+    can_bus = np.zeros(18)
+    can_bus[temporal.YAW_DEG], can_bus[temporal.YAW_RAD] = degrees, np.deg2rad(degrees)
+    return can_bus
+
+
+def streamed(frames: list[Frame]) -> tuple[np.ndarray, list[bool]]:
+    """Relative can_bus of each frame (F, 18), and whether it had a history."""
+    memory, vectors, known = None, [], []
+    for frame in frames:
+        can_bus, bev = temporal.observe(frame, memory)
+        memory = temporal.remember(frame, BEV)
+        vectors.append(can_bus)
+        known.append(bev is not None)
+    return np.stack(vectors), known
+
+
+def turned(degrees: float, center: tuple[float, float] = (10.0, 10.0)) -> Tensor:
+    """(400, 3): the golden map after a turn."""
+    given = torch.from_numpy(make_rotate_input()).flatten(1).T[None]
+    return rotate_bev(given, torch.tensor([degrees]), (20, 20), center)[0]
+
+
+def test_a_stream_moves_as_in_the_official_code(golden_modules, golden_micro):
+    found, known = streamed([seen(can_bus, 0.5 * index) for index, can_bus in enumerate(golden_modules["info_can_bus"])])
+    np.testing.assert_allclose(found, golden_modules["queue_can_bus"], atol=2e-5)  # float32 of degrees
+    assert known == golden_modules["queue_prev_exists"].tolist()
+    found, known = streamed([seen(make_can_bus(index, "micro"), 0.5 * index) for index in range(3)])
+    np.testing.assert_allclose(found, golden_micro["train_can_bus"], atol=2e-6)
+    np.testing.assert_allclose(found[:2], [golden_micro["f0_can_bus_used"], golden_micro["f1_can_bus_used"]], atol=2e-6)
+    assert known == golden_micro["train_prev_exists"].tolist()
+
+
+def test_a_queue_and_a_stream_of_the_same_frames_move_alike():
+    frames = [seen(make_can_bus(index, "micro"), 0.5 * index, scene) for index, scene in enumerate("aab")]
+    found, known = streamed(frames)
+    history, current = queue_batch([frames])
+    np.testing.assert_array_equal(torch.cat([batch.can_bus for batch in (*history, current)]), found)
+    assert [bool(batch.has_prev) for batch in (*history, current)] == known == [False, True, False]
+
+
+def test_after_a_dropped_frame_the_motion_is_the_sum_of_the_two(golden_micro):
+    frames = [seen(make_can_bus(index, "micro"), 0.5 * index) for index in range(3)]
+    found, known = streamed([frames[0], frames[2]])
+    assert known == [False, True]
+    whole = golden_micro["train_can_bus"]
+    np.testing.assert_allclose(found[1, MOVING], whole[1, MOVING] + whole[2, MOVING], atol=2e-6)
+    np.testing.assert_array_equal(found[1, 3:17], streamed(frames)[0][2, 3:17])  # nothing else is relative
+    assert found[1, temporal.YAW_DEG] == pytest.approx(25.36)
+
+
+@pytest.mark.parametrize("degrees", [25.36, -178.48, 12.68])
+def test_the_history_is_turned_by_the_whole_motion(degrees):
+    given, found = make_rotate_input().transpose(1, 2, 0), turned(degrees).view(20, 20, 3).numpy()
+    cos, sin = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    inside = 0
+    for row, column in np.ndindex(20, 20):
+        x, y = column - 9.5, row - 9.5
+        source = np.array([sin * x + cos * y, cos * x - sin * y]) + 9.5  # row, column
+        if np.abs(source % 1 - 0.5).min() < 1e-4:
+            continue  # either neighbour will do
+        cell = np.rint(source).astype(int)
+        known = (cell >= 0).all() and (cell < 20).all()
+        np.testing.assert_array_equal(found[row, column], given[tuple(cell)] if known else 0)
+        inside += known
+    assert inside > 250
+
+
+def test_a_heading_that_wraps_turns_the_history_the_short_way_and_stays_absolute_in_radians():
+    east, again = heading(350.0), heading(10.0)
+    delta = temporal.delta(again, east)
+    assert delta[temporal.YAW_DEG] == -340  # as upstream; the network reads it so
+    assert delta[temporal.YAW_RAD] == np.float32(np.deg2rad(10))
+    assert temporal.delta(east, again)[temporal.YAW_DEG] == 340
+    torch.testing.assert_close(turned(-340.0), turned(20.0), atol=0, rtol=0)
+    assert not torch.equal(turned(20.0), turned(-20.0))
+
+
+@pytest.mark.parametrize("wrap", [-360, 360])
+def test_a_jump_of_360_degrees_leaves_the_turned_history_as_the_official_code_has_it(golden_modules, wrap):
+    for (degrees, x, y), golden in zip(golden_modules["rotate_cases"], golden_modules["rotate_out"], strict=True):
+        found = turned(float(degrees) + wrap, (float(x), float(y))).T.reshape(3, 20, 20)
+        torch.testing.assert_close(found, torch.from_numpy(golden), atol=0, rtol=0)
+
+
+def test_a_gap_within_a_scene_keeps_the_history_and_the_exact_motion():
+    near, far = (streamed([seen(make_can_bus(0, "micro"), 0.0), seen(make_can_bus(1, "micro"), time)]) for time in (0.5, 3600.0))
+    np.testing.assert_array_equal(near[0], far[0])
+    assert near[1] == far[1] == [False, True]
+
+
+@pytest.mark.parametrize("time_s", [7.5, 7.0, -1.0])
+def test_a_frame_that_is_not_later_is_refused_with_both_times(time_s):
+    memory = temporal.remember(seen(heading(0), 7.5), BEV)
+    late = seen(heading(1), time_s)
+    message = rf"{late.timestamp_us} us is not later than the one before it at 7500000 us .*'a'; .*memory=None\Z"
+    with pytest.raises(FrameOrderError, match=message):
+        temporal.observe(late, memory)
+    with pytest.raises(FrameOrderError, match=message):
+        temporal.deployed_inputs(late, memory, small_config())
+    assert temporal.observe(late, None)[1] is None
+
+
+def test_another_scene_may_have_been_recorded_earlier():
+    found, known = streamed([seen(heading(5), 100.0, "a"), seen(heading(50), 1.0, "b"), seen(heading(60), 1.5, "b")])
+    assert known == [False, False, True]
+    assert found[:, temporal.YAW_DEG].tolist() == [0, 0, 10]
+
+
+class Stream:
+    """What the evaluation loop asks of a dataset."""
+
+    def __init__(self, frames: list[Frame]) -> None:
+        self.frames = frames
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def frame(self, index: int) -> Frame:
+        return self.frames[index]
+
+
+def evaluated(frames: list[Frame]) -> list[dict[str, np.ndarray]]:
+    """The inputs that a detector gets; it gives the number of its call as BEV."""
+    config, given = Config(name="small", data=DataConfig(root=""), model=small_config()), []
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        given.append(inputs)
+        model = config.model
+        outputs = {"cls_logits": np.zeros((1, model.num_query, 10), np.float32), "box_code": np.zeros((1, model.num_query, 10), np.float32)}
+        return {**outputs, "bev": np.full((1, 64, model.embed_dim), len(given), np.float32)}
+
+    seal = Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
+    assert len(list(steps(Detector(seal, config, infer), Stream(frames)))) == len(frames)
+    return given
+
+
+def test_the_evaluation_loop_carries_on_after_a_dropped_frame_and_starts_anew_with_a_scene(golden_micro):
+    frames = [seen(make_can_bus(index, "micro"), 0.5 * index) for index in range(3)]
+    first, third, other = evaluated([frames[0], frames[2], seen(heading(30), 9.0, "b")])
+    assert [inputs["has_prev"].item() for inputs in (first, third, other)] == [0, 1, 0]
+    assert [inputs["prev_bev"].max() for inputs in (first, third, other)] == [0, 1, 0]
+    whole = golden_micro["train_can_bus"]
+    np.testing.assert_allclose(third["can_bus"][0, MOVING], whole[1, MOVING] + whole[2, MOVING], atol=2e-6)
+    assert (other["can_bus"][0, MOVING] == 0).all()
+
+
+def test_the_evaluation_loop_refuses_a_stream_that_is_replayed():
+    frames = [seen(heading(index), 0.5 * index) for index in range(3)]
+    with pytest.raises(FrameOrderError, match="0 us is not later than the one before it at 1000000 us"):
+        evaluated([*frames, *frames])
+
+
+def small_config() -> ModelConfig:
+    config = micro_config(shifted_reference=True)
+    backbone = dataclasses.replace(config.backbone, width=4)
+    sizes = {"embed_dim": 16, "num_heads": 2, "ffn_dim": 16, "num_query": 20, "bev_hw": (8, 8), "rotate_center": (4.0, 4.0)}
+    return dataclasses.replace(config, backbone=backbone, **sizes)
+
+
+@pytest.fixture(scope="module")
+def model() -> BEVFormer:
+    """Small, with random weights."""
+    torch.manual_seed(0)
+    return BEVFormer(small_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def frames() -> dict[str, Frame]:
+    """Three frames of scene a, then three of b somewhere else."""
+    found = {}
+    for number, name in enumerate(("a0", "a1", "a2", "b0", "b1", "b2")):
+        can_bus = make_can_bus(number % 3, "micro") + (name[0] == "b") * np.array([500.0, -80, 1, *[0] * 13, 1, np.rad2deg(1)])
+        images = make_images("micro", number)[:, :, :64, :96]
+        found[name] = seen(can_bus, 0.5 * number, name[0], np.ascontiguousarray(images))
+    return found
+
+
+@torch.no_grad()
+def last_bev(model: BEVFormer, *queues: list[Frame]) -> Tensor:
+    """(B, BEV cells, C) of the last frames, by the steps of training."""
+    history, current = queue_batch(list(queues))
+    prev_bev = history_bev(model, history)
+    return model.encode(current.images, current.lidar2img, current.can_bus, prev_bev, None if prev_bev is None else current.has_prev)[1]
+
+
+@pytest.mark.parametrize(
+    ("crossing", "afresh"),
+    [("a1 a2 b0", "b0"), ("a2 b0 b1", "b0 b1"), ("a2 b0 b1", "a0 b0 b1"), ("a1 a2 b0 b2", "b0 b2")],
+)
+def test_a_queue_that_crosses_into_a_scene_is_as_if_it_began_there(model, frames, crossing, afresh):
+    found, expected = (last_bev(model, [frames[name] for name in names.split()]) for names in (crossing, afresh))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    same_scene = [dataclasses.replace(frames[name], scene_token="b") for name in crossing.split()]
+    assert not torch.allclose(found, last_bev(model, same_scene), atol=1e-3)
+
+
+def test_queues_of_a_batch_do_not_share_their_histories(model, frames):
+    queues = [[frames[name] for name in names.split()] for names in ("a0 a1 a2", "a2 b0 b1", "a1 a2 b0", "a0 a0 a0")]
+    together = last_bev(model, *queues)
+    for bev, queue in zip(together, queues, strict=True):
+        torch.testing.assert_close(bev, last_bev(model, queue)[0], atol=2e-5, rtol=1e-4)  # convolutions of other batch sizes
+
+
+def test_a_dropped_frame_turns_and_shifts_the_history_of_the_network_by_the_whole_motion(model, frames):
+    found = last_bev(model, [frames["a0"], frames["a2"]])
+    stream = temporal.observe(frames["a2"], temporal.remember(frames["a0"], BEV))[0]
+    history, current = queue_batch([[frames["a0"], frames["a2"]]])
+    assert not torch.allclose(found, last_bev(model, [frames["a1"], frames["a2"]]), atol=1e-3)
+    with torch.no_grad():
+        can_bus = torch.from_numpy(stream)[None]
+        alone = model.encode(current.images, current.lidar2img, can_bus, history_bev(model, history))[1]
+    torch.testing.assert_close(found, alone, atol=0, rtol=0)
