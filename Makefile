@@ -7,7 +7,9 @@
 #   make export-onnx             MODEL=runs/demo/w4a6.pt
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
-#   make report lint step-cost image-cost results
+#   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
+#   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
+#   make report lint step-cost image-cost attention-cost results
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
 export GOMP_SPINCOUNT ?= 20000
@@ -23,6 +25,7 @@ WORLD ?= data/micro
 NAME = $(basename $(notdir $(MODEL)))
 
 STUDENTS := w8a8 w4a6_ptq w4a6
+SIZES ?= tiny small base
 DEMO_PT := $(RUN)/teacher.pt $(STUDENTS:%=$(RUN)/%.pt)
 DEMO_ONNX := $(RUN)/teacher.onnx $(RUN)/w8a8.onnx $(RUN)/w4a6.onnx
 DEMO_ENGINES := $(RUN)/w8a8.engine $(RUN)/w4a6.engine
@@ -31,7 +34,8 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx engine audit bench eval report step-cost image-cost results lint setup clean
+.PHONY: demo test data train export-onnx engine audit bench eval report views sizes size-files step-cost image-cost attention-cost results \
+	lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
 	$(PY) -m eval.report --run $(RUN)
@@ -105,11 +109,29 @@ eval: .venv/.ok
 report: .venv/.ok
 	$(PY) -m eval.report --run $(RUN)
 
+views: MODEL ?= $(RUN)/teacher.pt
+views: .venv/.ok
+	$(PY) -m eval.views --model $(MODEL) --out $(dir $(MODEL))views
+
+# About 40 minutes and 14 GB of memory on two cores, most of it for comparing base with PyTorch.
+sizes: | data/street/world.json
+	$(MAKE) size-files RUN=runs/sizes
+
+size-files: $(foreach size,$(SIZES),$(RUN)/$(size).onnx $(RUN)/$(size)_w8a8.onnx $(RUN)/$(size)_w8a8.engine)
+	$(PY) -m export.sizes --run $(RUN)
+
+$(SIZES:%=$(RUN)/%.pt): $(RUN)/%.pt: | .venv/.ok
+	$(PY) -m train.untrained --recipe $* --teacher $@ --set data.root=data/street
+$(SIZES:%=$(RUN)/%_w8a8.pt): $(RUN)/%_w8a8.pt: $(RUN)/%.pt
+	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.calibration_samples=2 --device cpu
+
+data/street/world.json: | .venv/.ok
+	$(PY) -m qdbev.data.synthetic.generate --world street --scenes 1 1 --out data/street
+
 step-cost: .venv/.ok
 	$(PY) -m train.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
 
-image-cost: .venv/.ok
-	$(PY) -m qdbev.data.synthetic.generate --world street --scenes 1 1 --out data/street
+image-cost: data/street/world.json
 	$(PY) -m qdbev.data.image_cost --root data/street --out $(RUN)/image_cost.json
 
 # Keeps what demo, step-cost and image-cost measured.
