@@ -131,6 +131,10 @@ data/street/world.json: | .venv/.ok
 step-cost: .venv/.ok
 	$(PY) -m train.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
 
+# Memory is the system's to give and take here: kept pages would hide a peak.
+attention-cost: .venv/.ok
+	env -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_MMAP_THRESHOLD_ $(PY) -m train.attention_cost --out $(RUN)/attention.json
+
 image-cost: data/street/world.json
 	$(PY) -m qdbev.data.image_cost --root data/street --out $(RUN)/image_cost.json
 

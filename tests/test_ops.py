@@ -1,6 +1,7 @@
 """Every operator against its equation in loops (float64) and against the official code's numbers."""
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention, weighted_samples
 from qdbev.ops.rotate import rotate_bev
 from qdbev.ops.sca import spatial_cross_attention
+from qdbev.ops.sca_dense import dense_spatial_cross_attention
 
 LEVELS = [(5, 7), (3, 4)]
 
@@ -69,15 +71,47 @@ def msda_problem(B: int = 2, Q: int = 5, spread: float = 4.0) -> tuple:
     return normal(B, S, M, C), reference, spread * normal(B, Q, M, len(LEVELS), P, 2), normal(B, Q, M, len(LEVELS), P), LEVELS
 
 
-def sca_problem(B: int = 2, N: int = 3, Q: int = 6) -> tuple:
+def sca_problem(B: int = 2, N: int = 3, Q: int = 6, levels: list[tuple[int, int]] = LEVELS) -> tuple:
     g = torch.Generator().manual_seed(N)
-    S, M, C, P, D = sum(h * w for h, w in LEVELS), 2, 3, 8, 4
+    S, M, C, P, D = sum(h * w for h, w in levels), 2, 3, 8, 4
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     reference = torch.rand(B, N, Q, D, 2, generator=g, dtype=torch.float64) * 1.4 - 0.2
     visible = (torch.rand(B, N, Q, generator=g) < 0.5).double()
     visible[0, :, 0] = 0  # seen by no camera
-    visible[0, :, 1] = 1  # seen by all
-    return normal(B, N, S, M, C), reference, visible, 3 * normal(B, Q, M, len(LEVELS), P, 2), normal(B, Q, M, len(LEVELS), P), LEVELS
+    visible[0, :, 1 % Q] = 1  # seen by all
+    return normal(B, N, S, M, C), reference, visible, 3 * normal(B, Q, M, len(levels), P, 2), normal(B, Q, M, len(levels), P), levels
+
+
+def sca_seen_by(share: float) -> tuple:
+    """The problem with no camera (0) or every camera (1) seeing every query."""
+    value, reference, visible, *rest = sca_problem()
+    return value, reference, torch.full_like(visible, share), *rest
+
+
+def sca_far_outside() -> tuple:
+    value, reference, *rest = sca_problem()
+    return value, reference * 1e6, *rest
+
+
+SCA_PROBLEMS = {
+    "random": sca_problem,
+    "seen by none": lambda: sca_seen_by(0),
+    "seen by all": lambda: sca_seen_by(1),
+    "one query": lambda: sca_problem(B=1, Q=1),
+    "one camera": lambda: sca_problem(N=1),
+    "one level": lambda: sca_problem(levels=[(5, 7)]),
+    "four levels": lambda: sca_problem(levels=[(8, 12), (4, 6), (2, 3), (1, 2)]),
+    "far outside": sca_far_outside,
+}
+SCA_FORMS = [spatial_cross_attention, dense_spatial_cross_attention]
+
+
+def output_and_gradients(form: Callable, problem: tuple, dtype: torch.dtype) -> list[Tensor]:
+    """What a form gives, and the gradients of value, reference points, offsets and logits under an uneven loss."""
+    tensors, levels = [tensor.to(dtype) for tensor in problem[:-1]], problem[-1]
+    learned = [tensors[index].requires_grad_() for index in (0, 1, 3, 4)]
+    out = form(*tensors, levels)
+    return [out, *torch.autograd.grad((out * torch.linspace(-1, 2, out.numel(), dtype=dtype).view_as(out)).sum(), learned)]
 
 
 @pytest.mark.parametrize("num_query", [1, 5])
@@ -111,9 +145,27 @@ def test_levels_that_do_not_cover_the_keys_are_refused():
         multi_scale_deformable_attention(value, reference, offsets, logits, [(5, 7), (2, 2)])
 
 
-def test_spatial_cross_attention_equals_its_equation_in_loops():
-    problem = sca_problem()
-    torch.testing.assert_close(spatial_cross_attention(*problem), sca_in_loops(*problem), atol=1e-12, rtol=0)
+@pytest.mark.parametrize("form", SCA_FORMS)
+@pytest.mark.parametrize("name", SCA_PROBLEMS)
+def test_both_forms_of_spatial_cross_attention_equal_its_equation_in_loops(form, name):
+    problem = SCA_PROBLEMS[name]()
+    torch.testing.assert_close(form(*problem), sca_in_loops(*problem), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])  # a few hundred roundings each
+@pytest.mark.parametrize("name", SCA_PROBLEMS)
+def test_both_forms_of_spatial_cross_attention_have_the_same_gradients(name, dtype, tolerance):
+    gathered, dense = (output_and_gradients(form, SCA_PROBLEMS[name](), dtype) for form in SCA_FORMS)
+    for ours, theirs in zip(gathered, dense, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("form", SCA_FORMS)
+def test_both_forms_of_spatial_cross_attention_have_the_gradient_of_their_equation(form):
+    value, reference, visible, offsets, logits, levels = sca_problem(B=1, N=2, Q=2)
+    inputs = [tensor.requires_grad_() for tensor in (value, reference, offsets * 0.1, logits)]
+    run = lambda value, reference, offsets, logits: form(value, reference, visible, offsets, logits, levels)  # noqa: E731
+    assert torch.autograd.gradcheck(run, inputs, atol=1e-6)
 
 
 def test_spatial_cross_attention_with_no_camera_seeing_anything_is_zero():

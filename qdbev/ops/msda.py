@@ -65,12 +65,12 @@ def weighted_samples(value: Tensor, level_hw: Sequence[tuple[int, int]], locatio
     Q = locations.shape[1]
     sizes = [h * w for h, w in level_hw]
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
-    sampled = []
-    for (h, w), level, points in zip(level_hw, value.split(sizes, dim=1), grid, strict=True):
+    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, B*M, 1, Q, P)
+    out = value.new_zeros(B * M, C, Q)
+    # Level by level: what all levels read, side by side, would be the largest tensor of the network.
+    for (h, w), level, points, weight in zip(level_hw, value.split(sizes, dim=1), grid, weights, strict=True):
         image = level.permute(0, 2, 3, 1).reshape(B * M, C, h, w)
-        sampled.append(F.grid_sample(image, points, align_corners=False))  # (B*M, C, Q, P)
-    weights = weights.transpose(1, 2).reshape(B * M, 1, Q, -1)  # (B*M, 1, Q, L*P)
-    out = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # (B*M, C, Q)
+        out = out + (F.grid_sample(image, points, align_corners=False) * weight).sum(-1)  # (B*M, C, Q, P) summed over P
     return out.view(B, M * C, Q).transpose(1, 2)
 
 

@@ -1,6 +1,7 @@
 """Spatial cross-attention: BEV queries read from the cameras that see them. One contract, several implementations that must agree.
 
     here       PyTorch, gathering only the queries each camera sees; trains, runs anywhere
+    sca_dense  PyTorch, every camera reading every query: what the ONNX body computes; results/attention_cpu.json says what each costs
     ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
     TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
 

@@ -1,0 +1,107 @@
+"""What is compared in cost is equal in result: the padded attention of the official code and ours; and the measuring itself."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from golden_model import inputs, micro_config
+
+from qdbev.config import Config, DataConfig
+from qdbev.model.attention import CameraCrossAttention
+from qdbev.model.bevformer import BEVFormer
+from qdbev.recipes import RECIPES
+from train import attention_cost
+from train.attention_cost import Case
+from train.padded_attention import PaddedCrossAttention, pad_attention
+
+
+def encoded(model: BEVFormer) -> torch.Tensor:
+    """BEV of a second frame."""
+    torch.manual_seed(1)
+    prev_bev = torch.randn(1, 400, 64)
+    with torch.no_grad():
+        return model(*inputs(1, 0), prev_bev).bev
+
+
+def test_a_network_with_padded_attention_gives_what_ours_gives():
+    config = micro_config(shifted_reference=False)
+    model = BEVFormer(config).eval()
+    for layer in model.encoder.layers:
+        torch.nn.init.normal_(layer.spatial.deformable_attention.sampling_offsets.weight, std=0.1)
+        torch.nn.init.normal_(layer.spatial.deformable_attention.attention_weights.weight, std=0.1)
+    ours = encoded(model)
+    pad_attention(model.encoder, config)
+    assert all(type(layer.spatial) is PaddedCrossAttention for layer in model.encoder.layers)
+    torch.testing.assert_close(encoded(model), ours, atol=1e-5, rtol=0)
+
+
+def test_padded_attention_gives_each_sample_what_its_own_cameras_see():
+    config = dataclasses.replace(micro_config(shifted_reference=False), num_levels=2)
+    ours, padded = CameraCrossAttention(config).eval(), PaddedCrossAttention(config).eval()
+    torch.nn.init.normal_(ours.deformable_attention.sampling_offsets.weight, std=0.1)
+    padded.load_state_dict(ours.state_dict())
+    visible = (torch.rand(2, 6, 10) < 0.4).float()
+    visible[0, :, 0], visible[1, 3] = 0, 0  # a query that no camera sees, a camera that sees none
+    given = torch.randn(2, 10, 64), torch.randn(2, 6, 23, 64), torch.rand(2, 6, 10, 4, 2), visible, [(3, 5), (2, 4)]
+    torch.testing.assert_close(padded(*given), ours(*given), atol=1e-5, rtol=0)
+
+
+def test_the_front_camera_of_the_measured_rig_looks_ahead_and_levels_have_the_sizes_of_the_network():
+    lidar2img, image_hw = attention_cost._rig(RECIPES["tiny"]())
+    assert image_hw == (480, 800)
+    assert lidar2img.shape == (1, 6, 4, 4)
+    assert attention_cost._level_hw(RECIPES["base"](), (928, 1600)) == [(116, 200), (58, 100), (29, 50), (15, 25)]
+    ahead = lidar2img[0, 0] @ torch.tensor([0.0, 20.0, 0.0, 1.0])  # lidar frame: y is ahead
+    u, v = (ahead[:2] / ahead[2]).tolist()
+    assert ahead[2] > 0
+    assert abs(u - 400) < 30
+    assert 0 < v < 450
+
+
+def shrunken() -> Config:
+    """A tiny that runs in no time."""
+    return Config(name="tiny", data=DataConfig(root="none", image_scale=0.2), model=dataclasses.replace(micro_config(False), num_query=10))
+
+
+@pytest.mark.parametrize(("part", "backward"), [("operator", False), ("operator", True), ("encoder", False), ("model", False)])
+def test_every_part_is_built_the_same_in_both_forms(part, backward):
+    build = {"operator": attention_cost._operator, "encoder": attention_cost._encoder, "model": attention_cost._model}[part]
+    results = []
+    for form in next(case.forms for case in attention_cost.CASES if case.part == part):
+        torch.manual_seed(0)
+        outputs, parts = build(shrunken(), form, backward)()
+        assert all(seconds > 0 for seconds in parts.values())
+        results.append(outputs)
+    assert len(results[0]) == {"operator": 5 if backward else 1, "encoder": 1, "model": 3}[part]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
+
+
+def test_forms_that_differ_are_refused():
+    case = Case("tiny", "operator", False, ("gathered", "dense"), 1)
+    ones = [torch.ones(3).numpy()]
+    assert attention_cost._largest_difference(case, ones, [torch.ones(3).numpy() + 5e-5]) > 0
+    with pytest.raises(ValueError, match="tiny operator forward: gathered and dense differ by 1.0e-03"):
+        attention_cost._largest_difference(case, ones, [torch.ones(3).numpy() + 1e-3])
+
+
+def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 2),))
+    monkeypatch.setattr("sys.argv", ["attention_cost", "--out", str(tmp_path / "cost.json")])
+    attention_cost.main()
+    written = json.loads((tmp_path / "cost.json").read_text())
+    row = written["rows"][0]
+    assert row["dense"]["peak_mib"] > 5  # what one camera reads at its 2500 queries alone takes more
+    assert row["gathered"]["peak_mib"] > 5
+    assert 0 <= row["largest_difference"] < attention_cost.ATOL
+    assert row["time_ratio"] > 0
+    assert row["memory_ratio"] == row["dense"]["peak_mib"] / row["gathered"]["peak_mib"]
+    assert {"commit", "torch"} <= written["made"].keys()
+    assert "tiny operator forward: gathered" in capsys.readouterr().err
+
+
+def test_forms_that_do_not_fit_are_reported_without_ratios():
+    row = attention_cost.compare(Case("tiny", "operator", False, ("gathered", "dense"), 2), limit=1 << 28)
+    assert row["gathered"].keys() == row["dense"].keys() == {"failed"}
+    assert "time_ratio" not in row
