@@ -9,7 +9,7 @@
 #   make eval                    MODEL=runs/demo/w4a6.onnx
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
-#   make report lint step-cost image-cost attention-cost results
+#   make report lint step-cost image-cost attention-cost deform-cost results
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
 export GOMP_SPINCOUNT ?= 20000
@@ -34,7 +34,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx engine audit bench eval report views sizes size-files step-cost image-cost attention-cost results \
+.PHONY: demo test data train export-onnx engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
 	lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
@@ -124,6 +124,13 @@ $(SIZES:%=$(RUN)/%.pt): $(RUN)/%.pt: | .venv/.ok
 	$(PY) -m train.untrained --recipe $* --teacher $@ --set data.root=data/street
 $(SIZES:%=$(RUN)/%_w8a8.pt): $(RUN)/%_w8a8.pt: $(RUN)/%.pt
 	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.calibration_samples=2 --device cpu
+
+deform-cost: | data/street/world.json
+	$(MAKE) runs/sizes/small.onnx runs/sizes/small_standard.onnx RUN=runs/sizes
+	$(PY) -m export.run_cost --onnx runs/sizes/small.onnx runs/sizes/small_standard.onnx --out runs/sizes/deform_conv.json
+
+$(RUN)/small_standard.onnx: $(RUN)/small.pt
+	$(PY) -m export.to_onnx --checkpoint $< --onnx $@ --standard-deform-conv
 
 data/street/world.json: | .venv/.ok
 	$(PY) -m qdbev.data.synthetic.generate --world street --scenes 1 1 --out data/street
