@@ -28,6 +28,7 @@ from train.criterion import Losses
 from train.distributed import World
 from train.grid_mask import grid_mask
 from train.optimizer import build_optimizer, learning_rate, set_learning_rate
+from train.stability import Watch
 
 SAVE_EVERY_SECONDS = 120.0
 """Upper bound on the work a killed run loses, besides the end of each epoch."""
@@ -117,6 +118,7 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
         raise ValueError(f"{len(frames)} training samples are fewer than train.batch_size {schedule.batch_size}")
     learner = Learner.of(model, schedule, run.device)
     num_steps = total_steps(schedule, len(frames))
+    watch = Watch(model)
     step, last_loss = _resume(learner, run) if run.resume else (0, math.nan)
     if world.size > 1:
         learner.forward = DistributedDataParallel(model, broadcast_buffers=False)
@@ -124,11 +126,11 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     with _log(run, step) as log, _bar(run, step, num_steps) as bar:
         for history, current in batches(frames, run, step, num_steps):
             set_learning_rate(learner.optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
-            losses, norm = train_step(learner, history, current, run, step)
+            losses, norm = _watched(watch, learner, history, current, run, step)
             step += 1
             parts = {name: world.mean(part.sum().item()) for name, part in losses._asdict().items()}
             last_loss = parts.pop("total")
-            log(step=step, loss=last_loss, **parts, grad_norm=norm, learning_rate=rate)
+            log(step=step, loss=last_loss, **parts, grad_norm=norm, learning_rate=rate, **watch.after(step - 1, last_loss))
             bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
             bar.update()
             due = step == num_steps or step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS
@@ -162,6 +164,15 @@ def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run,
     scaler.step(learner.optimizer)
     scaler.update()
     return Losses(*(part.detach() for part in losses)), norm.item()
+
+
+def _watched(watch: Watch, learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
+    """`train_step`, whose failure says which quantizers went first."""
+    try:
+        with watch.around(step):
+            return train_step(learner, history, current, run, step)
+    except DivergenceError as error:
+        raise DivergenceError(f"{error}; {watch.summary()}") from error
 
 
 @torch.no_grad()

@@ -1,0 +1,166 @@
+"""Training in stages: what each quantizes and learns from, where it goes on after an interruption, and how it says that it falls apart."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from qdbev import artifact
+from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
+from qdbev.data.dataset import FrameDataset
+from qdbev.quant.layers import quant_layers, quantizers
+from qdbev.quant.quantizer import Quantizer
+from qdbev.recipes import RECIPES, progressive, w4a6
+from qdbev.restore import restore
+from train import loop, qat, stability, stages
+from train.distributed import World
+from train.loop import DivergenceError
+from train.stability import Watch
+from train.untrained import untrained
+
+CPU = torch.device("cpu")
+SETTINGS = (
+    "data.image_scale=0.2",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "model.ffn_dim=16",
+    "model.bev_hw=(8,8)",
+    "model.rotate_center=(4.0,4.0)",
+    "model.encoder_layers=1",
+    "model.decoder_layers=2",
+    "model.num_query=20",
+    "model.backbone.width=4",
+    "train.batch_size=2",
+    "quant.calibration_samples=2",
+)
+PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_rate=1e-3, distill=True))
+
+
+@pytest.fixture
+def config(tiny_world: Path) -> Config:
+    config = w4a6(override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"]))
+    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=PLAN))
+
+
+@pytest.fixture
+def teacher(config: Config, tmp_path: Path) -> Path:
+    path = tmp_path / "teacher.pt"
+    weights = untrained(config).state_dict()
+    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    return path
+
+
+def log(folder: Path, name: str, stage: int) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.stage{stage}.log.jsonl").read_text().splitlines()]
+
+
+def test_progressive_stages_add_one_group_after_the_other_and_the_head_with_the_decoder():
+    assert [stage.groups for stage in PLAN] == [GROUPS[:1], GROUPS[:2], GROUPS[:3], GROUPS, GROUPS]
+    assert [stage.distill for stage in PLAN] == [False] * 4 + [True]
+    with pytest.raises(ConfigError, match="'trunk'"):
+        Stage(groups=("trunk",))
+
+
+def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teacher, tmp_path, monkeypatch):
+    on, batches = [], []
+    real = loop.train_step
+
+    def watched(learner, history, current, run, step):
+        layers = quant_layers(learner.model)
+        on.append({name.partition(".")[0] for name, layer in layers if all(q.enabled for q in quantizers(layer))})
+        batches.append(current.tokens)
+        return real(learner, history, current, run, step)
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    steps = [1, 1, 2, 1, 2]  # of four in an epoch
+    assert on == [set(stage.groups) for stage, count in zip(PLAN, steps, strict=True) for _ in range(count)]
+    assert sorted(sum(batches[:4], [])) != sorted(batches[0] * 4)
+    assert len({token for tokens in batches[:4] for token in tokens}) == 8, "the stages of one epoch share it out"
+    for stage, count in enumerate(steps, 1):
+        distill = [line["distill"] for line in log(tmp_path, "s", stage)]
+        assert len(distill) == count
+        assert all(value > 0 if stage == 5 else value == 0 for value in distill)
+    seal, student = restore(tmp_path / "s.pt")
+    assert seal.facts["steps"] == 7
+    assert all(quantizer.enabled for _, layer in quant_layers(student) for quantizer in quantizers(layer))
+
+
+@pytest.mark.parametrize("calls_before", [0, 3, 6])
+def test_an_interrupted_run_goes_on_in_its_stage_bit_for_bit(config, teacher, tmp_path, monkeypatch, calls_before):
+    qat.train(teacher, tmp_path / "whole.pt", config, CPU, World(), resume=False)
+    real, calls = loop.train_step, iter(range(100))
+
+    def killed(*args):
+        if next(calls) == calls_before:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)
+    monkeypatch.undo()
+    qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=True)
+    whole, parts = (artifact.load_checkpoint(tmp_path / f"{name}.pt", "student")[1] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    for stage in (4, 5):
+        assert [line["loss"] for line in log(tmp_path, "whole", stage)] == [line["loss"] for line in log(tmp_path, "parts", stage)]
+
+
+def test_a_fresh_run_forgets_the_states_of_an_earlier_one(config, teacher, tmp_path):
+    stale = tmp_path / "s.stage5.state.pt"
+    stale.write_bytes(b"of another run")
+    short = dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=PLAN[:1]))
+    qat.train(teacher, tmp_path / "s.pt", short, CPU, World(), resume=False)
+    assert stale.exists(), "five stages are not this run's business"
+    stale.rename(tmp_path / "s.stage2.state.pt")
+    qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    assert log(tmp_path, "s", 2)
+
+
+def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, teacher, caplog):
+    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+    student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
+    watch = Watch(student)
+    with watch.around(0):
+        qat.stream(student, frames, 2, CPU)
+    assert watch.summary() == "no quantizer had left its range by the last look"
+    facts = watch.after(0, 1.0)
+    assert 0 <= facts["cut"] < stability.CUT
+    assert facts["moved"] == 0
+    steps = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer) and module.axis is None}
+    name, quantizer = list(steps.items())[3]
+    with torch.no_grad():
+        quantizer.log_step.sub_(4.0)
+    assert watch.after(1, 1.0) == {}, "quantizers are looked at every so many steps"
+    with watch.around(stability.EVERY):
+        qat.stream(student, frames, 2, CPU)
+    facts = watch.after(stability.EVERY, 1.0)
+    assert facts["moved_by"] == name
+    assert facts["moved"] == pytest.approx(4 / 0.6931, rel=1e-3)
+    assert f"{name} (step {stability.EVERY + 1}: range moved by 5.8 octaves)" in watch.summary()
+    with caplog.at_level(logging.WARNING):
+        for step in range(2 * stability.WINDOW):
+            watch.after(1000 + step, 1.0 + (step >= stability.WINDOW))
+    warnings = [record.getMessage() for record in caplog.records if "times the lowest so far" in record.getMessage()]
+    assert len(warnings) == 1
+    assert name in warnings[0]
+
+
+def test_a_diverged_step_says_which_quantizer_went_first(config, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(Watch, "summary", lambda self: "quantizers that went first: x")
+    real = loop.history_bev
+    monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
+    with pytest.raises(DivergenceError, match=r"loss is nan at step 1, .*; quantizers that went first: x"):
+        qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    assert not (tmp_path / "s.pt").exists()
+
+
+def test_a_stage_learns_at_its_own_rate_for_its_own_time(config):
+    schedule = stages.schedule_of(Stage(epochs=0.5, learning_rate=3e-4), config.train)
+    assert (schedule.epochs, schedule.learning_rate, schedule.warmup_steps) == (0.5, 3e-4, 0)
+    assert loop.total_steps(schedule, 8) == 2
