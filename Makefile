@@ -4,7 +4,7 @@
 #   make test                    the tests, on the CPU
 #   make data                    the synthetic world; NUSCENES=/path prepares real nuScenes instead
 #   make train                   RECIPE=micro RUN=runs/micro: float teacher, then quantized student
-#   make export-onnx             MODEL=runs/demo/w4a6.pt
+#   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
@@ -34,7 +34,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
+.PHONY: demo test data train export-onnx pack engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
 	lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
@@ -89,6 +89,10 @@ train: .venv/.ok
 export-onnx: MODEL ?= $(RUN)/w4a6.pt
 export-onnx: .venv/.ok
 	$(PY) -m export.to_onnx --checkpoint $(MODEL) --onnx $(basename $(MODEL)).onnx
+
+pack: MODEL ?= $(RUN)/w4a6.pt
+pack: .venv/.ok
+	$(PY) -m export.pack --student $(MODEL) --packed $(basename $(MODEL)).packed.pt
 
 engine: MODEL ?= $(RUN)/w4a6.onnx
 engine: .venv/.ok
@@ -145,13 +149,17 @@ attention-cost: .venv/.ok
 image-cost: data/street/world.json
 	$(PY) -m qdbev.data.image_cost --root data/street --out $(RUN)/image_cost.json
 
-# Keeps what demo, step-cost and image-cost measured.
+# Keeps what was measured.
 results:
-	cp $(RUN)/summary.json results/demo_micro_cpu.json
-	cp $(RUN)/w8a8.engine.audit.json results/audit_micro_w8a8.json
-	cp $(RUN)/w4a6.engine.audit.json results/audit_micro_w4a6.json
-	cp $(RUN)/step_cost.json results/step_cost_micro_cpu.json
-	cp $(RUN)/image_cost.json results/image_cost_cpu.json
+	keep() { [ ! -f "$$1" ] || cp "$$1" "results/$$2"; }; \
+	keep $(RUN)/summary.json demo_micro_cpu.json; \
+	keep $(RUN)/w8a8.engine.audit.json audit_micro_w8a8.json; \
+	keep $(RUN)/w4a6.engine.audit.json audit_micro_w4a6.json; \
+	keep $(RUN)/step_cost.json step_cost_micro_cpu.json; \
+	keep $(RUN)/image_cost.json image_cost_cpu.json; \
+	keep $(RUN)/attention.json attention_cpu.json; \
+	keep runs/sizes/sizes.json sizes_cpu.json; \
+	keep runs/sizes/deform_conv.json deform_conv_cpu.json
 
 lint: .venv/.ok
 	$(PY) -m ruff check .

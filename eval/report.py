@@ -22,7 +22,7 @@ from qdbev.command import entry_point
 
 SUMMARY = "summary.json"
 _MEANS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
-_STAGES = ("teacher", "student", "onnx", "engine")
+_STAGES = ("teacher", "student", "packed", "onnx", "engine")
 _AUDIT = ("summary", "quantized_layers", "int8_layers", "kernels", "int8_kernels", "requantizations")
 _log = logging.getLogger(__name__)
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ class Graph:
     def add_constant(self, name: str, values: np.ndarray) -> str:
         """Add a constant and return its name, which gets a suffix if it is taken."""
         unique = unused(name, self.initializers.keys() | self.producers.keys())
-        self.proto.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), unique))
+        self.proto.initializer.append(numpy_helper.from_array(np.array(values, order="C"), unique))
         self.initializers[unique] = self.proto.initializer[-1]
         return unique
 

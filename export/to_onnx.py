@@ -7,7 +7,6 @@ written beside it as `.int4.onnx`. Nothing is written unless the graph agrees wi
 """
 
 import argparse
-import dataclasses
 import resource
 import statistics
 import sys
@@ -25,14 +24,12 @@ from export.trace import trace
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
-from qdbev.config import Config, from_dict
+from qdbev.config import GROUPS, PIXEL_STD, Config, from_dict
 from qdbev.model.bevformer import BEVFormer
 from qdbev.restore import restore
 from qdbev.schema import Frame
 
 _INT4_BITS = 4
-_GREY_STD = 57.0
-"""Of a pixel of ordinary photographs on the 0-255 scale."""
 
 
 class ParityError(ValueError):
@@ -52,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    frames = parity.synthetic_frames(model, image_hw, _GREY_STD / statistics.mean(from_dict(seal.config).data.std))
+    frames = parity.synthetic_frames(model, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
     rows, made = export(model, seal, args.onnx, image_hw, frames, args.standard_deform_conv)
     facts = made.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
@@ -80,7 +77,7 @@ def export(
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
     config = from_dict(parent.config)
-    quantized = parent.kind == "student"
+    quantized = parent.kind != "teacher"
     start = time.perf_counter()
     proto = trace(model, image_hw)
     qdq.pack_weights(proto)
@@ -130,8 +127,9 @@ def _open(temporary: Path, path: Path) -> OnnxRunner:
 
 
 def _has_4_bit_weights(config: Config) -> bool:
-    groups = [getattr(config.quant, field.name) for field in dataclasses.fields(config.quant)]
-    return any(getattr(bits, "weight", _INT4_BITS + 1) <= _INT4_BITS for bits in groups)
+    quant = config.quant
+    widths = [*(getattr(quant, group).weight for group in GROUPS), quant.edge.weight, quant.embedding_bits or _INT4_BITS + 1]
+    return min(widths) <= _INT4_BITS
 
 
 if __name__ == "__main__":

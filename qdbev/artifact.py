@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["infos", "training", "teacher", "student", "onnx", "engine", "predictions", "metrics"]
+Kind = Literal["infos", "training", "teacher", "student", "packed", "onnx", "engine", "predictions", "metrics"]
 _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorch-quantization", "tensorrt-rtx", "tensorrt", "nuscenes-devkit")
 
 

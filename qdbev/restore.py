@@ -1,4 +1,4 @@
-"""A checkpoint file to a model that runs: the one place where model and quantization meet."""
+"""A checkpoint or packed file to a model that runs: the one place where model and quantization meet."""
 
 from pathlib import Path
 
@@ -6,21 +6,28 @@ from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict
 from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
+
+PACKED = "packed"
+"""Name of the one array of a packed file, uint8."""
 
 
 def restore(path: Path) -> tuple[Seal, BEVFormer]:
-    """Seal and model, in evaluation mode on the CPU, of a teacher (float) or student (quantized) checkpoint.
+    """Seal and model, in evaluation mode on the CPU, of a teacher (float), a student (quantized) or a packed student.
 
     Raises:
         ArtifactError: The file is missing, damaged, of another kind, or its weights do not fit its config.
     """
-    seal, weights, _ = artifact.load_checkpoint(path, "teacher", "student")
+    seal, weights, _ = artifact.load_checkpoint(path, "teacher", "student", "packed")
     config = from_dict(seal.config)
-    model = quantized(config) if seal.kind == "student" else BEVFormer(config.model)
+    model = BEVFormer(config.model) if seal.kind == "teacher" else quantized(config)
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
+        if seal.kind == "packed":
+            unpack(weights[PACKED].numpy().tobytes(), model)
+        else:
+            model.load_state_dict(weights)
+    except (RuntimeError, KeyError, PackError) as error:
         raise ArtifactError(
             f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {error}"
         ) from error

@@ -88,6 +88,22 @@ def test_other_methods_of_weights() -> None:
     assert weight_amax(big, 8, "percentile").item() == pytest.approx(big.abs().quantile(0.9999).item(), rel=0.01)
 
 
+@pytest.mark.parametrize("method", ["max", "mse", "percentile"])
+@pytest.mark.parametrize("scale", ["fixed", "clip", "step"])
+def test_one_step_a_weight_is_fitted_to_the_whole_weight(method: str, scale: str) -> None:
+    layer = nn.Linear(40, 6)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.weight[3] *= 5
+    policy = QuantConfig(head=Bits(weight=4), edge_layers=(), float_layers=(), scale=scale, per_channel=False)
+    model = prepare(nn.ModuleDict({"head": layer}), policy).eval()
+    calibrate(model, lambda: model["head"](torch.randn(10, 40)), method)
+    (amax,) = weight_amax(layer.weight.view(1, -1), 4, method)
+    step = model["head"].weight_quantizer.step(layer.weight)
+    assert step.shape == (1, 1)
+    assert 1 - 1e-6 < step.item() * 7 / amax.item() < 1.125
+
+
 class TwoPaths(nn.Module):
     """A layer that runs and one that does not."""
 

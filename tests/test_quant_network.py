@@ -1,4 +1,4 @@
-"""Quantization of a small network: folding, policy, stages, training, reload, export, size."""
+"""Quantization of a small network: folding, policy, stages, training, reload, export."""
 
 import copy
 import warnings
@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import Bits, QuantConfig
+from qdbev.config import GROUPS, Bits, QuantConfig
 from qdbev.ops.matmul import Matmul
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.export import exporting
-from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, quant_layers, quantizers, step_parameters
-from qdbev.quant.prepare import GROUPS, bits_of, describe, enable, fold_batch_norm, prepare, set_enabled, table
-from qdbev.quant.size import packed_bytes, paper_bytes
+from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, activation_quantizers, quant_layers, quantizers, step_parameters
+from qdbev.quant.prepare import bits_of, describe, enable, fold_batch_norm, prepare, set_enabled, table
 from qdbev.schema import OPSET
 
 
@@ -210,9 +209,9 @@ def test_single_layers_are_switched_by_pattern() -> None:
         set_enabled(model, ("decoder.7",), True)
 
 
-@pytest.mark.parametrize("learn", [True, False])
-def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(learn: bool) -> None:
-    model = quantized(W4A6, learn_scale=learn)
+@pytest.mark.parametrize(("scale", "per_channel"), [("step", True), ("clip", True), ("fixed", True), ("step", False), ("fixed", False)])
+def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str, per_channel: bool) -> None:
+    model, learn = quantized(W4A6, scale=scale, per_channel=per_channel), scale != "fixed"
     enable(model, GROUPS[:4])
     target = folded()(images()).detach()
     assert len(step_parameters(model)) == (2 * 8 + 2 - 1 if learn else 0)  # two layers read one tensor and share a step
@@ -226,10 +225,15 @@ def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(learn: bool
         optimizer.step()
         losses.append(loss.item())
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
+    assert model.decoder[0].weight_quantizer.log_step.numel() == (16 if per_channel else 1)
     moved = [not torch.equal(a, b) for a, b in zip(steps, step_parameters(model), strict=True)]
-    assert sum(moved) == (2 * 7 + 2 - 1 if learn else 0)  # the head is off and stays where it was
+    if scale == "clip":  # moves where something lies outside
+        assert any(moved)
+    else:
+        assert sum(moved) == (2 * 7 + 2 - 1 if learn else 0)
+    assert not any(moved[-2:])  # the head is off and stays where it was
 
-    fresh = prepare(folded(), policy(W4A6, learn_scale=learn))
+    fresh = prepare(folded(), policy(W4A6, scale=scale, per_channel=per_channel))
     state = model.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
     fresh.load_state_dict(state)
@@ -250,10 +254,13 @@ class Parallel(nn.Module):
         return self.backbone(x), self.neck(x.relu()), self.encoder(x, x.transpose(2, 3)), self.head(x)
 
 
-@pytest.mark.parametrize(("bits", "learn"), [(W8A8, False), (W4A6, True)])
-def test_the_exported_graph_gives_the_same_numbers(bits: Bits, learn: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bits", "scale", "per_channel"),
+    [(W8A8, "fixed", True), (W4A6, "fixed", False), (W4A6, "clip", True), (W4A6, "step", True), (W4A6, "step", False)],
+)
+def test_the_exported_graph_gives_the_same_numbers(bits: Bits, scale: str, per_channel: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = prepare(Parallel(), policy(bits, learn_scale=learn)).eval()
+    model = prepare(Parallel(), policy(bits, scale=scale, per_channel=per_channel)).eval()
     calibrate(model, lambda: model(images()), "mse")
     for parameter in step_parameters(model):
         parameter.data += 0.5 * torch.randn_like(parameter)  # as if trained: no two steps are alike
@@ -267,21 +274,32 @@ def test_the_exported_graph_gives_the_same_numbers(bits: Bits, learn: bool, tmp_
     outputs = session.run(None, {session.get_inputs()[0].name: images(7).numpy()})
     assert len(outputs) == 4
     for actual, expected in zip(outputs, model(images(7)), strict=True):
-        scale = expected.abs().max().item()
-        np.testing.assert_allclose(actual / scale, expected.detach().numpy() / scale, atol=1e-6, rtol=0)
+        size = expected.abs().max().item()
+        np.testing.assert_allclose(actual / size, expected.detach().numpy() / size, atol=1e-6, rtol=0)
 
     graph = onnx.load(tmp_path / "net.onnx").graph
     counts = Counter(node.op_type for node in graph.node)
-    if bits == W4A6:
+    if scale != "fixed":
         assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 5 + 3  # activations and weights
-        assert counts["Clip"] == 4  # the head is at eight bits
-    else:
+        assert counts["Clip"] == (5 if scale == "clip" else 4)  # the head is at eight bits, which without a clip fill int8
+    elif bits == W8A8:
         assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 3 + 3  # equal steps on one tensor were merged
         assert counts["Clip"] == 0
     tensors = {value.name: value for value in graph.initializer}
+    weights = [node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in tensors]
+    assert [list(tensors[node.input[1]].dims) == [] for node in weights] == [not per_channel] * 3
     zero_points = [tensors[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
     assert {value.data_type for value in zero_points} == {onnx.TensorProto.INT8}
     assert not any(onnx.numpy_helper.to_array(value).any() for value in zero_points)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_only_activations_are_clipped_in_export(per_channel: bool) -> None:
+    model = quantized(W4A6, per_channel=per_channel)
+    with exporting(model), torch.no_grad():
+        program = torch.export.export(model, (images(),))
+    clamps = sum("clamp" in str(node.target) for node in program.graph.nodes)
+    assert clamps == sum(q.num_bits < 8 for _, layer in quant_layers(model) for q in activation_quantizers(layer)) == 9
 
 
 def test_layers_switched_off_are_exported_in_float() -> None:
@@ -310,12 +328,3 @@ def test_export_mode_leaves_no_trace_even_after_an_error() -> None:
 def test_export_outside_the_mode_is_refused() -> None:
     with pytest.raises(Exception, match="with exporting"):
         torch.export.export(quantized(W8A8), (images(),))
-
-
-def test_size_is_counted_the_papers_way_and_as_packed() -> None:
-    model = nn.ModuleDict({"head": nn.Linear(10, 3), "embedding": nn.Embedding(7, 5)})
-    assert paper_bytes(model, 4) == (33 + 35) / 2
-    prepare(model, policy(W4A6, edge_layers=()))
-    assert paper_bytes(model, 4) == (33 + 35) / 2
-    steps = 3 + 1
-    assert packed_bytes(model) == 30 / 2 + 4 * (3 + 35 + steps)

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from qdbev.quant.quantizer import Quantizer, channel_amax, fake_quantize
+from qdbev.quant.quantizer import Quantizer, Scale, fake_quantize, row_amax
+
+SCALES = ("fixed", "clip", "step")
 
 
-def ready(bits: int, amax: torch.Tensor, *, channels: int | None = None, learn: bool = True, nonnegative: bool = False) -> Quantizer:
-    quantizer = Quantizer(bits, channels=channels, learn=learn)
+def ready(bits: int, amax: torch.Tensor, *, weight_steps: int | None = None, scale: Scale = "step", nonnegative: bool = False) -> Quantizer:
+    quantizer = Quantizer(bits, weight_steps=weight_steps, scale=scale)
     quantizer.set_range(amax, nonnegative=nonnegative)
     return quantizer
 
@@ -25,12 +27,15 @@ def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: in
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("nonnegative", [False, True])
-def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool) -> None:
+@pytest.mark.parametrize("scale", SCALES)
+def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, scale: Scale) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(bits)) * 2
     x = x.abs() if nonnegative else x
-    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative)
+    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, scale=scale)
     unsigned = nonnegative and bits < 8
     qmin, qmax = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if scale == "clip" and not unsigned:
+        qmin = -qmax  # from -a to a
     assert quantizer.qrange == (qmin, qmax)
     assert qmin >= -128 and qmax <= 127
     step = quantizer.step(x)
@@ -40,15 +45,16 @@ def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("learn", [False, True])
-def test_weights_equal_quantize_then_dequantize(bits: int, learn: bool) -> None:
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("steps", [5, 1])
+def test_weights_equal_quantize_then_dequantize(bits: int, scale: Scale, steps: int) -> None:
     weight = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
-    amax = channel_amax(weight)
-    quantizer = ready(bits, amax if learn else torch.ones(5), channels=5, learn=learn)
+    amax = weight.abs().amax((1, 2, 3)) if steps == 5 else weight.abs().max().view(1)
+    quantizer = ready(bits, torch.ones(steps) if scale == "fixed" else amax, weight_steps=steps, scale=scale)
     qmax = 2 ** (bits - 1) - 1
     assert quantizer.qrange == (-qmax, qmax)
     step = quantizer.step(weight)
-    assert step.shape == (5, 1, 1, 1)
+    assert step.shape == (steps, 1, 1, 1)
     widened = step.flatten() * qmax / amax
     assert (widened > 1 - 1e-6).all() and (widened < 1.125 + 1e-6).all()
     torch.testing.assert_close(quantizer(weight), quantize_dequantize(weight, step, -qmax, qmax), atol=0, rtol=0)
@@ -58,7 +64,7 @@ def test_products_of_quantized_tensors_add_up_the_same_in_any_order() -> None:
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(50, 256, generator=g), torch.randn(64, 256, generator=g)
     a = ready(6, x.abs().max().view(1))(x).detach()
-    b = ready(4, channel_amax(weight), channels=64)(weight).detach()
+    b = ready(4, row_amax(weight), weight_steps=64)(weight).detach()
     exact = (a.double() @ b.double().T).float()
     order = torch.randperm(256, generator=g)
     assert torch.equal(a @ b.T, exact)
@@ -87,7 +93,7 @@ def test_gradient_passes_inside_the_range_and_stops_outside() -> None:
 def test_the_largest_weight_keeps_its_gradient() -> None:
     weight = torch.randn(64, 100, requires_grad=True)
     for bits in range(2, 9):
-        quantizer = ready(bits, torch.ones(64), channels=64, learn=False)
+        quantizer = ready(bits, torch.ones(64), weight_steps=64, scale="fixed")
         (grad,) = torch.autograd.grad(quantizer(weight).sum(), weight)
         assert (grad == 1).all()
 
@@ -121,10 +127,83 @@ def test_gradients_are_those_of_the_naive_form() -> None:
     torch.testing.assert_close(actual_step, expected_step * (500 * 15) ** -0.5, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_a_learned_clip_is_that_of_its_paper() -> None:
+    """PACT's equation 3: for the clip a, the sign of what lies outside and zero inside; for the values, one inside and zero outside."""
+    x = torch.tensor([-9.0, -7.5, -6.6, 0.3, 6.6, 7.5, 50.0], requires_grad=True)
+    grad = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
+    clip = torch.tensor(7.0, requires_grad=True)
+    y = fake_quantize(x, clip / 7, -7, 7, "clip")
+    assert y.tolist() == [-7, -7, -7, 0, 7, 7, 7]
+    grad_x, grad_clip = torch.autograd.grad(y, (x, clip), grad)
+    assert grad_x.tolist() == [0, 0, 4, 8, 16, 0, 0]
+    assert grad_clip.item() == -1 - 2 + 32 + 64
+    y = fake_quantize(x, clip / 7, 0, 7, "clip")
+    assert torch.autograd.grad(y, clip, grad)[0].item() == 32 + 64
+
+
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("steps", [None, 4, 1])
+def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | None, nonnegative: bool) -> None:
+    """Finite differences, of clamp(x, -a or 0, a), which rounding approximates."""
+    g = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(4, 500, generator=g), torch.randn(4, 500, generator=g)
+    nonnegative = nonnegative and steps is None
+    quantizer = ready(
+        4, torch.full((steps or 1,), 15 / 16 if nonnegative else 7 / 8), weight_steps=steps, scale="clip", nonnegative=nonnegative
+    )
+    clip = (quantizer.step(x) * quantizer.qrange[1]).detach().double()
+    x[(x.abs() / clip - 1).abs() < 0.01] = 0  # where the range is a little wider on purpose (EDGE)
+    (quantizer(x) * grad).sum().backward()
+
+    def loss(factor: float) -> torch.Tensor:
+        low = torch.zeros_like(clip) if nonnegative else -clip * factor
+        clamped = x.double().clamp(low, clip * factor)
+        return (clamped * grad).sum_to_size(clip.shape).flatten()
+
+    slope = (loss(1 + 1e-6) - loss(1 - 1e-6)) / 2e-6  # of the logarithm of the clip, which is also that of the step
+    torch.testing.assert_close(quantizer.log_step.grad.double(), slope, rtol=1e-3, atol=1e-3)
+
+
+def test_a_learned_clip_is_still_while_all_values_lie_inside() -> None:
+    for scale, still in (("clip", True), ("step", False)):
+        quantizer = ready(4, torch.tensor([4.0]), scale=scale)
+        quantizer(torch.rand(1000)).sum().backward()
+        assert (quantizer.log_step.grad.item() == 0) == still
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("steps", [None, 8, 1])
+def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, steps: int | None) -> None:
+    x = torch.randn(8, 200, requires_grad=True)
+    share = 0.3 * (row_amax(x.view(steps or 1, -1)) if scale != "fixed" or steps is None else torch.ones(steps))
+    quantizer = ready(4, share, weight_steps=steps, scale=scale)
+    (grad,) = torch.autograd.grad(quantizer(x).sum(), x)
+    quotient = x / quantizer.step(x)
+    qmin, qmax = quantizer.qrange
+    inside = (quotient >= qmin) & (quotient <= qmax)
+    assert 0.05 < (~inside).float().mean() < 0.5
+    assert torch.equal(grad, inside.float())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Scale) -> None:
+    x, results = torch.randn(16, 100), []
+    for autocast in (False, True):
+        leaf = x.clone().requires_grad_()
+        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, scale=scale)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = quantizer(leaf)
+            y.square().sum().backward()
+        results.append([y.detach(), leaf.grad, quantizer.step(x).detach(), quantizer.log_step.grad])
+    for plain, mixed in zip(*results, strict=True):
+        assert plain is mixed is None or (plain.dtype == mixed.dtype == torch.float32 and torch.equal(plain, mixed))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_quantized_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scale", ["clip", "step"])
+def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -> None:
     x = (torch.randn(5000) * 2).to(dtype).requires_grad_()
-    quantizer = ready(8, torch.tensor([5.0]))
+    quantizer = ready(8, torch.tensor([5.0]), scale=scale)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quantizer(x)
         y.float().square().sum().backward()
@@ -135,18 +214,26 @@ def test_half_types_are_quantized_in_float32(dtype: torch.dtype) -> None:
 
 def test_a_fixed_weight_range_follows_the_weight() -> None:
     weight = torch.randn(3, 20)
-    fixed = ready(4, torch.full((3,), 0.8), channels=3, learn=False)
-    learned = ready(4, 0.8 * channel_amax(weight), channels=3, learn=True)
+    fixed = ready(4, torch.full((3,), 0.8), weight_steps=3, scale="fixed")
+    learned = ready(4, 0.8 * row_amax(weight), weight_steps=3, scale="step")
     torch.testing.assert_close(fixed(weight), learned(weight))
     torch.testing.assert_close(fixed(weight * 8), fixed(weight) * 8)
     assert not torch.allclose(learned(weight * 8), learned(weight) * 8)
     assert list(fixed.parameters()) == []
 
 
+def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None:
+    weight = torch.tensor([[1.0, 0.2], [-7.0, 3.0]])
+    fixed = ready(4, torch.ones(1), weight_steps=1, scale="fixed")
+    assert fixed(weight).tolist() == [[1, 0], [-7, 3]]
+    weight[1, 0] = 14
+    assert fixed(weight).tolist() == [[0, 0], [14, 4]]  # half of a step of 2 rounds to even
+
+
 def test_a_channel_of_zeros_stays_zero() -> None:
     weight = torch.zeros(2, 4, requires_grad=True)
-    for learn in (False, True):
-        y = ready(4, torch.zeros(2), channels=2, learn=learn)(weight)
+    for scale in SCALES:
+        y = ready(4, torch.zeros(2), weight_steps=2, scale=scale)(weight)
         assert (y == 0).all()
         y.sum().backward()
         assert weight.grad.isfinite().all()
@@ -170,13 +257,32 @@ def test_switched_off_it_lets_tensors_through_and_its_step_is_not_trained() -> N
     assert not torch.equal(quantizer(x), x)
 
 
-def test_a_copy_and_a_reload_behave_the_same() -> None:
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("steps", [None, 6, 1])
+def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -> None:
+    """Also on the values that come out, as after packing; and again and again."""
+    weight = torch.randn(6, 50) * torch.logspace(-9, 3, 6)[:, None]
+    amax = row_amax(weight.view(steps or 1, -1))
+    quantizer = ready(bits, 0.6 * (amax / amax if scale == "fixed" and steps else amax), weight_steps=steps, scale=scale)
+    for _ in range(3):
+        step = quantizer.step(weight).detach().flatten()
+        y = quantizer(weight).detach()
+        assert torch.equal(quantizer.integers(weight) * quantizer.step(weight), y)
+        quantizer.set_step(step, None if steps is None else y)
+        assert torch.equal(quantizer.step(y).flatten(), step)
+        assert torch.equal(quantizer(y), y)
+        weight = y
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_a_copy_and_a_reload_behave_the_same(scale: Scale) -> None:
     x = torch.rand(100)
-    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True)
-    fresh = Quantizer(4)
+    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, scale=scale)
+    fresh = Quantizer(4, scale=scale)
     fresh.load_state_dict(quantizer.state_dict())
     for other in (copy.deepcopy(quantizer), fresh):
         assert torch.equal(other(x), quantizer(x))
         assert other.qrange == (0, 15)
         assert other.log_step is not quantizer.log_step
-        assert other.log_step.requires_grad
+        assert other.log_step.requires_grad == (scale != "fixed")

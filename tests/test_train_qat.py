@@ -11,6 +11,7 @@ from qdbev.artifact import ArtifactError
 from qdbev.config import Config, from_dict, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.pack import settle
 from qdbev.recipes import BITS, RECIPES
 from qdbev.restore import restore
 from train import float as float_training
@@ -61,6 +62,7 @@ def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp
     config = config_of(teacher, "w8a8", "quant.stages=()")
     frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
     student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
+    settle(student)
     qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
     seal, restored = restore(tmp_path / "w8a8.pt")
     assert seal.kind == "student"

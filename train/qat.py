@@ -19,6 +19,7 @@ from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.pack import settle
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import BITS
@@ -58,6 +59,7 @@ def train(teacher_path: Path, student_path: Path, config: Config, device: torch.
     facts = {"image_hw": list(frames.padded_hw)}
     if config.quant.stages:
         facts |= run_stages(student, teacher.to(device), frames, config, student_path.parent, student_path.stem, device, world, resume)
+    settle(student)
     if world.is_main:
         facts |= {"paper_bytes": paper_bytes(student, config.quant.encoder.weight), "packed_bytes": packed_bytes(student)}
         artifact.save_checkpoint(

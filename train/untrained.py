@@ -4,6 +4,7 @@ python -m train.untrained --recipe base --teacher runs/sizes/base.pt
 """
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 
@@ -12,27 +13,35 @@ from torch import nn
 
 from qdbev import artifact
 from qdbev.command import add_settings, entry_point
-from qdbev.config import Config, override, to_dict
+from qdbev.config import PIXEL_STD, Config, override, to_dict
 from qdbev.data.transforms import image_transform
 from qdbev.model.bevformer import BEVFormer
 from qdbev.model.image_encoder import Bottleneck
+from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
 from train.official import NUSCENES_HW
 
 _RESIDUAL_GAIN = 0.3
-"""Of each residual branch: 33 of them then widen the activations about tenfold and not ten thousandfold."""
+"""Of each residual branch: 33 of them then widen the activations a few times and not ten thousand times."""
 _PREDICTION_STD = 0.02
 """Of weights that training starts at zero and that move sampling points or weigh them: with zeros they would hide mistakes."""
-_FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight", "conv2.offset.weight")
+_DEFORMATION = 0.3
+"""Pixels that a unit activation moves a tap of a deformable convolution; much more, and the network amplifies every rounding."""
+_FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
 
 
 def untrained(config: Config) -> BEVFormer:
-    """A model whose every weight matters and whose activations stay moderate; a function of `config.seed`."""
+    """A model whose every weight matters and whose activations stay near one; a function of `config.seed`."""
     torch.manual_seed(config.seed)
     model = BEVFormer(config.model)
+    with torch.no_grad():
+        model.backbone.conv1.weight.mul_(statistics.mean(config.data.std) / PIXEL_STD)
     for module in model.modules():
         if isinstance(module, Bottleneck):
             nn.init.constant_(module.bn3.weight, _RESIDUAL_GAIN)
+        if isinstance(module, DeformConv2d):
+            nn.init.normal_(module.offset.weight, std=_DEFORMATION * module.offset.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.offset.bias, std=_DEFORMATION)
     for name, parameter in model.named_parameters():
         if name.endswith(_FROM_ZERO):
             nn.init.normal_(parameter, std=_PREDICTION_STD)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from qdbev.quant.calibrator import Method, RangeCalibrator, weight_amax
-from qdbev.quant.layers import QuantOp, quant_layers
-from qdbev.quant.quantizer import Quantizer, channel_amax
+from qdbev.quant.layers import WeightLayer, quant_layers, weight_of
+from qdbev.quant.quantizer import Quantizer, row_amax
 from qdbev.quant.sharing import shared_inputs
 
 
@@ -37,7 +37,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], method: Method) -> None
         quantizer.set_range(ranges[name], nonnegative=quantizer._calibrator.minimum >= 0)
         quantizer._calibrator = None
     for _, layer in quant_layers(model):
-        if not isinstance(layer, QuantOp):
+        if isinstance(layer, WeightLayer):
             _fit_weight(layer, method)
 
 
@@ -59,9 +59,10 @@ def _observe(inputs: dict[str, Quantizer], run: Callable[[], None]) -> None:
             quantizer._if_calib = False
 
 
-def _fit_weight(layer: nn.Module, method: Method) -> None:
+def _fit_weight(layer: WeightLayer, method: Method) -> None:
     quantizer = layer.weight_quantizer
-    amax = weight_amax(layer.weight, quantizer.num_bits, method)
+    rows = quantizer.rows(weight_of(layer))
+    amax = weight_amax(rows, quantizer.num_bits, method)
     if quantizer.follows:
-        amax = amax / channel_amax(layer.weight).clamp_min(torch.finfo(torch.float32).tiny)
+        amax = amax / row_amax(rows).clamp_min(torch.finfo(torch.float32).tiny)
     quantizer.set_range(amax)

@@ -11,7 +11,7 @@ import torch
 from pytorch_quantization.calib import HistogramCalibrator
 from torch import Tensor
 
-from qdbev.quant.quantizer import channel_amax, fake_quantize
+from qdbev.quant.quantizer import fake_quantize, row_amax
 
 Method = Literal["max", "percentile", "mse", "entropy"]
 
@@ -106,28 +106,28 @@ class RangeCalibrator(HistogramCalibrator):
 
 
 @torch.no_grad()
-def weight_amax(weight: Tensor, bits: int, method: Method) -> Tensor:
-    """(C,) end of the range of each channel of a (C, ...) weight.
+def weight_amax(rows: Tensor, bits: int, method: Method) -> Tensor:
+    """(G,) end of the range of each row of (G, N) weights.
 
     `entropy` takes the maximum, as NVIDIA's tools do: a channel has too few values for a histogram.
     """
-    amax = channel_amax(weight)
+    amax = row_amax(rows)
     if method == "percentile":
-        magnitudes = weight.detach().float().flatten(1).abs()  # (C, N)
+        magnitudes = rows.detach().float().abs()  # (G, N)
         return magnitudes.kthvalue(math.ceil(PERCENTILE / 100 * magnitudes.shape[1]), dim=1).values
     if method == "mse":
-        return amax * _least_squared_shrink(weight.detach().float().flatten(1), amax, 2 ** (bits - 1) - 1)
+        return amax * _least_squared_shrink(rows.detach().float(), amax, 2 ** (bits - 1) - 1)
     return amax
 
 
-def _least_squared_shrink(weight: Tensor, amax: Tensor, qmax: int) -> Tensor:
-    """(C,) share of `amax` (C,) with the smallest squared error of the (C, N) weight."""
+def _least_squared_shrink(rows: Tensor, amax: Tensor, qmax: int) -> Tensor:
+    """(G,) share of `amax` (G,) with the smallest squared error of the weights (G, N)."""
     best = torch.ones_like(amax)
     least = torch.full_like(amax, float("inf"))
     for part in range(NUM_WEIGHT_RANGES, 0, -1):
         shrink = part / NUM_WEIGHT_RANGES
         step = (amax * shrink / qmax).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        loss = (fake_quantize(weight, step, -qmax, qmax) - weight).square_().sum(1)  # (C,)
+        loss = (fake_quantize(rows, step, -qmax, qmax) - rows).square_().sum(1)  # (G,)
         best = torch.where(loss < least, shrink, best)
         least = torch.minimum(loss, least)
     return best

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from qdbev.quant.layers import QuantOp, quant_layers, quantizers
+from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def exporting(model: nn.Module) -> Iterator[nn.Module]:
     enabled quantizer becomes [Clip ->] QuantizeLinear -> DequantizeLinear with int8 storage and zero point 0.
     """
     layers = [layer for _, layer in quant_layers(model)]
-    weights = [(layer.weight, layer.weight.data) for layer in layers if not isinstance(layer, QuantOp)]
+    weights = [(weight_of(layer), weight_of(layer).data) for layer in layers if isinstance(layer, WeightLayer)]
     try:
         with torch.no_grad():
             for layer in layers:
@@ -38,6 +38,7 @@ def _freeze(layer: nn.Module) -> None:
         if quantizer.axis is None:
             quantizer.frozen = float(quantizer.step(quantizer.log_step))
             continue
-        step = quantizer.step(layer.weight).flatten()
-        layer.weight.data = quantizer(layer.weight)
-        quantizer.frozen = step, torch.zeros_like(step, dtype=torch.int32)
+        weight = weight_of(layer)
+        step = quantizer.step(weight).flatten()
+        weight.data = quantizer(weight)
+        quantizer.frozen = (step, torch.zeros_like(step, dtype=torch.int32)) if len(step) > 1 else float(step)

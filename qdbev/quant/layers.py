@@ -1,29 +1,48 @@
-"""Quantized forms of the leaf modules: convolution, linear layer, and any op that declares `quantized_inputs`.
+"""Quantized forms of the leaf modules: convolution, linear layer, embedding, and any op that declares `quantized_inputs`.
 
 They keep the float layer's name, parameters and state-dict keys; only the quantizers are new.
 """
 
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qdbev.config import Bits
-from qdbev.quant.quantizer import Quantizer
+from qdbev.quant.quantizer import Quantizer, Scale
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one layer is quantized."""
+
+    bits: Bits
+    scale: Scale = "step"
+    per_channel: bool = True
+    """The weight has a step for each channel; False gives it one."""
+
+    def activation(self) -> Quantizer:
+        """A quantizer for an input."""
+        return Quantizer(self.bits.activation, scale=self.scale)
+
+    def weight(self, weight: Tensor) -> Quantizer:
+        """A quantizer for a weight (C, ...)."""
+        return Quantizer(self.bits.weight, weight_steps=weight.shape[0] if self.per_channel else 1, scale=self.scale).to(weight.device)
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution of a quantized input (one step) with a quantized weight (one step per output channel); the bias stays float."""
+    """Convolution of a quantized input (one step) with a quantized weight (a step per output channel, or one); the bias stays float."""
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, bits: Bits, learn: bool) -> Self:
+    def from_float(cls, conv: nn.Conv2d, form: Form) -> Self:
         """Quantized layer around the parameters of `conv`."""
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         layer = cls(*shape, conv.bias is not None, conv.padding_mode, device="meta")
-        _adopt(layer, conv, bits, learn)
+        _adopt(layer, conv, form)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,20 +50,59 @@ class QuantConv2d(nn.Conv2d):
 
 
 class QuantLinear(nn.Linear):
-    """Linear layer of a quantized input (one step) and a quantized weight (one step per output); the bias stays float."""
+    """Linear layer of a quantized input (one step) and a quantized weight (a step per output, or one); the bias stays float."""
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, bits: Bits, learn: bool) -> Self:
+    def from_float(cls, linear: nn.Linear, form: Form) -> Self:
         """Quantized layer around the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _adopt(layer, linear, bits, learn)
+        _adopt(layer, linear, form)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantEmbedding(nn.Module):
+    """Embedding table with a step for each row. `weight` reads as quantized, for networks that use the whole table."""
+
+    weight_quantizer: Quantizer
+
+    @classmethod
+    def from_float(cls, embedding: nn.Embedding, form: Form) -> Self:
+        """Quantized table around the parameter of `embedding`.
+
+        Raises:
+            ValueError: The embedding pads or renormalises, which reading the whole table does not.
+        """
+        if embedding.padding_idx is not None or embedding.max_norm is not None:
+            raise ValueError(f"{embedding} pads or renormalises its rows; name it in quant.float_layers")
+        layer = cls()
+        layer._parameters["weight"] = embedding.weight  # register_parameter refuses the name of a property
+        layer.weight_quantizer = form.weight(embedding.weight)
+        return layer.train(embedding.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C) table on its grid."""
+        return self.weight_quantizer(weight_of(self))
+
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return weight_of(self).shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """C."""
+        return weight_of(self).shape[1]
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """(...) rows to (..., C)."""
+        return F.embedding(indices, self.weight)
 
 
 class QuantOp(nn.Module):
@@ -56,10 +114,10 @@ class QuantOp(nn.Module):
         self.input_quantizers = nn.ModuleList(input_quantizers)
 
     @classmethod
-    def from_float(cls, op: nn.Module, bits: Bits, learn: bool) -> Self:
+    def from_float(cls, op: nn.Module, form: Form) -> Self:
         """Wrapper around `op` itself."""
         device = next((p.device for p in op.parameters()), None)
-        layer = cls(op, [Quantizer(bits.activation, learn=learn).to(device) for _ in op.quantized_inputs])
+        layer = cls(op, [form.activation().to(device) for _ in op.quantized_inputs])
         return layer.train(op.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,7 +128,8 @@ class QuantOp(nn.Module):
         return self.op(*inputs, **kwargs)
 
 
-QuantLayer = QuantConv2d | QuantLinear | QuantOp
+WeightLayer = QuantConv2d | QuantLinear | QuantEmbedding
+QuantLayer = WeightLayer | QuantOp
 
 
 def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
@@ -78,11 +137,22 @@ def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
 
 
-def quantizers(layer: QuantLayer) -> list[Quantizer]:
-    """Input quantizers, then the weight quantizer where there is a weight."""
+def activation_quantizers(layer: QuantLayer) -> list[Quantizer]:
+    """Quantizers of a layer's inputs; an embedding has none."""
     if isinstance(layer, QuantOp):
         return list(layer.input_quantizers)
-    return [layer.input_quantizer, layer.weight_quantizer]
+    return [] if isinstance(layer, QuantEmbedding) else [layer.input_quantizer]
+
+
+def quantizers(layer: QuantLayer) -> list[Quantizer]:
+    """Input quantizers, then the weight quantizer where there is a weight."""
+    weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
+    return activation_quantizers(layer) + weight
+
+
+def weight_of(layer: WeightLayer) -> nn.Parameter:
+    """The parameter that is trained, before it is quantized."""
+    return layer._parameters["weight"]
 
 
 def step_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -90,9 +160,8 @@ def step_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [module.log_step for module in model.modules() if isinstance(module, Quantizer) and module.learn]
 
 
-def _adopt(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, bits: Bits, learn: bool) -> None:
+def _adopt(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, form: Form) -> None:
     layer.weight, layer.bias = source.weight, source.bias
-    device = source.weight.device
-    layer.input_quantizer = Quantizer(bits.activation, learn=learn).to(device)
-    layer.weight_quantizer = Quantizer(bits.weight, channels=source.weight.shape[0], learn=learn).to(device)
+    layer.input_quantizer = form.activation().to(source.weight.device)
+    layer.weight_quantizer = form.weight(source.weight)
     layer.train(source.training)

@@ -11,15 +11,23 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qdbev.config import Bits, QuantConfig
-from qdbev.quant.layers import QuantConv2d, QuantLayer, QuantLinear, QuantOp, quant_layers, quantizers
-
-GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
-"""Top-level children of the model, each with its bits in QuantConfig; also the order of the progressive stages."""
+from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.quant.layers import (
+    Form,
+    QuantConv2d,
+    QuantEmbedding,
+    QuantLayer,
+    QuantLinear,
+    QuantOp,
+    WeightLayer,
+    activation_quantizers,
+    quant_layers,
+    quantizers,
+)
 
 
 class Row(NamedTuple):
-    """One leaf of the model. Bits are None where there is no weight or where the layer stays float."""
+    """One leaf of the model. Bits are None where there is no weight or no quantized input, and both where the layer stays float."""
 
     name: str
     kind: str
@@ -64,11 +72,11 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
     _refuse_unmatched("quant.float_layers and quant.edge_layers", (*policy.float_layers, *policy.edge_layers), leaves)
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
-        bits = bits_of(name, policy)
-        if bits is None:
+        form = _form(name, leaf, policy)
+        if form is None:
             continue
         if leaf not in swapped:
-            swapped[leaf] = _quantized(leaf, bits, policy.learn_scale)
+            swapped[leaf] = _quantized(leaf, form)
         model.set_submodule(name, swapped[leaf])
     return model
 
@@ -129,8 +137,7 @@ def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
     cells = [("layer", "kind", "W", "A", "state")]
     for row in rows:
-        state = "float" if row.activation_bits is None else "not calibrated" if not row.calibrated else "on" if row.enabled else "off"
-        cells.append((row.name, row.kind, str(row.weight_bits or "-"), str(row.activation_bits or "-"), state))
+        cells.append((row.name, row.kind, str(row.weight_bits or "-"), str(row.activation_bits or "-"), _state(row)))
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
@@ -160,24 +167,47 @@ def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
 
 def _is_leaf(module: nn.Module) -> bool:
     """A layer that is, or may be, quantized. Exact types: a subclass of Conv2d or Linear may compute something else."""
-    return type(module) in (nn.Conv2d, nn.Linear) or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
+    plain = type(module) in (nn.Conv2d, nn.Linear, nn.Embedding)
+    return plain or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
 
 
-def _quantized(leaf: nn.Module, bits: Bits, learn: bool) -> QuantLayer:
+def _form(name: str, leaf: nn.Module, policy: QuantConfig) -> Form | None:
+    """How the leaf is quantized, None if it stays float. A table that no edge pattern names has `embedding_bits`."""
+    if not isinstance(leaf, nn.Embedding):
+        bits = bits_of(name, policy)
+        return None if bits is None else Form(bits, policy.scale, policy.per_channel)
+    if policy.embedding_bits is None or bits_of(name, policy) is None:
+        return None
+    bits = policy.edge if _matches(name, policy.edge_layers) else Bits(weight=policy.embedding_bits)
+    return Form(bits, policy.scale)
+
+
+def _quantized(leaf: nn.Module, form: Form) -> QuantLayer:
     if isinstance(leaf, nn.Conv2d):
-        return QuantConv2d.from_float(leaf, bits, learn)
+        return QuantConv2d.from_float(leaf, form)
     if isinstance(leaf, nn.Linear):
-        return QuantLinear.from_float(leaf, bits, learn)
-    return QuantOp.from_float(leaf, bits, learn)
+        return QuantLinear.from_float(leaf, form)
+    if isinstance(leaf, nn.Embedding):
+        return QuantEmbedding.from_float(leaf, form)
+    return QuantOp.from_float(leaf, form)
 
 
 def _row(name: str, module: nn.Module) -> Row:
     if not isinstance(module, QuantLayer):
         return Row(name, type(module).__name__, None, None, False, False)
-    parts = quantizers(module)
-    kind = type(module.op).__name__ if isinstance(module, QuantOp) else type(module).__bases__[0].__name__
-    weight_bits = None if isinstance(module, QuantOp) else module.weight_quantizer.num_bits
-    return Row(name, kind, weight_bits, parts[0].num_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
+    parts, inputs = quantizers(module), activation_quantizers(module)
+    kind = type(module.op).__name__ if isinstance(module, QuantOp) else type(module).__name__.removeprefix("Quant")
+    weight_bits = module.weight_quantizer.num_bits if isinstance(module, WeightLayer) else None
+    input_bits = inputs[0].num_bits if inputs else None
+    return Row(name, kind, weight_bits, input_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
+
+
+def _state(row: Row) -> str:
+    if row.weight_bits is None and row.activation_bits is None:
+        return "float"
+    if not row.calibrated:
+        return "not calibrated"
+    return "on" if row.enabled else "off"
 
 
 def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:

@@ -1,13 +1,11 @@
 """Model size, counted twice: the paper's way and honestly."""
 
-import math
+from collections import Counter
 
 from torch import nn
 
-from qdbev.quant.layers import QuantOp, quant_layers
+from qdbev.quant.pack import Part, pack, parts
 from qdbev.quant.quantizer import Quantizer
-
-FLOAT_BYTES = 4
 
 
 def paper_bytes(model: nn.Module, weight_bits: int) -> float:
@@ -17,13 +15,13 @@ def paper_bytes(model: nn.Module, weight_bits: int) -> float:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """What a packed file of a prepared model holds: weights at their bits, and in float32 steps, biases and everything else."""
-    weights = {id(layer.weight): layer for _, layer in quant_layers(model) if not isinstance(layer, QuantOp)}
-    total = 0
-    for parameter in model.parameters():
-        layer = weights.get(id(parameter))
-        if layer is None:
-            total += parameter.numel() * FLOAT_BYTES
-        else:
-            total += math.ceil(parameter.numel() * layer.weight_quantizer.num_bits / 8)
-    return total + sum(buffer.numel() * FLOAT_BYTES for buffer in model.buffers())
+    """Length of the packed form (pack.py) of a prepared model: everything that its detections depend on, except its config."""
+    return len(pack(model))
+
+
+def packed_parts(model: nn.Module) -> dict[Part, int]:
+    """Bytes of the packed form by what they hold, before it is deflated: 4-bit values two a byte."""
+    counts: Counter[Part] = Counter()
+    for part, data in parts(model):
+        counts[part] += len(data)
+    return dict(counts)

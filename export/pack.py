@@ -1,0 +1,100 @@
+"""Student in, packed file out: `python -m export.pack --student runs/demo/w4a6.pt --packed runs/demo/w4a6.packed.pt`.
+
+The packed file holds 4-bit weights two a byte (qdbev/quant/pack.py) and restores like a checkpoint. Nothing is written unless it gives
+the student's outputs to the bit on two synthetic frames. Its sizes and bit operations are printed beside the paper's.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export import parity
+from qdbev import artifact, schema, temporal
+from qdbev.artifact import ArtifactError, Seal
+from qdbev.command import entry_point
+from qdbev.config import from_dict
+from qdbev.model.bevformer import BEVFormer, Deployed
+from qdbev.quant.cost import bops, costs, float_bops
+from qdbev.quant.pack import pack
+from qdbev.quant.size import packed_parts, paper_bytes
+from qdbev.restore import PACKED, restore
+from qdbev.schema import Frame
+
+_GREY_STD = 57.0
+"""Of a pixel of ordinary photographs on the 0-255 scale."""
+
+
+@entry_point
+def main() -> None:
+    """Pack a student."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--packed", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    artifact.load_checkpoint(args.student, "student")  # and nothing else
+    seal, student = restore(args.student)
+    sys.stdout.write(report(write(student, seal, args.packed)) + "\n")
+
+
+def write(student: BEVFormer, parent: Seal, path: Path) -> dict[str, Any]:
+    """Pack the content of the student checkpoint `parent` into the file `path`; what it measures.
+
+    Raises:
+        ArtifactError: The student does not say its image size, or the packed form does not give its outputs; no file is left.
+    """
+    config = from_dict(parent.config)
+    if "image_hw" not in parent.facts:
+        raise ArtifactError(f"the student of {path} does not say its image size (fact image_hw); train it with this version")
+    frames = parity.synthetic_frames(student, tuple(parent.facts["image_hw"]), _GREY_STD / statistics.mean(config.data.std))
+    layers = costs(student, lambda: _outputs(student, frames[:1]))
+    measured = {
+        "parts": packed_parts(student),
+        "float_bytes": paper_bytes(student, 32),
+        "paper_bytes": paper_bytes(student, config.quant.encoder.weight),
+        "macs": sum(layer.macs for layer in layers),
+        "bops": bops(layers),
+        "float_bops": float_bops(layers),
+    }
+    weights = {PACKED: torch.from_numpy(np.frombuffer(pack(student), np.uint8).copy())}
+    facts = {"image_hw": parent.facts["image_hw"]} | measured
+    with artifact.atomic(path) as temporary:
+        artifact.save_checkpoint(temporary, kind="packed", config=parent.config, weights=weights, parent=parent, facts=facts)
+        _, restored = restore(temporary)
+        if not all(torch.equal(*pair) for pair in zip(_outputs(student, frames), _outputs(restored, frames), strict=True)):
+            raise ArtifactError(f"{path}: the packed form does not give the student's outputs; nothing was written")
+    return measured | {"bytes": path.stat().st_size}
+
+
+def report(measured: dict[str, Any]) -> str:
+    """Sizes and bit operations, ours and the paper's, as text."""
+    held = ", ".join(f"{part} {size}" for part, size in measured["parts"].items())
+    smaller, cheaper = measured["float_bytes"] / measured["bytes"], measured["float_bops"] / measured["bops"]
+    return (
+        f"packed file {measured['bytes']} bytes, float32 parameters / {smaller:.2f}\n"
+        f"before deflation {sum(measured['parts'].values())}: {held}\n"
+        f"the paper's count {measured['paper_bytes']:.0f} bytes of {measured['float_bytes']:.0f}\n"
+        f"one frame {measured['macs']} multiply-accumulates, {measured['bops']} bit operations, float / {cheaper:.1f}"
+    )
+
+
+@torch.no_grad()
+def _outputs(model: BEVFormer, frames: Sequence[Frame]) -> list[Tensor]:
+    """Deployed outputs of successive frames, the BEV of one going into the next."""
+    memory, results = None, []
+    for frame in frames:
+        inputs = temporal.deployed_inputs(frame, memory, model.config)
+        outputs = Deployed(model).eval()(*(torch.from_numpy(inputs[name]) for name in schema.INPUTS))
+        results += outputs
+        memory = temporal.remember(frame, outputs[schema.OUTPUTS.index("bev")].numpy())
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""A student to a packed file and back; quantized embeddings through the exported graph."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+from export import pack as packing
+from export import parity, to_onnx
+from export.runner import OnnxRunner
+from qdbev import artifact, schema, temporal
+from qdbev.artifact import ArtifactError, Seal
+from qdbev.config import BackboneConfig, Config, from_dict, to_dict
+from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.calibrate import calibrate
+from qdbev.quant.layers import QuantEmbedding, quant_layers
+from qdbev.quant.pack import settle
+from qdbev.quant.size import packed_parts
+from qdbev.recipes import micro, w4a6
+from qdbev.restore import quantized, restore
+
+IMAGE_HW = (64, 96)
+
+
+def small_config(**quant: object) -> Config:
+    config = w4a6(micro())
+    model = dataclasses.replace(
+        config.model,
+        backbone=BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
+        embed_dim=32,
+        num_heads=4,
+        ffn_dim=32,
+        bev_hw=(8, 8),
+        encoder_layers=1,
+        decoder_layers=2,
+        num_query=12,
+        rotate_center=(4.0, 4.0),
+    )
+    return dataclasses.replace(config, model=model, quant=dataclasses.replace(config.quant, **{"embedding_bits": 4, **quant}))
+
+
+def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
+    """A settled student of random weights, sealed and restored; projections that start at zero get some."""
+    torch.manual_seed(0)
+    config = small_config(**quant)
+    model = BEVFormer(config.model).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+            torch.nn.init.normal_(parameter, std=0.05)
+    model = quantized(config, model)
+    frames = parity.synthetic_frames(model, IMAGE_HW)
+    calibrate(model, lambda: packing._outputs(model, frames), "max")
+    settle(model)
+    facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
+    artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
+    return restore(path)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seal, BEVFormer, Path]:
+    path = tmp_path_factory.mktemp("student") / "w4a6.pt"
+    return *saved_student(path), path
+
+
+@pytest.mark.parametrize(("scale", "per_channel"), [("fixed", True), ("clip", True), ("step", False)])
+def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_channel: bool, tmp_path: Path) -> None:
+    seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
+    packing.write(model, seal, tmp_path / "student.packed.pt")
+    _, restored = restore(tmp_path / "student.packed.pt")
+    frames = parity.synthetic_frames(model, IMAGE_HW, 2.0)
+    ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
+    assert len(ours) == 2 * len(schema.OUTPUTS)
+    assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[3], packing._outputs(model, frames[1:])[0])  # the second frame saw the first one's BEV
+
+
+def test_the_command_writes_a_sealed_file_and_reports_both_counts(student, tmp_path, monkeypatch, capsys):
+    seal, model, path = student
+    packed = tmp_path / "w4a6.packed.pt"
+    monkeypatch.setattr("sys.argv", ["pack", "--student", str(path), "--packed", str(packed)])
+    packing.main()
+    found, restored = restore(packed)
+    assert found.kind == "packed"
+    assert found.parent == artifact.sha256(path)
+    assert from_dict(found.config) == from_dict(seal.config)
+    assert found.facts["image_hw"] == list(IMAGE_HW) and "seconds" not in found.facts
+    assert found.facts["parts"] == packed_parts(model)
+    assert found.facts["float_bytes"] == 8 * found.facts["paper_bytes"]
+    assert 24 * found.facts["macs"] < found.facts["bops"] < 64 * found.facts["macs"]
+    assert packed.stat().st_size < path.stat().st_size / 4
+    printed = capsys.readouterr().out
+    assert f"packed file {packed.stat().st_size} bytes" in printed
+    assert f"the paper's count {found.facts['paper_bytes']:.0f} bytes" in printed
+    assert f"{found.facts['macs']} multiply-accumulates, {found.facts['bops']} bit operations" in printed
+    assert not restored.training
+
+
+def test_a_teacher_is_not_packed(tmp_path, monkeypatch):
+    config = small_config()
+    weights = BEVFormer(config.model).state_dict()
+    artifact.save_checkpoint(tmp_path / "t.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    monkeypatch.setattr("sys.argv", ["pack", "--student", str(tmp_path / "t.pt"), "--packed", str(tmp_path / "p.pt")])
+    with pytest.raises(SystemExit, match="is a teacher file, a student is needed"):
+        packing.main()
+    assert [file.name for file in tmp_path.iterdir()] == ["t.pt"]
+
+
+def test_a_student_without_an_image_size_is_refused(student, tmp_path):
+    seal, model, _ = student
+    with pytest.raises(ArtifactError, match="does not say its image size"):
+        packing.write(model, dataclasses.replace(seal, facts={}), tmp_path / "p.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_packed_form_that_computes_something_else_leaves_no_file(student, tmp_path, monkeypatch):
+    seal, model, _ = student
+    right = packing.pack
+
+    def wrong(network):
+        with torch.no_grad():
+            network.head.reg_branches[0][0].bias[0] += 0.5
+            try:
+                return right(network)
+            finally:
+                network.head.reg_branches[0][0].bias[0] -= 0.5
+
+    monkeypatch.setattr(packing, "pack", wrong)
+    with pytest.raises(ArtifactError, match="does not give the student's outputs"):
+        packing.write(model, seal, tmp_path / "w4a6.packed.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "drop", "other config"])
+def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
+    seal, model, _ = student
+    path = tmp_path / "w4a6.packed.pt"
+    packing.write(model, seal, path)
+    found, weights, _ = artifact.load_checkpoint(path, "packed")
+    config = found.config
+    if damage == "flip":
+        weights["packed"][len(weights["packed"]) // 2] ^= 1
+    elif damage == "drop":
+        weights = {}
+    else:
+        config = to_dict(small_config(embedding_bits=None))
+    artifact.save_checkpoint(path, kind="packed", config=config, weights=weights, parent=None, facts={})
+    with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
+        restore(path)
+
+
+def test_a_packed_student_exports_to_the_same_graph(student, tmp_path):
+    seal, model, _ = student
+    packing.write(model, seal, tmp_path / "w4a6.packed.pt")
+    _, restored = restore(tmp_path / "w4a6.packed.pt")
+    frames = parity.synthetic_frames(model, IMAGE_HW)
+    files = [tmp_path / "student.onnx", tmp_path / "packed.onnx"]
+    for path, network in zip(files, (model, restored), strict=True):
+        to_onnx.export(network, seal, path, IMAGE_HW, frames)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tables_become_integer_constants_of_the_graph(bits, tmp_path):
+    seal, model = saved_student(tmp_path / "student.pt", embedding_bits=bits)
+    path = tmp_path / "student.onnx"
+    frames = parity.synthetic_frames(model, IMAGE_HW)
+    rows, _ = to_onnx.export(model, seal, path, IMAGE_HW, frames)
+    assert all(row.passed for row in rows), parity.table(rows)
+    proto, stored = onnx.load(path), onnx.load(path.with_suffix(".int4.onnx"))
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    four_bit = {tensor.name: tensor for tensor in stored.graph.initializer if tensor.data_type == TensorProto.INT4}
+    dequantize = {node.input[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    tables = {name: layer for name, layer in quant_layers(model) if isinstance(layer, QuantEmbedding)}
+    assert len(tables) == 4
+    for name, layer in tables.items():
+        integers = numpy_helper.to_array(constants[f"{name}.weight.int8"])
+        scale = numpy_helper.to_array(constants[f"{name}.weight.scale"])
+        assert integers.dtype == np.int8 and f"{name}.weight" not in constants
+        assert (f"{name}.weight.int8" in four_bit) == (bits == 4)
+        assert dequantize[f"{name}.weight.int8"].attribute[0].i == 0
+        np.testing.assert_array_equal(integers * scale[:, None], layer.weight.detach().numpy())
+        if bits == 4:
+            assert len(four_bit[f"{name}.weight.int8"].raw_data) == integers.size / 2
+    feeds = temporal.deployed_inputs(frames[0], None, model.config)
+    first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
+    assert all(np.array_equal(first[name], second[name]) for name in schema.OUTPUTS)
+    onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize(("scale", "per_channel"), [("clip", True), ("fixed", False)])
+def test_every_mode_passes_the_whole_export(scale, per_channel, tmp_path):
+    seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
+    rows, made = to_onnx.export(model, seal, tmp_path / "student.onnx", IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW))
+    assert all(row.passed for row in rows), parity.table(rows)
+    proto = onnx.load(tmp_path / "student.onnx")
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    weights = [node for node in proto.graph.node if node.input and node.input[0].endswith("linear1.weight.int8")]
+    assert {len(constants[node.input[1]].dims) for node in weights} == {1 if per_channel else 0}
+    assert "int4_bytes" in made.facts
