@@ -118,9 +118,7 @@ def _integers_of(graph: Graph, quantize: NodeProto) -> np.ndarray:
 def _pack(graph: Graph, dequantize: NodeProto, name: str, integer: np.ndarray, readers: list[NodeProto]) -> None:
     """Give one DequantizeLinear the integers themselves; Transposes that read it move into the constant."""
     axis = integers(dequantize, "axis", 1)
-    scale = dequantize.input[1]
-    if graph.constant(scale).ndim:  # a single step stays the scalar that it is
-        scale = graph.add_constant(f"{name}.scale", graph.constant(scale))
+    scale = graph.add_constant(f"{name}.scale", graph.constant(dequantize.input[1]))
     transposes = [node for node in readers if node.op_type == "Transpose"]
     for transpose in transposes:
         perm = integers(transpose, "perm", list(range(integer.ndim))[::-1])

@@ -177,6 +177,14 @@ class Bits:
             _require(2 <= bits <= 8, f"{name} bits are {bits}, must be 2 to 8")
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerBits:
+    """Width of the layers whose names match a shell glob."""
+
+    layers: str
+    bits: Bits
+
+
 GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
 """Top-level children of the model, each with its bits in QuantConfig; also the order of the progressive stages."""
 
@@ -241,7 +249,7 @@ class QuantConfig:
     """Which layers are quantized to how many bits, and how their ranges are found.
 
     The five groups are the model's top-level children. Layer names are those of `named_modules`; patterns are shell globs, and the
-    first of float_layers, edge_layers, group that matches decides.
+    first of float_layers, layer_bits, edge_layers, group that matches decides.
     """
 
     backbone: Bits = field(default_factory=Bits)
@@ -252,6 +260,8 @@ class QuantConfig:
     edge: Bits = field(default_factory=Bits)
     edge_layers: tuple[str, ...] = ("backbone.conv1", "head.cls_branches.*.6", "head.reg_branches.*.4")
     """First convolution and last linears, which stay at `edge` bits."""
+    layer_bits: tuple[LayerBits, ...] = ()
+    """Layers with a width of their own, as `python -m train.sensitivity` chooses them."""
     float_layers: tuple[str, ...] = ("encoder.can_bus_mlp.*", "decoder.reference_points")
     """Geometry: eighteen numbers of mixed units, and a constant."""
     calibration: Literal["max", "percentile", "mse", "entropy"] = "mse"

@@ -1,10 +1,12 @@
 """Named runs: functions that return a `Config`; the docstring is the lab note."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 
-from qdbev.config import GROUPS, BackboneConfig, Bits, Config, DataConfig, ModelConfig, QuantConfig, Stage, TrainConfig
+from qdbev.config import GROUPS, BackboneConfig, Bits, Config, ConfigError, DataConfig, ModelConfig, QuantConfig, Stage, TrainConfig
 
+_EMBEDDING_BITS = 4
 _CAFFE_MEAN = (103.53, 116.28, 123.675)
 
 
@@ -96,22 +98,25 @@ def base() -> Config:
     )
 
 
-def w8a8(config: Config) -> Config:
-    """The same run with 8-bit weights and activations everywhere, calibrated and not trained."""
-    config = _at(config, Bits(weight=8, activation=8))
-    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=()))
+def at_bits(config: Config, bits: str) -> Config:
+    """The same run at widths like `w4a6`: so many bits for weights and for activations of all groups.
 
+    Weights of 4 bits or fewer bring 4-bit embeddings; at 8 and 8 bits calibration is enough, and the stages of training are dropped.
+    First convolution and last linears keep the bits of `quant.edge`.
 
-def w4a6(config: Config) -> Config:
-    """The same run at QD-BEV's widths: 4-bit weights and embeddings, 6-bit activations; first convolution and last linears stay at 8."""
-    config = _at(config, Bits(weight=4, activation=6))
-    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, embedding_bits=4))
-
-
-def _at(config: Config, bits: Bits) -> Config:
-    quant = dataclasses.replace(config.quant, backbone=bits, neck=bits, encoder=bits, decoder=bits, head=bits)
+    Raises:
+        ConfigError: Not of this form, or not 2 to 8 bits.
+    """
+    found = re.fullmatch(r"w([2-8])a([2-8])", bits)
+    if found is None:
+        raise ConfigError(f"--bits {bits!r}: expected w<bits>a<bits> with 2 to 8 bits each, as w4a6")
+    width = Bits(weight=int(found[1]), activation=int(found[2]))
+    quant = dataclasses.replace(config.quant, **dict.fromkeys(GROUPS, width))
+    if width.weight <= _EMBEDDING_BITS:
+        quant = dataclasses.replace(quant, embedding_bits=_EMBEDDING_BITS)
+    if width == Bits(weight=8, activation=8):
+        quant = dataclasses.replace(quant, stages=())
     return dataclasses.replace(config, quant=quant)
 
 
 RECIPES: dict[str, Callable[[], Config]] = {"micro": micro, "tiny": tiny, "small": small, "base": base}
-BITS: dict[str, Callable[[Config], Config]] = {"w8a8": w8a8, "w4a6": w4a6}

@@ -21,14 +21,14 @@ from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
 from qdbev.quant.pack import settle
 from qdbev.quant.size import packed_parts
-from qdbev.recipes import micro, w4a6
+from qdbev.recipes import at_bits, micro
 from qdbev.restore import quantized, restore
 
 IMAGE_HW = (64, 96)
 
 
 def small_config(**quant: object) -> Config:
-    config = w4a6(micro())
+    config = at_bits(micro(), "w4a6")
     model = dataclasses.replace(
         config.model,
         backbone=BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),

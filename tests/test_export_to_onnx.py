@@ -19,7 +19,7 @@ from qdbev.config import BackboneConfig, to_dict
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
-from qdbev.recipes import micro, w4a6
+from qdbev.recipes import at_bits, micro
 from qdbev.restore import quantized
 
 IMAGE_HW = (64, 96)
@@ -51,7 +51,7 @@ def small_config(kind):
         rotate_center=(4.0, 4.0),
     )
     config = dataclasses.replace(config, model=model)
-    return w4a6(config) if kind == "w4a6" else config
+    return at_bits(config, "w4a6") if kind == "w4a6" else config
 
 
 def small_model(kind):

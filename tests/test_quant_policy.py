@@ -10,14 +10,14 @@ from torch import nn
 from qdbev.config import GROUPS, BackboneConfig, QuantConfig
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.prepare import Row, describe, fold_batch_norm, prepare, table
-from qdbev.recipes import micro, w4a6
+from qdbev.recipes import at_bits, micro
 
 DEFORMABLE = BackboneConfig(depths=(1, 1, 1), width=16, style="caffe", deformable_stages=(1, 2), out_stages=(1, 2))
 OFFSETS = "backbone.*.conv2.offset"
 
 
 def prepared(backbone: BackboneConfig | None = None, **changes: object) -> tuple[BEVFormer, dict[str, Row]]:
-    config = w4a6(micro())
+    config = at_bits(micro(), "w4a6")
     network = dataclasses.replace(config.model, backbone=backbone or config.model.backbone)
     with torch.device("meta"):
         model = BEVFormer(network)

@@ -12,10 +12,10 @@ from qdbev.config import Config, from_dict, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.pack import settle
-from qdbev.recipes import BITS, RECIPES
+from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
+from train import calibration, loop, qat
 from train import float as float_training
-from train import loop, qat
 from train.distributed import World
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(teacher: Path, bits: str, *settings: str) -> Config:
-    return override(BITS[bits](from_dict(artifact.load_checkpoint(teacher, "teacher")[0].config)), list(settings))
+    return override(at_bits(from_dict(artifact.load_checkpoint(teacher, "teacher")[0].config), bits), list(settings))
 
 
 def outputs(model: BEVFormer, config: Config) -> torch.Tensor:
@@ -61,7 +61,7 @@ def loop_output(model: BEVFormer, frame) -> torch.Tensor:
 def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp_path):
     config = config_of(teacher, "w8a8", "quant.stages=()")
     frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
-    student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
+    student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
     settle(student)
     qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
     seal, restored = restore(tmp_path / "w8a8.pt")
@@ -78,13 +78,13 @@ def test_calibration_runs_first_and_later_frames(teacher, monkeypatch):
     model = restore(teacher)[1]
     seen = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[3] is not None))
-    qat.stream(model, frames, 4, CPU)
+    calibration.stream(model, frames, 4, CPU)
     assert seen == [False, True, False, True]
 
 
 def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tmp_path):
     sizes = {}
-    for bits in BITS:
+    for bits in ("w8a8", "w4a6"):
         path = tmp_path / f"{bits}.pt"
         qat.train(teacher, path, config_of(teacher, bits, "quant.stages=()"), CPU, World(), resume=False)
         sizes[bits] = artifact.load_checkpoint(path, "student")[0].facts
@@ -95,7 +95,7 @@ def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tm
 def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path, monkeypatch):
     config = config_of(teacher, "w4a6")
     qat.train(teacher, tmp_path / "whole.pt", config, CPU, World(), resume=False)
-    start = qat.calibrated_student(
+    start = calibration.calibrated_student(
         restore(teacher)[1], config, FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0), CPU
     ).state_dict()
     whole = artifact.load_checkpoint(tmp_path / "whole.pt", "student")[1]

@@ -13,9 +13,9 @@ from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.quant.quantizer import Quantizer
-from qdbev.recipes import RECIPES, progressive, w4a6
+from qdbev.recipes import RECIPES, at_bits, progressive
 from qdbev.restore import restore
-from train import loop, qat, stability, stages
+from train import calibration, loop, qat, stability, stages
 from train.distributed import World
 from train.loop import DivergenceError
 from train.stability import Watch
@@ -41,7 +41,7 @@ PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_
 
 @pytest.fixture
 def config(tiny_world: Path) -> Config:
-    config = w4a6(override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"]))
+    config = at_bits(override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"]), "w4a6")
     return dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=PLAN))
 
 
@@ -124,10 +124,10 @@ def test_a_fresh_run_forgets_the_states_of_an_earlier_one(config, teacher, tmp_p
 
 def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, teacher, caplog):
     frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
-    student = qat.calibrated_student(restore(teacher)[1], config, frames, CPU)
+    student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
     watch = Watch(student)
     with watch.around(0):
-        qat.stream(student, frames, 2, CPU)
+        calibration.stream(student, frames, 2, CPU)
     assert watch.summary() == "no quantizer had left its range by the last look"
     facts = watch.after(0, 1.0)
     assert 0 <= facts["cut"] < stability.CUT
@@ -138,7 +138,7 @@ def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, 
         quantizer.log_step.sub_(4.0)
     assert watch.after(1, 1.0) == {}, "quantizers are looked at every so many steps"
     with watch.around(stability.EVERY):
-        qat.stream(student, frames, 2, CPU)
+        calibration.stream(student, frames, 2, CPU)
     facts = watch.after(stability.EVERY, 1.0)
     assert facts["moved_by"] == name
     assert facts["moved"] == pytest.approx(4 / 0.6931, rel=1e-3)

@@ -6,46 +6,25 @@ fake quantization. Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 
 import argparse
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from qdbev import artifact, temporal
+from qdbev import artifact
 from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import Config, from_dict, override, to_dict
-from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
-from qdbev.quant.calibrate import calibrate
 from qdbev.quant.pack import settle
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
-from qdbev.recipes import BITS
-from qdbev.restore import quantized, restore
+from qdbev.recipes import at_bits
+from qdbev.restore import restore
+from train.calibration import calibrated_student
 from train.distributed import World, world
+from train.sensitivity import read_widths
 from train.stages import run_stages
-
-
-def calibrated_student(teacher: BEVFormer, config: Config, frames: FrameDataset, device: torch.device) -> BEVFormer:
-    """The teacher (altered in place) with calibrated quantizers."""
-    student = quantized(config, teacher).to(device)
-    calibrate(student, lambda: stream(student, frames, config.quant.calibration_samples, device), config.quant.calibration)
-    return student
-
-
-@torch.no_grad()
-def stream(model: BEVFormer, frames: FrameDataset, num_frames: int, device: torch.device) -> None:
-    """Run pairs of successive frames, spread evenly over the dataset, the second of each with the first one's BEV."""
-    for index in np.linspace(1, len(frames) - 1, max(num_frames // 2, 1)).astype(int):
-        memory = None
-        for frame in (frames.frame(index - 1), frames.frame(index)):
-            can_bus, bev = temporal.observe(frame, memory)
-            batch = frame_batch([frame], [can_bus], [bev is not None])
-            prev_bev = None if bev is None else torch.from_numpy(bev).to(device)
-            output = model(batch.images.to(device), batch.lidar2img.to(device), batch.can_bus.to(device), prev_bev)
-            memory = temporal.remember(frame, output.bev.cpu().numpy())
 
 
 def train(teacher_path: Path, student_path: Path, config: Config, device: torch.device, world: World, resume: bool) -> None:
@@ -73,13 +52,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.qat", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", type=Path, required=True, help="checkpoint to write; its folder holds state and log")
-    parser.add_argument("--bits", required=True, choices=BITS, help="weight and activation widths; --set quant.* changes single groups")
+    parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6; --set quant.* changes single groups")
+    parser.add_argument("--widths", type=Path, help="widths of single layers, chosen by `python -m train.sensitivity`")
     parser.add_argument("--resume", action="store_true", help="continue from the last saved state")
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args()
     seal, _, _ = artifact.load_checkpoint(args.teacher, "teacher")
-    config = override(BITS[args.bits](from_dict(seal.config)), args.settings)
+    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    if args.widths:
+        config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))
     target = device(args.device)
     with world(target) as processes:
         train(args.teacher, args.student, config, target, processes, args.resume)

@@ -19,12 +19,12 @@ from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import Config, from_dict, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.model.bevformer import BEVFormer
-from qdbev.recipes import BITS
+from qdbev.recipes import at_bits
 from qdbev.restore import restore
+from train.calibration import calibrated_student
 from train.criterion import detection_loss
 from train.distributed import World
 from train.loop import Learner, Run, batches, train_step
-from train.qat import calibrated_student
 
 WARM_UP = 3
 """First steps of each, which are not counted."""
@@ -64,14 +64,14 @@ def main() -> None:
     """Compare the cost of a float and of a quantization-aware training step."""
     parser = argparse.ArgumentParser(prog="python -m train.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--bits", required=True, choices=BITS)
+    parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args()
     seal, teacher = restore(args.teacher)
-    config = override(BITS[args.bits](from_dict(seal.config)), args.settings)
+    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     target = device(args.device)
     figures = measure(teacher, config, target, args.steps)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"

@@ -69,7 +69,8 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
     if quant_layers(model):
         raise ValueError("the model is already prepared; start from the float model")
     leaves = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_leaf(module)}
-    _refuse_unmatched("quant.float_layers and quant.edge_layers", (*policy.float_layers, *policy.edge_layers), leaves)
+    own = [chosen.layers for chosen in policy.layer_bits]
+    _refuse_unmatched("quant.float_layers, layer_bits and edge_layers", (*policy.float_layers, *own, *policy.edge_layers), leaves)
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
         form = _form(name, leaf, policy)
@@ -82,13 +83,16 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
 
 
 def bits_of(name: str, policy: QuantConfig) -> Bits | None:
-    """Bits of the leaf `name`, None if it stays float: the first of float_layers, edge_layers and group that matches.
+    """Bits of the leaf `name`, None if it stays float: the first of float_layers, layer_bits, edge_layers and group that matches.
 
     Raises:
         ValueError: The name matches no pattern and begins with no group.
     """
     if _matches(name, policy.float_layers):
         return None
+    for chosen in policy.layer_bits:
+        if fnmatchcase(name, chosen.layers):
+            return chosen.bits
     if _matches(name, policy.edge_layers):
         return policy.edge
     group = name.partition(".")[0]

@@ -1,0 +1,195 @@
+"""Which layers quantization hurts, and how many bits each should get within a budget.
+
+    python -m train.sensitivity --teacher runs/demo/teacher.pt --bits w3a3 --budget size --out runs/demo/widths.json
+    python -m train.qat --teacher runs/demo/teacher.pt --student runs/demo/mixed.pt --bits w3a3 --widths runs/demo/widths.json
+
+Every weight and every activation is quantized alone at every width, on frames run as in deployment. Two measures are kept: the
+signal-to-noise ratio of the BEV features, and the distance of the detections from the float model's in units of the detection loss
+(distill.head_divergence), which the assignment minimises. Widths of weights are chosen; activations keep the policy's.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qdbev import artifact
+from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.config import GROUPS, Bits, Config, LayerBits, from_dict, override
+from qdbev.data.collate import queue_batch
+from qdbev.data.dataset import FrameDataset
+from qdbev.model.bevformer import BEVFormer
+from qdbev.quant.assign import Option, assign
+from qdbev.quant.cost import costs
+from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
+from qdbev.quant.prepare import bits_of
+from qdbev.quant.quantizer import Quantizer
+from qdbev.recipes import at_bits
+from qdbev.restore import restore
+from qdbev.schema import Batch, BevOutput
+from train.calibration import calibrated_student
+from train.distill import head_divergence
+from train.loop import history_bev
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+QUEUES = 8
+"""Queues of frames, spread over the training split, on which everything is measured."""
+
+
+class Row(NamedTuple):
+    """One quantizer alone at one width: `part` is weight or activation, `bev_snr` in decibels, `harm` in units of the detection loss."""
+
+    layer: str
+    part: str
+    bits: int
+    bev_snr: float
+    harm: float
+
+
+@torch.no_grad()
+def measure(teacher: BEVFormer, config: Config, frames: FrameDataset, target: torch.device) -> list[Row]:
+    """Every quantizer of the policy alone, at every width."""
+    queue = _queues(frames, target)
+    taught = _forward(teacher.to(target).eval(), *queue)
+    rows = []
+    for width in tqdm(WIDTHS, desc="widths", unit="width", disable=None):
+        student = calibrated_student(copy.deepcopy(teacher), _uniform(config, width), frames, target)
+        for _, layer in quant_layers(student):
+            for quantizer in quantizers(layer):
+                quantizer.disable_quant()
+        for name, part, group in tqdm(list(_parts(student)), desc=f"{width} bits", unit="quantizer", leave=False, disable=None):
+            for quantizer in group:
+                quantizer.enable_quant()
+            output = _forward(student, *queue)
+            rows.append(Row(name, part, width, _snr(output.bev, taught.bev), float(head_divergence(output, taught, config.train))))
+            for quantizer in group:
+                quantizer.disable_quant()
+    return rows
+
+
+def choose(rows: list[Row], teacher: BEVFormer, config: Config, frames: FrameDataset, budget: str, target: torch.device) -> dict[str, int]:
+    """Bits of every weight, costing as much in all as the uniform policy of `config`: bytes (`size`) or bit operations (`bops`)."""
+    student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
+    weights = {name: layer for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
+    unit = {name: float(weight_of(layer).numel()) / 8 for name, layer in weights.items()}
+    if budget == "bops":
+        queue = _queues(frames, target)
+        found = costs(student, lambda: _forward(student, [], queue[1]))
+        unit = dict.fromkeys(weights, 0.0)
+        for cost in found:
+            if cost.name in unit:
+                unit[cost.name] += float(cost.macs * cost.activation_bits)
+    options = {
+        name: [Option(row.bits, unit[name] * row.bits, row.harm) for row in rows if (row.layer, row.part) == (name, "weight")]
+        for name in weights
+    }
+    return assign(options, sum(unit[name] * layer.weight_quantizer.num_bits for name, layer in weights.items()))
+
+
+def layer_bits(chosen: dict[str, int], config: Config) -> tuple[LayerBits, ...]:
+    """The choice as a policy: chosen weights, the uniform policy's activations."""
+    plain = dataclasses.replace(config.quant, layer_bits=())
+    return tuple(LayerBits(layers=name, bits=dataclasses.replace(bits_of(name, plain), weight=bits)) for name, bits in chosen.items())
+
+
+def read_widths(path: Path) -> tuple[LayerBits, ...]:
+    """Policy of a file that this command wrote.
+
+    Raises:
+        ValueError: The file is missing or is none.
+    """
+    try:
+        found = json.loads(path.read_text())["layer_bits"]
+        return tuple(LayerBits(layers=entry["layers"], bits=Bits(**entry["bits"])) for entry in found)
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
+
+
+def _uniform(config: Config, width: int) -> Config:
+    """Everything that the policy quantizes at one width."""
+    bits = Bits(weight=width, activation=width)
+    policy = dataclasses.replace(config.quant, **dict.fromkeys(GROUPS, bits), edge=bits, layer_bits=())
+    if policy.embedding_bits is not None:
+        policy = dataclasses.replace(policy, embedding_bits=width)
+    return dataclasses.replace(config, quant=policy)
+
+
+def _parts(student: BEVFormer) -> Iterator[tuple[str, str, list[Quantizer]]]:
+    """Layer name, part and quantizers that are measured together."""
+    for name, layer in quant_layers(student):
+        weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
+        inputs = [quantizer for quantizer in quantizers(layer) if quantizer not in weight]
+        if weight:
+            yield name, "weight", weight
+        if inputs:
+            yield name, "activation", inputs
+
+
+def _queues(frames: FrameDataset, target: torch.device) -> tuple[list[Batch], Batch]:
+    indices = np.linspace(0, len(frames) - 1, QUEUES).astype(int)
+    history, current = queue_batch([frames.queue(int(index), 0) for index in indices])
+    return [_on(batch, target) for batch in history], _on(current, target)
+
+
+def _on(batch: Batch, target: torch.device) -> Batch:
+    return batch._replace(**{name: getattr(batch, name).to(target) for name in ("images", "lidar2img", "can_bus", "has_prev")})
+
+
+def _forward(model: BEVFormer, history: list[Batch], current: Batch) -> BevOutput:
+    prev_bev = history_bev(model, history)
+    return model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
+
+
+def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
+    """Decibels; at most 150, where float32 itself ends."""
+    noise = (noisy - clean).double().square().sum().clamp_min(1e-15 * clean.double().square().sum())
+    return float(10 * torch.log10(clean.double().square().sum() / noise))
+
+
+def _content(rows: list[Row], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str) -> dict[str, Any]:
+    return {
+        "budget": budget,
+        "recipe": config.name,
+        "layer_bits": [dataclasses.asdict(entry) for entry in policy],
+        "chosen": chosen,
+        "rows": [row._asdict() for row in rows],
+        "made": artifact.provenance(),
+    }
+
+
+@entry_point
+def main() -> None:
+    """Measure every layer's sensitivity and choose widths within a budget."""
+    parser = argparse.ArgumentParser(prog="python -m train.sensitivity", description=main.__doc__)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--bits", required=True, help="uniform policy whose cost is the budget, as w4a6")
+    parser.add_argument("--budget", required=True, choices=("size", "bops"))
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for rows and choice")
+    add_settings(parser)
+    add_device(parser)
+    args = parser.parse_args()
+    seal, teacher = restore(args.teacher)
+    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    target = device(args.device)
+    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=False, seed=config.seed)
+    rows = measure(teacher, config, frames, target)
+    chosen = choose(rows, teacher, config, frames, args.budget, target)
+    content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget)
+    with artifact.atomic(args.out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    for name, bits in chosen.items():
+        harm = next(row.harm for row in rows if (row.layer, row.part, row.bits) == (name, "weight", bits))
+        sys.stdout.write(f"{name:<56}{bits:>2} bits, harm {harm:.4f}\n")
+    sys.stdout.write(f"{args.out}\n")
+
+
+if __name__ == "__main__":
+    main()
