@@ -61,8 +61,9 @@ def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], quant
             outputs = deployed(*(torch.from_numpy(inputs[name]) for name in schema.INPUTS))
         return {name: output.numpy() for name, output in zip(schema.OUTPUTS, outputs, strict=True)}
 
-    ours, theirs = _chain(torch_side, frames, model), _chain(runner, frames, model)
+    ours = _chain(torch_side, frames, model)
     itself = _chain(torch_side, _changed(frames), model) if quantized else ours
+    theirs = _chain(runner, frames, model)  # last: onnxruntime keeps what memory it took
     return [
         _compare(index, name, ours[index][name], theirs[index][name], itself[index][name], quantized)
         for index in range(len(frames))
