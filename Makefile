@@ -3,7 +3,8 @@
 #   make demo                    data -> training -> quantization -> ONNX -> engine -> evaluation -> table and pictures, in runs/demo
 #   make test                    the tests, on the CPU
 #   make data                    the synthetic world; NUSCENES=/path prepares real nuScenes instead
-#   make train                   RECIPE=micro RUN=runs/micro: float teacher, then quantized student
+#   make train                   RECIPE=micro RUN=runs/micro: float teacher (or TEACHER=file), then the student, stage by stage
+#   make ablation                every form of training beside the others; hours
 #   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
@@ -34,7 +35,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train export-onnx pack engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
+.PHONY: demo test data train ablation export-onnx pack engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
 	lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
@@ -82,9 +83,15 @@ $(RUN)/eval/%_onnx/metrics.json: $(RUN)/%.onnx
 $(RUN)/pictures: $(RUN)/w4a6.pt
 	$(PY) -m eval.pictures --model $< --out $@
 
+train: TEACHER ?= $(RUN)/teacher.pt
 train: .venv/.ok
-	$(PY) -m train.float --recipe $(RECIPE) --run $(RUN)
-	$(PY) -m train.qat --teacher $(RUN)/teacher.pt --student $(RUN)/student.pt --bits $(BITS)
+	$(if $(filter $(RUN)/teacher.pt,$(TEACHER)),$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) $(if $(PRETRAINED),--pretrained $(PRETRAINED)))
+	$(PY) -m train.qat --teacher $(TEACHER) --student $(RUN)/student.pt --bits $(BITS)
+
+# Hours; cells that are done are skipped. ROWS="vgd vgd_best" SEEDS=1 runs some.
+ablation: TEACHER ?= runs/demo/teacher.pt
+ablation: .venv/.ok
+	$(PY) -m train.ablation --teacher $(TEACHER) $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STRESS),--stress $(STRESS))
 
 export-onnx: MODEL ?= $(RUN)/w4a6.pt
 export-onnx: .venv/.ok

@@ -27,7 +27,6 @@ from qdbev.config import GROUPS, Bits, Config, LayerBits, from_dict, override
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset
 from qdbev.model.bevformer import BEVFormer
-from qdbev.quant.assign import Option, assign
 from qdbev.quant.cost import costs
 from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
 from qdbev.quant.prepare import bits_of
@@ -35,6 +34,7 @@ from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from qdbev.schema import Batch, BevOutput
+from train.assign import Option, assign
 from train.calibration import calibrated_student
 from train.distill import head_divergence
 from train.loop import history_bev

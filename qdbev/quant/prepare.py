@@ -176,14 +176,14 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _form(name: str, leaf: nn.Module, policy: QuantConfig) -> Form | None:
-    """How the leaf is quantized, None if it stays float. A table that no edge pattern names has `embedding_bits`."""
-    if not isinstance(leaf, nn.Embedding):
-        bits = bits_of(name, policy)
+    """How the leaf is quantized, None if it stays float. A table that no pattern names has `embedding_bits`."""
+    bits = bits_of(name, policy)
+    if bits is None or not isinstance(leaf, nn.Embedding):
         return None if bits is None else Form(bits, policy.scale, policy.per_channel)
-    if policy.embedding_bits is None or bits_of(name, policy) is None:
+    if policy.embedding_bits is None:
         return None
-    bits = policy.edge if _matches(name, policy.edge_layers) else Bits(weight=policy.embedding_bits)
-    return Form(bits, policy.scale)
+    named = _matches(name, (*policy.edge_layers, *(chosen.layers for chosen in policy.layer_bits)))
+    return Form(bits if named else Bits(weight=policy.embedding_bits), policy.scale)
 
 
 def _quantized(leaf: nn.Module, form: Form) -> QuantLayer:
