@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import settings
 
 from eval import run
 from qdbev.config import Config, override
@@ -19,20 +20,8 @@ from train.distributed import World
 from train.float import train
 
 VERSION = "v1.0-mini"
-SETTINGS = (
-    f"data.version={VERSION}",
-    "data.train_split=mini_train",
-    "data.val_split=mini_val",
-    "data.workers=0",
-    "data.image_scale=0.2",
-    "model.embed_dim=16",
-    "model.num_heads=2",
-    "model.ffn_dim=16",
-    "model.bev_hw=(8,8)",
-    "model.rotate_center=(4.0,4.0)",
-    "model.backbone.width=4",
-    "train.batch_size=2",
-    "train.epochs=1",
+SETTINGS = settings(
+    data__version=VERSION, data__train_split="mini_train", data__val_split="mini_val", data__workers="0", model__encoder_layers="2"
 )
 
 

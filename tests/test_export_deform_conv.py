@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from small_networks import exported_network
 
 from export import functions, parity, to_onnx
 from qdbev import artifact, schema, temporal
@@ -16,27 +17,15 @@ from qdbev.config import BackboneConfig, Config, to_dict
 from qdbev.model.bevformer import BEVFormer
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
 from qdbev.quant.calibrate import calibrate
-from qdbev.recipes import micro
 from qdbev.restore import quantized
 
 IMAGE_HW = (64, 96)
 
 
 def small_config() -> Config:
-    """Two deformable stages, of which the first has stride 2 before and the second too."""
-    config = micro()
-    model = dataclasses.replace(
-        config.model,
-        backbone=BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2)),
-        embed_dim=32,
-        num_heads=4,
-        ffn_dim=32,
-        bev_hw=(8, 8),
-        encoder_layers=1,
-        decoder_layers=1,
-        num_query=12,
-    )
-    return dataclasses.replace(config, model=model)
+    """Two deformable stages after strides of two, as in the official networks."""
+    backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2))
+    return exported_network(backbone=backbone, decoder_layers=1)
 
 
 def small_model() -> BEVFormer:

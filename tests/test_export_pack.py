@@ -9,39 +9,28 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
+from small_networks import exported_network
 
 from export import pack as packing
 from export import parity, to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import ArtifactError, Seal
-from qdbev.config import BackboneConfig, Config, from_dict, to_dict
+from qdbev.config import Config, from_dict, to_dict
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
 from qdbev.quant.pack import settle
 from qdbev.quant.size import packed_parts
-from qdbev.recipes import at_bits, micro
+from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
 
 IMAGE_HW = (64, 96)
 
 
 def small_config(**quant: object) -> Config:
-    config = at_bits(micro(), "w4a6")
-    model = dataclasses.replace(
-        config.model,
-        backbone=BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
-        embed_dim=32,
-        num_heads=4,
-        ffn_dim=32,
-        bev_hw=(8, 8),
-        encoder_layers=1,
-        decoder_layers=2,
-        num_query=12,
-        rotate_center=(4.0, 4.0),
-    )
-    return dataclasses.replace(config, model=model, quant=dataclasses.replace(config.quant, **{"embedding_bits": 4, **quant}))
+    config = at_bits(exported_network(), "w4a6")
+    return dataclasses.replace(config, quant=dataclasses.replace(config.quant, **{"embedding_bits": 4, **quant}))
 
 
 def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:

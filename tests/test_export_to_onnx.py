@@ -1,7 +1,6 @@
 """A small detector, float and quantized, through the whole export."""
 
 import copy
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -10,16 +9,17 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from small_networks import exported_network
 
 from export import functions, parity, qdq, to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
-from qdbev.config import BackboneConfig, to_dict
+from qdbev.config import to_dict
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
-from qdbev.recipes import at_bits, micro
+from qdbev.recipes import at_bits
 from qdbev.restore import quantized
 
 IMAGE_HW = (64, 96)
@@ -37,21 +37,7 @@ class Exported(NamedTuple):
 
 
 def small_config(kind):
-    config = micro()
-    model = dataclasses.replace(
-        config.model,
-        backbone=BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
-        embed_dim=32,
-        num_heads=4,
-        ffn_dim=32,
-        bev_hw=(8, 8),
-        encoder_layers=1,
-        decoder_layers=2,
-        num_query=12,
-        rotate_center=(4.0, 4.0),
-    )
-    config = dataclasses.replace(config, model=model)
-    return at_bits(config, "w4a6") if kind == "w4a6" else config
+    return at_bits(exported_network(), "w4a6") if kind == "w4a6" else exported_network()
 
 
 def small_model(kind):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_networks import TRAINED
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
@@ -24,23 +25,7 @@ from train.grid_mask import grid_mask
 from train.loop import DivergenceError, Run
 
 CPU = torch.device("cpu")
-SETTINGS = {
-    "data.image_scale": "0.2",
-    "model.embed_dim": "16",
-    "model.num_heads": "2",
-    "model.ffn_dim": "16",
-    "model.bev_hw": "(8,8)",
-    "model.rotate_center": "(4.0,4.0)",
-    "model.encoder_layers": "1",
-    "model.decoder_layers": "2",
-    "model.num_query": "20",
-    "model.backbone.width": "4",
-    "train.batch_size": "2",
-    "train.epochs": "2",
-    "train.warmup_steps": "2",
-    "train.grid_mask": "0.5",
-    "model.dropout": "0.1",
-}
+SETTINGS = {**TRAINED, "train.epochs": "2", "train.warmup_steps": "2", "train.grid_mask": "0.5", "model.dropout": "0.1"}
 
 
 def small(root: Path, **changes: str) -> Config:

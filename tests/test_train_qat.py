@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import settings
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
@@ -19,27 +20,11 @@ from train import float as float_training
 from train.distributed import World
 
 CPU = torch.device("cpu")
-SETTINGS = (
-    "data.image_scale=0.2",
-    "model.embed_dim=16",
-    "model.num_heads=2",
-    "model.ffn_dim=16",
-    "model.bev_hw=(8,8)",
-    "model.rotate_center=(4.0,4.0)",
-    "model.encoder_layers=1",
-    "model.decoder_layers=2",
-    "model.num_query=20",
-    "model.backbone.width=4",
-    "train.batch_size=2",
-    "train.epochs=1",
-    "quant.stages=[{'epochs': 1.0}]",
-    "quant.calibration_samples=2",
-)
 
 
 @pytest.fixture(scope="module")
 def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"])
+    config = override(RECIPES["micro"](), settings(data__root=str(tiny_world), quant__stages="[{'epochs': 1.0}]"))
     return float_training.train(config, tmp_path_factory.mktemp("teacher"), CPU, World(), resume=False)
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_networks import settings
 
 from qdbev.config import Bits, Config, LayerBits, override
 from qdbev.data.dataset import FrameDataset
@@ -16,20 +17,7 @@ from train.sensitivity import Row
 from train.untrained import untrained
 
 CPU = torch.device("cpu")
-SETTINGS = (
-    "data.image_scale=0.2",
-    "model.embed_dim=16",
-    "model.num_heads=2",
-    "model.ffn_dim=16",
-    "model.bev_hw=(8,8)",
-    "model.rotate_center=(4.0,4.0)",
-    "model.encoder_layers=1",
-    "model.decoder_layers=1",
-    "model.num_query=20",
-    "model.backbone.width=4",
-    "quant.stages=[]",
-    "quant.calibration_samples=2",
-)
+SETTINGS = settings(model__decoder_layers="1", quant__stages="[]")
 
 
 @pytest.fixture(scope="module")

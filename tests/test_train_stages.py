@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_networks import settings
 
 from qdbev import artifact
 from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
@@ -22,26 +23,12 @@ from train.stability import Watch
 from train.untrained import untrained
 
 CPU = torch.device("cpu")
-SETTINGS = (
-    "data.image_scale=0.2",
-    "model.embed_dim=16",
-    "model.num_heads=2",
-    "model.ffn_dim=16",
-    "model.bev_hw=(8,8)",
-    "model.rotate_center=(4.0,4.0)",
-    "model.encoder_layers=1",
-    "model.decoder_layers=2",
-    "model.num_query=20",
-    "model.backbone.width=4",
-    "train.batch_size=2",
-    "quant.calibration_samples=2",
-)
 PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_rate=1e-3, distill=True))
 
 
 @pytest.fixture
 def config(tiny_world: Path) -> Config:
-    config = at_bits(override(RECIPES["micro"](), [*SETTINGS, f"data.root={tiny_world}"]), "w4a6")
+    config = at_bits(override(RECIPES["micro"](), settings(data__root=str(tiny_world))), "w4a6")
     return dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=PLAN))
 
 

@@ -1,0 +1,46 @@
+"""Networks small enough to train or export inside a test, as changes of the micro recipe."""
+
+import dataclasses
+
+from qdbev.config import BackboneConfig, Config, ModelConfig
+from qdbev.recipes import RECIPES
+
+TRAINED = {
+    "data.image_scale": "0.2",
+    "model.embed_dim": "16",
+    "model.num_heads": "2",
+    "model.ffn_dim": "16",
+    "model.bev_hw": "(8,8)",
+    "model.rotate_center": "(4.0,4.0)",
+    "model.encoder_layers": "1",
+    "model.decoder_layers": "2",
+    "model.num_query": "20",
+    "model.backbone.width": "4",
+    "train.batch_size": "2",
+    "train.epochs": "1",
+    "quant.calibration_samples": "2",
+}
+"""Settings of a network that trains on the tiny world in seconds."""
+
+
+def settings(**changes: str) -> list[str]:
+    """`TRAINED` with changes, in which __ stands for the dot, as the command line takes them."""
+    return [f"{name}={value}" for name, value in {**TRAINED, **{key.replace("__", "."): value for key, value in changes.items()}}.items()]
+
+
+def exported_network(**changes: object) -> Config:
+    """The micro recipe with a network that exports in seconds; `changes` are of its ModelConfig."""
+    config = RECIPES["micro"]()
+    small: dict[str, object] = {
+        "backbone": BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
+        "embed_dim": 32,
+        "num_heads": 4,
+        "ffn_dim": 32,
+        "bev_hw": (8, 8),
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_query": 12,
+        "rotate_center": (4.0, 4.0),
+    }
+    model: ModelConfig = dataclasses.replace(config.model, **{**small, **changes})
+    return dataclasses.replace(config, model=model)
