@@ -39,7 +39,10 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
         parity = "".join(f"{row[f'parity_{name}_max_abs']:>12.1e}" for name in _PARITY)
         peak = row["peak_memory_mb"] / 1024
         lines.append(f"{row['name']:<14}{row['nodes']:>6}{row['bytes'] / 1e6:>7.1f}{row['trace_s']:>9.1f}{peak:>9.1f}{parity}")
-    lines += [f"{row['name']}.engine: {row['audit']['summary']}, built in {row['build_seconds']} s" for row in rows["engines"]]
+    for row in rows["engines"]:
+        audit = row["audit"]
+        quantized = f"{audit['int8_layers']} of {audit['quantized_layers']} quantized layers in INT8, {audit['kernels']} kernels"
+        lines.append(f"{row['name']}.engine: {quantized}, {row['plan_bytes'] / 1e6:.1f} MB, built in {row['build_seconds']} s")
     return "\n".join(lines)
 
 
