@@ -112,6 +112,8 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
     lines = [f"  node {error.node_name() or '?'} ({error.node_operator() or '?'}): {_one_line(error.desc())}" for error in errors[:_SHOWN]]
+    if any(error.node_operator() == "DeformConv" for error in errors):
+        lines.append("  this TensorRT has no DeformConv; export again without --standard-deform-conv")
     raise EngineError("\n".join([f"the parser refuses {onnx_path}:", *lines]))
 
 

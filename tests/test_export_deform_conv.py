@@ -10,6 +10,8 @@ import torch
 from onnx import TensorProto, helper
 from small_networks import exported_network
 
+from engine import backend, build
+from engine.backend import EngineError
 from export import functions, parity, to_onnx
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
@@ -132,3 +134,13 @@ def test_a_model_without_deformable_convolution_has_nothing_to_replace(tmp_path)
     with pytest.raises(ValueError, match="no deformable convolution"):
         to_onnx.export(model, seal("teacher"), tmp_path / "x.onnx", IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW), True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.trt
+def test_an_engine_builds_from_gather_and_product_and_the_standard_node_is_refused_with_the_way_out(exports, tmp_path):
+    chosen = backend.load("tensorrt-rtx")
+    for standard, (proto, _, _) in exports.items():
+        onnx.save(proto, tmp_path / f"{standard}.onnx")
+    assert build.build_plan(chosen, tmp_path / "False.onnx", build.Options()).content
+    with pytest.raises(EngineError, match=r"(?s)conv2.product \(DeformConv\).*export again without --standard-deform-conv"):
+        build.build_plan(chosen, tmp_path / "True.onnx", build.Options())
