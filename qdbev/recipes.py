@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from qdbev.config import GROUPS, BackboneConfig, Bits, Config, ConfigError, DataConfig, ModelConfig, QuantConfig, Stage, TrainConfig
 
-_EMBEDDING_BITS = 4
+_EMBEDDING_BITS = 8
+"""At 4 bits the tables alone took 0.047 of the micro detector's NDS, and saved a seventieth of the packed file."""
 _CAFFE_MEAN = (103.53, 116.28, 123.675)
 
 
@@ -101,7 +102,7 @@ def base() -> Config:
 def at_bits(config: Config, bits: str) -> Config:
     """The same run at widths like `w4a6`: so many bits for weights and for activations of all groups.
 
-    Weights of 4 bits or fewer bring 4-bit embeddings; at 8 and 8 bits calibration is enough, and the stages of training are dropped.
+    Weights of 4 bits or fewer bring 8-bit embeddings; at 8 and 8 bits calibration is enough, and the stages of training are dropped.
     First convolution and last linears keep the bits of `quant.edge`.
 
     Raises:
@@ -112,7 +113,7 @@ def at_bits(config: Config, bits: str) -> Config:
         raise ConfigError(f"--bits {bits!r}: expected w<bits>a<bits> with 2 to 8 bits each, as w4a6")
     width = Bits(weight=int(found[1]), activation=int(found[2]))
     quant = dataclasses.replace(config.quant, **dict.fromkeys(GROUPS, width))
-    if width.weight <= _EMBEDDING_BITS:
+    if width.weight <= 4:
         quant = dataclasses.replace(quant, embedding_bits=_EMBEDDING_BITS)
     if width == Bits(weight=8, activation=8):
         quant = dataclasses.replace(quant, stages=())
