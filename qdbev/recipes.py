@@ -25,7 +25,7 @@ def _method(progressive_epochs: Sequence[float], distill_epochs: float, learning
 _PAPER = QuantConfig(stages=_method((24, 11, 16, 9), 25, learning_rate=5e-5))
 """Lengths read off the paper's Figure 3 (tiny); it gives no learning rate."""
 _PAPER_DEFORMABLE = dataclasses.replace(_PAPER, edge_layers=(*_PAPER.edge_layers, "backbone.*.conv2.offset"))
-"""Convolutions that say where others read keep 8 bits: with random weights they err by a quarter of a pixel at W4A6, by a fortieth at W8A8."""
+"""Convolutions that say where others read keep 8 bits: untrained ones err by 0.23 pixels at W4A6, by 0.02 at W8A8."""
 
 
 def micro() -> Config:
