@@ -1,17 +1,22 @@
 """Every row of the method's ablation, trained and evaluated, cell by cell: `python -m train.ablation --teacher runs/demo/teacher.pt`.
 
-A cell is a row at a width with a seed; it is one command of `train.qat` and one of `eval.run`, and is skipped where its metrics already
-lie in the folder. The rows are those of QD-BEV's Tables 1 and 3 and Figure 5 (arXiv:2308.10515) and what we compare them with; rows that
-train have equal epochs in all. Results: rows.<row>.<width>.nds and .map, lists over seeds.
+A cell is a row at a width with a seed; it is a few commands, the last of which is `eval.run`, and is skipped where its metrics already
+lie in the folder. The rows are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515) and what we compare them with;
+rows that train have equal epochs in all. Progressive rows of one width and seed go on from one student, since the stages before the last
+are the same. Results: rows.<row>.<width>.nds and .map, lists over seeds; curves.<row>, scores on the way of the first seed.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,12 +25,18 @@ from tqdm import tqdm
 
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import GROUPS, QuantConfig
+from qdbev.config import GROUPS, QuantConfig, Stage
+from qdbev.recipes import progressive
 
-EPOCHS = 1.0
 RATE = 1e-4
-_PARTS = (0.2, 0.1, 0.2, 0.1)
-"""Epochs of the progressive stages; the rest up to EPOCHS is the last stage."""
+BEFORE = (0.15, 0.075, 0.15, 0.075)
+"""Epochs of the progressive stages."""
+LAST = 0.3
+"""Epochs of the last stage."""
+EPOCHS = sum(BEFORE) + LAST
+KEEP_EVERY = LAST / 4
+SEARCH_SEED = 100
+"""Weights and temperatures are chosen with a seed that no row is judged by."""
 _FLOAT_LAYERS = QuantConfig().float_layers
 
 
@@ -35,36 +46,32 @@ class AblationError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row: settings of `train.qat`, and whether it trains (and so has several seeds at the stress width)."""
+    """One row: settings of `train.qat`, the progressive row it goes on from, and whether it trains and so has several seeds."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     trains: bool = True
     mixed: bool = False
+    start: str | None = None
+    curve: bool = False
 
 
-def _stage(share: float, groups: tuple[str, ...] = GROUPS, distill: bool = False) -> dict[str, Any]:
-    return {"groups": list(groups), "epochs": share * EPOCHS, "learning_rate": RATE, "distill": distill}
+def _quant(*stages: Stage, **settings: Any) -> dict[str, Any]:
+    return {"quant.stages": [dataclasses.asdict(stage) for stage in stages]} | {f"quant.{name}": value for name, value in settings.items()}
 
 
-def _stages(progressive: bool, distill: bool) -> list[dict[str, Any]]:
-    if not progressive:
-        return [_stage(1.0, distill=distill)]
-    parts = (GROUPS[:1], GROUPS[:2], GROUPS[:3], GROUPS)
-    last = round(1.0 - sum(_PARTS), 6)
-    return [*(_stage(share, groups) for share, groups in zip(_PARTS, parts, strict=True)), _stage(last, distill=distill)]
+def _standard(**settings: Any) -> dict[str, Any]:
+    return _quant(Stage(epochs=EPOCHS, learning_rate=RATE), **settings)
 
 
-def _calibrated(**settings: Any) -> dict[str, Any]:
-    return {"quant.stages": [], **{f"quant.{name}": value for name, value in settings.items()}}
+def _last(**settings: Any) -> dict[str, Any]:
+    return _quant(Stage(epochs=LAST, learning_rate=RATE), **settings)
 
 
-def _trained(progressive: bool, distill: bool = False, **settings: Any) -> dict[str, Any]:
-    return {"quant.stages": _stages(progressive, distill), **{f"quant.{name}": value for name, value in settings.items()}}
-
-
-def _distilled(form: str, **settings: Any) -> dict[str, Any]:
-    return _trained(True, distill=True) | {f"quant.distill.{name}": value for name, value in {"form": form, **settings}.items()}
+def _distilling(name: str, form: str, weight: float, temperature: float = 1.0, **settings: Any) -> Row:
+    values = {"form": form, "weight": weight, "temperature": temperature, **settings}
+    stage = Stage(epochs=LAST, learning_rate=RATE, distill=True)
+    return Row(name, _quant(stage) | {f"quant.distill.{key}": value for key, value in values.items()}, start="progressive", curve=True)
 
 
 def _alone(*groups: str) -> list[str]:
@@ -75,32 +82,59 @@ def _alone(*groups: str) -> list[str]:
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
 """The four parts of the paper's Table 1; it counts the head with the decoder."""
 
+STARTS = {
+    "progressive": Row("progressive", _quant(*progressive(BEFORE, RATE)), curve=True),
+    "progressive_fixed": Row("progressive_fixed", _quant(*progressive(BEFORE, RATE), scale="fixed")),
+}
+"""What rows go on from."""
+
 ROWS = (
-    Row("float_more", {"quant.stages": [_stage(1.0, ())]}),
-    Row("ptq_max_tensor", _calibrated(calibration="max", per_channel=False), trains=False),
-    Row("ptq_max", _calibrated(calibration="max"), trains=False),
-    Row("ptq_mse", _calibrated(), trains=False),
-    *(Row(f"ptq_{name}", _calibrated(float_layers=_alone(*groups)), trains=False) for name, groups in MODULES.items()),
-    Row("qat_fixed", _trained(False, scale="fixed")),
-    Row("qat_fixed_progressive", _trained(True, scale="fixed")),
-    Row("qat", _trained(False)),
-    Row("qat_progressive", _trained(True)),
-    Row("distill_image", _distilled("image")),
-    Row("distill_bev", _distilled("bev")),
-    Row("vgd", _distilled("product")),
-    Row("vgd_best", _distilled("guided", head=1.0)),
-    Row("mixed", _trained(False), mixed=True),
+    Row("float_more", _quant(Stage(groups=(), epochs=EPOCHS, learning_rate=RATE))),
+    Row("ptq_max_tensor", _quant(calibration="max", per_channel=False), trains=False),
+    Row("ptq_max", _quant(calibration="max"), trains=False),
+    Row("ptq_mse", _quant(), trains=False),
+    *(Row(f"ptq_{name}", _quant(float_layers=_alone(*groups)), trains=False) for name, groups in MODULES.items()),
+    Row("ptq_mixed", _quant(), trains=False, mixed=True),
+    Row("qat_fixed", _standard(scale="fixed")),
+    Row("qat_fixed_progressive", _last(scale="fixed"), start="progressive_fixed"),
+    Row("qat", _standard(), curve=True),
+    Row("qat_progressive", _last(), start="progressive", curve=True),
+    _distilling("distill_image", "image", 0.5),
+    _distilling("distill_bev", "bev", 0.5),
+    _distilling("vgd", "product", 0.5),
+    _distilling("vgd_best", "guided", 0.5, head=1.0),
+    Row("mixed", _standard(), mixed=True),
+)
+
+SEARCHED = ((0.5, 1.0), (2.0, 1.0), (8.0, 1.0), (2.0, 4.0))
+"""Weights and temperatures that every form of distillation was tried with."""
+SEARCH = tuple(
+    _distilling(f"{name}_w{weight:g}_t{temperature:g}", form, weight, temperature, **settings)
+    for name, form, settings in (
+        ("distill_image", "image", {}),
+        ("distill_bev", "bev", {}),
+        ("vgd", "product", {}),
+        ("guided_head", "guided", {"head": 1.0}),
+    )
+    for weight, temperature in SEARCHED
 )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at a width with a seed, and its folder."""
+    """A row at a width with a seed, in the folder of the run."""
 
     row: Row
     width: str
     seed: int
-    folder: Path
+    run: Path
+    curve: bool = False
+    """Keep and evaluate students on the way."""
+
+    @property
+    def folder(self) -> Path:
+        """Of this cell alone."""
+        return self.run / self.row.name / self.width / f"seed{self.seed}"
 
     @property
     def student(self) -> Path:
@@ -111,6 +145,11 @@ class Cell:
     def metrics(self) -> Path:
         """What makes the cell done."""
         return self.folder / "eval" / "metrics.json"
+
+    @property
+    def start(self) -> "Cell | None":
+        """The cell whose student this one goes on from."""
+        return None if self.row.start is None else dataclasses.replace(self, row=STARTS[self.row.start])
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
@@ -126,57 +165,141 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
         widths = (["w8a8"] if row.name == "ptq_mse" else []) + (["w8a8"] if row.name == "float_more" else ["w4a6", stress])
         for width in widths:
             for seed in range(seeds if row.trains and width in (stress, "w8a8") else 1):
-                yield Cell(row, width, seed, run / row.name / width / f"seed{seed}")
+                yield Cell(row, width, seed, run, curve=row.curve and width == stress and seed == 0)
+
+
+def search_cells(run: Path, stress: str) -> list[Cell]:
+    """One cell for every form, weight and temperature that was tried."""
+    return [Cell(row, stress, SEARCH_SEED, run) for row in SEARCH]
+
+
+def widths_file(cell: Cell) -> Path:
+    """Widths of single layers that all mixed rows of the cell's width share."""
+    return cell.run / f"widths_{cell.width}.json"
 
 
 def commands(cell: Cell, teacher: Path) -> list[list[str]]:
-    """Arguments of the processes that make the cell's metrics, in order."""
+    """Arguments of the processes that make the cell's metrics, in order; those that were done are left out."""
+    start = cell.start
+    first = [] if start is None or start.student.is_file() else [_train(start, teacher)]
+    train = [] if cell.student.is_file() else [_train(cell, teacher)]
+    return [*first, *train, ["eval.run", "--model", str(cell.student), "--out", str(cell.metrics.parent)]]
+
+
+def curve_commands(cell: Cell) -> list[list[str]]:
+    """Evaluations of the students that were kept on the way, of those that have no metrics yet."""
+    kept = [student for part in (cell.start, cell) if part is not None for student in part.folder.glob("student.stage*.step*.pt")]
+    return [
+        ["eval.run", "--model", str(student), "--out", str(student.with_suffix(""))]
+        for student in sorted(kept)
+        if not (student.with_suffix("") / "metrics.json").is_file()
+    ]
+
+
+def _train(cell: Cell, teacher: Path) -> list[str]:
     settings = [f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}" for name, value in cell.row.settings.items()]
     sets = [part for setting in (*settings, f"seed={cell.seed}") for part in ("--set", setting)]
-    common = ["--teacher", str(teacher), "--bits", cell.width]
-    widths = cell.folder.parent / "widths.json"
-    first = [["train.sensitivity", *common, "--budget", "size", "--out", str(widths)]] if cell.row.mixed and not widths.is_file() else []
-    chosen = ["--widths", str(widths)] if cell.row.mixed else []
+    widths = ["--widths", str(widths_file(cell))] if cell.row.mixed else []
+    start = [] if cell.start is None else ["--start", str(cell.start.student)]
+    keep = ["--keep-every", str(KEEP_EVERY)] if cell.curve and cell.row.curve else []
     resume = ["--resume"] if any(cell.folder.glob("*.state.pt")) else []
-    train = ["train.qat", *common, "--student", str(cell.student), *chosen, *resume, *sets]
-    return [*first, train, ["eval.run", "--model", str(cell.student), "--out", str(cell.metrics.parent)]]
+    common = ["train.qat", "--teacher", str(teacher), "--bits", cell.width, "--student", str(cell.student)]
+    return [*common, *widths, *start, *keep, *resume, *sets]
 
 
-def run_cell(cell: Cell, teacher: Path) -> None:
+def run_cell(cell: Cell, teacher: Path, threads: int) -> None:
     """Train and evaluate a cell; output goes to its log.
 
     Raises:
         AblationError: A command fails.
     """
     cell.folder.mkdir(parents=True, exist_ok=True)
-    log = cell.folder / "log.txt"
     begin = time.monotonic()
     for command in commands(cell, teacher):
-        with log.open("a") as file:
-            done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
-            raise AblationError(f"python -m {command[0]} failed in {cell.folder}; see {log}")
-    (cell.folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - begin, 1)))
-    for state in cell.folder.glob("*.state.pt"):
-        state.unlink()
+        _execute(command, cell.folder / "log.txt", threads)
+    with artifact.atomic(cell.folder / "seconds.json") as temporary:
+        temporary.write_text(json.dumps(round(time.monotonic() - begin, 1)))
+    for part in (cell, cell.start):
+        for state in part.folder.glob("*.state.pt") if part is not None else ():
+            state.unlink()
+    for command in curve_commands(cell) if cell.curve else ():
+        _execute(command, cell.folder / "log.txt", threads)
+
+
+def _execute(command: list[str], log: Path, threads: int) -> None:
+    with log.open("a") as file:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode:
+        raise AblationError(f"python -m {command[0]} failed; see {log}")
+
+
+def run_all(todo: Iterable[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
+    """Run cells, `jobs` at a time, and call `done` after each. Cells of one width and seed share a start and take turns.
+
+    Raises:
+        AblationError: A cell fails; those of other widths and seeds are finished first.
+    """
+    columns: dict[tuple[str, int], list[Cell]] = defaultdict(list)
+    for cell in todo:
+        columns[cell.width, cell.seed].append(cell)
+    threads = max((os.cpu_count() or 1) // jobs, 1)
+    for mixed in {cell.width: cell for cell in todo if cell.row.mixed and not widths_file(cell).is_file()}.values():
+        out = str(widths_file(mixed))
+        mixed.run.mkdir(parents=True, exist_ok=True)
+        command = ["train.sensitivity", "--teacher", str(teacher), "--bits", mixed.width, "--budget", "size", "--out", out]
+        _execute(command, mixed.run / "log.txt", threads * jobs)
+
+    def run_column(column: list[Cell]) -> None:
+        for cell in column:
+            run_cell(cell, teacher, threads)
+            done(cell)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run_column, column) for column in sorted(columns.values(), key=len, reverse=True)]:
+            future.result()
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
-    """Everything measured so far, in the form of results/ablation_micro.json."""
-    rows: dict[str, Any] = {"float": {"w8a8": _scores([teacher_metrics])}} if teacher_metrics.is_file() else {}
+    """Everything measured so far, in the form of results/ablation_micro.json; float rows have no width and stand under each."""
+    rows: dict[str, Any] = {}
+    if teacher_metrics.is_file():
+        rows["float"] = dict.fromkeys(("w8a8", "w4a6", "stress"), _scores([teacher_metrics]))
     for row in ROWS:
-        for width in ("w8a8", "w4a6", stress):
+        for width, name in (("w8a8", "w8a8"), ("w4a6", "w4a6"), (stress, "stress")):
             found = sorted((run / row.name / width).glob("seed*/eval/metrics.json"))
             if found:
-                rows.setdefault(row.name, {})["stress" if width == stress else width] = _scores(found)
+                rows.setdefault(row.name, {})[name] = _scores(found)
+    if "float_more" in rows:
+        rows["float_more"] = dict.fromkeys(("w8a8", "w4a6", "stress"), rows["float_more"]["w8a8"])
+    curves = {cell.row.name: _curve(cell) for cell in cells(run, stress, [], 1) if cell.curve and _curve(cell)}
+    search = {cell.row.name: _scores([cell.metrics]) for cell in search_cells(run, stress) if cell.metrics.is_file()}
     seconds = sum(json.loads(path.read_text()) for path in run.glob("*/*/*/seconds.json"))
-    about = {"stress": stress, "epochs": EPOCHS, "seconds": seconds, "cpu_cores": os.cpu_count()}
-    return {**about, "rows": rows, "made": artifact.provenance()}
+    about = {"stress": stress, "epochs": EPOCHS, "stages": [*BEFORE, LAST], "seconds": seconds, "cpu_cores": os.cpu_count()}
+    return {**about, "rows": rows, "curves": curves, "search": search, "made": artifact.provenance()}
 
 
 def _scores(paths: list[Path]) -> dict[str, list[float]]:
     metrics = [json.loads(path.read_text()) for path in paths]
     return {"nds": [entry["nds"] for entry in metrics], "map": [entry["map"] for entry in metrics]}
+
+
+def _curve(cell: Cell) -> list[dict[str, float]]:
+    """Scores of the students kept on the way to a cell's, from the calibrated one on, in the order of training."""
+    points = []
+    for part in (cell.start, cell):
+        for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():
+            facts = artifact.load_checkpoint(path.parent.with_name(path.parent.name + ".pt"), "student")[0].facts
+            metrics = json.loads(path.read_text())
+            points.append(
+                {
+                    "stage": facts["stage"] + len(BEFORE) * (part is cell and cell.start is not None),
+                    "epochs": facts["epochs"],
+                    "nds": metrics["nds"],
+                    "map": metrics["map"],
+                }
+            )
+    return sorted(points, key=lambda point: (point["stage"], point["epochs"]))
 
 
 @entry_point
@@ -186,20 +309,28 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--run", type=Path, default=Path("runs/ablation"), help="folder of the cells (default: %(default)s)")
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows (default: all)")
+    parser.add_argument("--search", action="store_true", help="instead of the rows, try weights and temperatures of distillation")
     parser.add_argument("--stress", default="w3a3", help="width at which calibration alone loses much (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of rows that train, at the stress width (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, among which the cores are shared (default: %(default)s)")
     args = parser.parse_args()
     artifact.load_checkpoint(args.teacher, "teacher")
+    chosen = search_cells(args.run, args.stress) if args.search else list(cells(args.run, args.stress, args.rows, args.seeds))
     float_metrics = args.run / "float" / "metrics.json"
     if not float_metrics.is_file():
-        command = [sys.executable, "-m", "eval.run", "--model", str(args.teacher), "--out", str(float_metrics.parent)]
-        subprocess.run(command, check=True)
-    todo = [cell for cell in cells(args.run, args.stress, args.rows, args.seeds) if not cell.metrics.is_file()]
-    for cell in tqdm(todo, desc="ablation", unit="cell"):
-        tqdm.write(f"{cell.row.name} {cell.width} seed {cell.seed}")
-        run_cell(cell, args.teacher)
-        with artifact.atomic(args.run / "ablation.json") as temporary:
-            temporary.write_text(json.dumps(collect(args.run, float_metrics, args.stress), indent=1) + "\n")
+        args.run.mkdir(parents=True, exist_ok=True)
+        _execute(["eval.run", "--model", str(args.teacher), "--out", str(float_metrics.parent)], args.run / "log.txt", os.cpu_count() or 1)
+    todo = [cell for cell in chosen if not cell.metrics.is_file() or (cell.curve and curve_commands(cell))]
+    lock = threading.Lock()
+    with tqdm(total=len(todo), desc="ablation", unit="cell") as bar:
+
+        def done(cell: Cell) -> None:
+            with lock, artifact.atomic(args.run / "ablation.json") as temporary:
+                temporary.write_text(json.dumps(collect(args.run, float_metrics, args.stress), indent=1) + "\n")
+                bar.set_postfix_str(f"{cell.row.name} {cell.width} seed {cell.seed}")
+                bar.update()
+
+        run_all(todo, args.teacher, args.jobs, done)
     sys.stdout.write(f"{args.run / 'ablation.json'}\n")
 
 

@@ -59,7 +59,7 @@ class Run:
     """Where and how one training runs. Files are called after `name`, the progress bar shows `title`.
 
     `first_step` are the steps of earlier stages: samples and masks go on from there, while the learning rate starts anew. `balance` is
-    what `loss` keeps from step to step; it is saved with the state.
+    what `loss` keeps from step to step; it is saved with the state. `keep` gets the model and the steps done, at the beginning too.
     """
 
     config: Config
@@ -73,6 +73,7 @@ class Run:
     resume: bool = False
     first_step: int = 0
     balance: Stateful | None = None
+    keep: Callable[[BEVFormer, int], None] | None = None
 
     @property
     def state_path(self) -> Path:
@@ -123,6 +124,8 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     if world.size > 1:
         learner.forward = DistributedDataParallel(model, broadcast_buffers=False)
     begin = saved = time.monotonic()
+    if run.keep is not None and step == 0:
+        run.keep(model, 0)
     with _log(run, step) as log, _bar(run, step, num_steps) as bar:
         for history, current in batches(frames, run, step, num_steps):
             set_learning_rate(learner.optimizer, rate := learning_rate(schedule, step, steps_per_epoch))
@@ -137,6 +140,8 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
             if world.is_main and due:
                 _save(learner, run, step, last_loss)
                 saved = time.monotonic()
+            if run.keep is not None:
+                run.keep(model, step)
     return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
 
 

@@ -1,7 +1,8 @@
 """Float teacher in, quantized student out: `python -m train.qat --teacher runs/demo/teacher.pt --bits w4a6 --student runs/demo/w4a6.pt`.
 
 Batch norm is folded, quantizers are put in by policy and calibrated on frames run as in deployment, and the student is trained on with
-fake quantization. Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
+fake quantization. `--start` goes on from a student instead, as when several ways of distilling share the stages before.
+Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 """
 
 import argparse
@@ -9,13 +10,16 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qdbev import artifact
+from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, device, entry_point
-from qdbev.config import Config, from_dict, override, to_dict
+from qdbev.config import Config, QuantConfig, from_dict, override
 from qdbev.data.dataset import FrameDataset
+from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.pack import settle
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
@@ -24,26 +28,54 @@ from qdbev.restore import restore
 from train.calibration import calibrated_student
 from train.distributed import World, world
 from train.sensitivity import read_widths
-from train.stages import run_stages
+from train.stages import Output, run_stages
 
 
-def train(teacher_path: Path, student_path: Path, config: Config, device: torch.device, world: World, resume: bool) -> None:
-    """Calibrate, train through the stages and seal the student of one policy."""
+def train(
+    teacher_path: Path,
+    student_path: Path,
+    config: Config,
+    device: torch.device,
+    world: World,
+    resume: bool,
+    start: Path | None = None,
+    keep_every: float | None = None,
+) -> None:
+    """Calibrate, or take the student `start`, train through the stages and seal the student of one policy.
+
+    Raises:
+        ArtifactError: A file is missing or damaged, or `start` has another teacher or another policy.
+    """
     teacher_seal, teacher = restore(teacher_path)
     torch.manual_seed(config.seed)
     frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
-    student = calibrated_student(copy.deepcopy(teacher), config, frames, device)
+    if start is None:
+        student, steps = calibrated_student(copy.deepcopy(teacher), config, frames, device), 0
+    else:
+        student, steps = _started(start, teacher_path, teacher_seal, config.quant)
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
-    facts = {"image_hw": list(frames.padded_hw)}
+    output = Output(path=student_path, teacher=teacher_seal, resume=resume, first_step=steps, keep_every=keep_every)
+    facts: dict[str, Any] = {"image_hw": list(frames.padded_hw)}
     if config.quant.stages:
-        facts |= run_stages(student, teacher.to(device), frames, config, student_path.parent, student_path.stem, device, world, resume)
+        facts |= run_stages(student, teacher.to(device), frames, config, output, device, world)
     settle(student)
     if world.is_main:
         facts |= {"paper_bytes": paper_bytes(student, config.quant.encoder.weight), "packed_bytes": packed_bytes(student)}
-        artifact.save_checkpoint(
-            student_path, kind="student", config=to_dict(config), weights=student.cpu().state_dict(), parent=teacher_seal, facts=facts
-        )
+        output.save(student.cpu(), config, facts)
+
+
+def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig) -> tuple[BEVFormer, int]:
+    """The student of `path` and the steps it has behind it."""
+    seal, student = restore(path)
+    if seal.kind != "student":
+        raise ArtifactError(f"{path} is a {seal.kind} file; --start takes a student")
+    artifact.expect_parent(path, seal, teacher_path, teacher)
+    own, wanted = dataclasses.asdict(from_dict(seal.config).quant), dataclasses.asdict(policy)
+    differs = [name for name in wanted if own[name] != wanted[name] and name not in ("stages", "distill")]
+    if differs:
+        raise ArtifactError(f"{path} has another policy (differs in quant.{', quant.'.join(differs)}); calibrate anew, without --start")
+    return student, seal.facts.get("steps", 0)
 
 
 @entry_point
@@ -54,6 +86,8 @@ def main() -> None:
     parser.add_argument("--student", type=Path, required=True, help="checkpoint to write; its folder holds state and log")
     parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6; --set quant.* changes single groups")
     parser.add_argument("--widths", type=Path, help="widths of single layers, chosen by `python -m train.sensitivity`")
+    parser.add_argument("--start", type=Path, help="student of the same teacher and policy to train on, instead of calibrating")
+    parser.add_argument("--keep-every", type=float, metavar="EPOCHS", help="keep students so often on the way and at both ends of a stage")
     parser.add_argument("--resume", action="store_true", help="continue from the last saved state")
     add_settings(parser)
     add_device(parser)
@@ -64,7 +98,7 @@ def main() -> None:
         config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))
     target = device(args.device)
     with world(target) as processes:
-        train(args.teacher, args.student, config, target, processes, args.resume)
+        train(args.teacher, args.student, config, target, processes, args.resume, args.start, args.keep_every)
 
 
 if __name__ == "__main__":
