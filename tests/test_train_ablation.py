@@ -9,24 +9,31 @@ from qdbev.config import from_dict, override, to_dict
 from qdbev.quant.prepare import bits_of
 from qdbev.recipes import RECIPES, at_bits
 from train import ablation
-from train.ablation import AblationError, Cell, cells, commands
+from train.ablation import AblationError, Cell, cells, commands, search_cells
 
 
 def settings(command: list[str]) -> list[str]:
     return [value for flag, value in zip(command, command[1:], strict=False) if flag == "--set"]
 
 
-def config_of(cell: Cell, tmp_path: Path):
-    train = next(command for command in commands(cell, tmp_path / "t.pt") if command[0] == "train.qat")
-    return from_dict(to_dict(override(at_bits(RECIPES["micro"](), cell.width), settings(train))))
+def trainings(cell: Cell, tmp_path: Path) -> list[list[str]]:
+    """Commands of a cell and its start."""
+    found = [command for part in (cell.start, cell) if part is not None for command in commands(part, tmp_path / "t.pt")]
+    return [command for command in found if command[0] == "train.qat"]
+
+
+def config_of(cell: Cell, tmp_path: Path, which: int = -1):
+    return from_dict(to_dict(override(at_bits(RECIPES["micro"](), cell.width), settings(trainings(cell, tmp_path)[which]))))
 
 
 def test_every_row_that_trains_has_equal_epochs_and_settings_that_exist(tmp_path):
     found = list(cells(tmp_path, "w3a3", [], 3))
-    for cell in found:
-        stages = config_of(cell, tmp_path).quant.stages
-        assert sum(stage.epochs for stage in stages) == pytest.approx(ablation.EPOCHS if cell.row.trains else 0)
-        assert config_of(cell, tmp_path).seed == cell.seed
+    for cell in [*found, *search_cells(tmp_path, "w3a3")]:
+        configs = [config_of(cell, tmp_path, which) for which in range(len(trainings(cell, tmp_path)))]
+        epochs = sum(stage.epochs for config in configs for stage in config.quant.stages)
+        assert epochs == pytest.approx(ablation.EPOCHS if cell.row.trains else 0)
+        assert {config.seed for config in configs} == {cell.seed}
+        assert len({(config.quant.scale, config.quant.calibration) for config in configs}) == 1, "a row and its start have one policy"
     assert len({cell.folder for cell in found}) == len(found)
 
 
@@ -45,14 +52,63 @@ def test_module_rows_quantize_their_module_alone(tmp_path):
     assert bits_of("decoder.layers.0.ffn.linear1", policy).weight == bits_of("head.reg_branches.0.0", policy).weight == 4
 
 
-def test_only_a_mixed_row_measures_sensitivity_first_and_only_once(tmp_path):
-    cell = next(cells(tmp_path, "w3a3", ["mixed"], 1))
-    assert [command[0] for command in commands(cell, tmp_path / "t.pt")] == ["train.sensitivity", "train.qat", "eval.run"]
-    widths = cell.folder.parent / "widths.json"
-    widths.parent.mkdir(parents=True)
-    widths.touch()
-    assert [command[0] for command in commands(cell, tmp_path / "t.pt")] == ["train.qat", "eval.run"]
-    assert str(widths) in commands(cell, tmp_path / "t.pt")[0]
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that are run from here on; each leaves the files that it is asked for."""
+    done = []
+
+    def execute(command: list[str], log: Path, threads: int) -> None:
+        done.append(command)
+        out = Path(command[command.index(next(flag for flag in ("--out", "--student") if flag in command)) + 1])
+        made = out / "metrics.json" if command[0] == "eval.run" else out
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(json.dumps({"nds": 0.5, "map": 0.25}))
+
+    monkeypatch.setattr(ablation, "_execute", execute)
+    return done
+
+
+def test_sensitivity_is_measured_first_and_once_for_all_mixed_rows_of_a_width(tmp_path, monkeypatch):
+    done = executed(monkeypatch)
+    todo = list(cells(tmp_path, "w3a3", ["qat", "mixed", "ptq_mixed"], 2))
+    ablation.run_all(todo, tmp_path / "t.pt", 1, lambda cell: None)
+    measured = [command for command in done if command[0] == "train.sensitivity"]
+    assert done[:2] == measured
+    assert sorted(command[command.index("--bits") + 1] for command in measured) == ["w3a3", "w4a6"]
+    mixed = {command[command.index("--widths") + 1] for command in done if "--widths" in command}
+    assert mixed == {command[command.index("--out") + 1] for command in measured}
+    assert sum("--widths" in command for command in done) == 5
+
+
+def test_rows_go_on_from_one_progressive_student_of_their_width_and_seed(tmp_path, monkeypatch):
+    done = executed(monkeypatch)
+    finished = []
+    todo = list(cells(tmp_path, "w3a3", ["qat_progressive", "vgd", "qat_fixed_progressive"], 2))
+    ablation.run_all(todo, tmp_path / "t.pt", 2, lambda cell: finished.append(cell.folder))
+    assert sorted(finished) == sorted(cell.folder for cell in todo)
+    made = [command[command.index("--student") + 1] for command in done if "--student" in command]
+    assert len(made) == len(set(made)) == len(todo) + 6, "six starts: two scales for W4A6 and two seeds of the stress width"
+    for command in done:
+        if "--start" in command:
+            student, start = (Path(command[command.index(flag) + 1]) for flag in ("--student", "--start"))
+            assert start.parts[-3:] == student.parts[-3:]
+            assert start.parts[-4] == ("progressive_fixed" if "fixed" in student.parts[-4] else "progressive")
+
+
+def test_students_on_the_way_are_kept_and_evaluated_for_the_first_seed_at_the_stress_width(tmp_path, monkeypatch):
+    done = executed(monkeypatch)
+    todo = list(cells(tmp_path, "w3a3", ["vgd"], 2))
+    for cell in todo:
+        for part in (cell, cell.start):
+            part.folder.mkdir(parents=True)
+            (part.folder / "student.stage1.step0.pt").touch()
+    ablation.run_all(todo, tmp_path / "t.pt", 1, lambda cell: None)
+    kept = [Path(command[command.index("--student") + 1]) for command in done if "--keep-every" in command]
+    assert [path.parts[-4:-1] for path in kept] == [("progressive", "w3a3", "seed0"), ("vgd", "w3a3", "seed0")]
+    on_the_way = [Path(command[2]) for command in done if command[0] == "eval.run" and "step0" in command[2]]
+    assert [path.parts[-4:-1] for path in on_the_way] == [("progressive", "w3a3", "seed0"), ("vgd", "w3a3", "seed0")]
+    before = len(done)
+    ablation.run_cell(todo[1], tmp_path / "t.pt", 1)
+    assert [command[0] for command in done[before:]] == ["eval.run"], "what was done is not done again"
 
 
 def test_a_cell_that_was_interrupted_resumes_and_an_unknown_row_is_refused(tmp_path):
@@ -72,7 +128,10 @@ def test_scores_are_collected_over_seeds_under_the_widths_names(tmp_path):
             (folder / "eval").mkdir(parents=True)
             (folder / "eval/metrics.json").write_text(json.dumps({"nds": nds, "map": nds / 2}))
             (folder / "seconds.json").write_text("2.5")
-    found = ablation.collect(tmp_path, tmp_path / "absent.json", "w3a3")
+    (tmp_path / "float").mkdir()
+    (tmp_path / "float/metrics.json").write_text(json.dumps({"nds": 0.7, "map": 0.6}))
+    found = ablation.collect(tmp_path, tmp_path / "float/metrics.json", "w3a3")
+    assert all(found["rows"]["float"][width] == {"nds": [0.7], "map": [0.6]} for width in ("w8a8", "w4a6", "stress"))
     assert found["rows"]["qat"] == {"w4a6": {"nds": [0.5], "map": [0.25]}, "stress": {"nds": [0.3, 0.4], "map": [0.15, 0.2]}}
     assert found["rows"]["ptq_mse"] == {"w8a8": {"nds": [0.6], "map": [0.3]}}
     assert found["seconds"] == 10.0
@@ -80,7 +139,7 @@ def test_scores_are_collected_over_seeds_under_the_widths_names(tmp_path):
 
 def test_a_failing_command_names_the_cell_and_its_log(tmp_path):
     cell = next(cells(tmp_path / "run", "w3a3", ["qat"], 1))
-    with pytest.raises(AblationError, match="python -m train.qat failed in"):
-        ablation.run_cell(cell, tmp_path / "absent.pt")
+    with pytest.raises(AblationError, match="python -m train.qat failed; see .*log.txt"):
+        ablation.run_cell(cell, tmp_path / "absent.pt", threads=1)
     assert "absent.pt does not exist" in (cell.folder / "log.txt").read_text()
     assert not cell.metrics.exists()
