@@ -17,8 +17,8 @@ _INSTALL: dict[BackendName, str] = {
     "tensorrt": "pip install -r requirements-gpu.txt",
     "tensorrt-rtx": "pip install -r requirements.txt",
 }
-_OLDEST_TENSORRT = (10, 7)
-"""The first whose parser takes a registered plugin before a local function of the same name and inlines the function otherwise."""
+_WEAKLY_TYPED = (8, 6)
+_STRONGLY_TYPED_FROM = (10, 0)
 
 
 class EngineError(ValueError):
@@ -27,10 +27,11 @@ class EngineError(ValueError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU of this machine."""
+    """The first GPU of this machine. `bus_id` is its PCI address, as nvidia-smi takes it."""
 
     name: str
     compute_capability: str
+    bus_id: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Backend:
     name: BackendName
     module: ModuleType
     version: str
+
+    @property
+    def strongly_typed(self) -> bool:
+        """Whether the ONNX alone decides each tensor's type, and its local functions are read. TensorRT 8.6 does neither."""
+        return self.name == "tensorrt-rtx" or release(self.version) >= _STRONGLY_TYPED_FROM
 
 
 def select(wanted: BackendName | None = None) -> Backend:
@@ -63,17 +69,22 @@ def load(name: BackendName) -> Backend:
     """Import a binding.
 
     Raises:
-        EngineError: It is not installed, cannot be loaded, or is too old.
+        EngineError: It is not installed, cannot be loaded, or is of a version that is not supported.
     """
     try:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
         raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
-    found = Backend(name=name, module=module, version=module.__version__)
-    if name == "tensorrt" and _release(found.version) < _OLDEST_TENSORRT:
-        oldest = ".".join(map(str, _OLDEST_TENSORRT))
-        raise EngineError(f"TensorRT {found.version} is too old for local functions and strong typing; {oldest} or newer: {_INSTALL[name]}")
-    return found
+    version = module.__version__
+    if name == "tensorrt" and release(version) < _STRONGLY_TYPED_FROM and release(version) != _WEAKLY_TYPED:
+        raise EngineError(f"TensorRT {version} is not supported; 8.6, or 10.0 and newer: {_INSTALL[name]}")
+    return Backend(name=name, module=module, version=version)
+
+
+def load_builtin_plugins(chosen: Backend, logger: Any) -> None:
+    """Register the operators that TensorRT brings itself, as MultiscaleDeformableAttnPlugin_TRT; TensorRT-RTX has none."""
+    if chosen.name == "tensorrt":
+        chosen.module.init_libnvinfer_plugins(logger, "")
 
 
 def require_gpu(purpose: str) -> Gpu:
@@ -101,12 +112,20 @@ def gpu() -> Gpu | None:
         check(driver.cuInit(0))
         device = check(driver.cuDeviceGet(0))
         name = check(driver.cuDeviceGetName(128, device)).split(b"\0")[0].decode()
+        bus_id = check(driver.cuDeviceGetPCIBusId(32, device)).split(b"\0")[0].decode()
         attribute = driver.CUdevice_attribute
         major = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device))
         minor = check(driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device))
     except (RuntimeError, EngineError):
         return None
-    return Gpu(name=name, compute_capability=f"{major}.{minor}")
+    return Gpu(name=name, compute_capability=f"{major}.{minor}", bus_id=bus_id)
+
+
+def cuda_runtime() -> Any:
+    """CUDA's runtime API as cuda-python gives it."""
+    from cuda.bindings import runtime
+
+    return runtime
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -121,5 +140,6 @@ def check(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

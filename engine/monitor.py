@@ -33,13 +33,21 @@ def logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def progress(trt: ModuleType, title: str) -> Iterator[Any]:
-    """An IProgressMonitor that shows the outermost phase as a bar; nothing where standard error is no terminal."""
+    """An IProgressMonitor that shows the outermost phase as a bar, nothing where standard error is no terminal; None in TensorRT 8.6.
+
+    Raises:
+        KeyboardInterrupt: On leaving, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
+    """
+    if not hasattr(trt, "IProgressMonitor"):
+        yield None
+        return
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self, bar: tqdm) -> None:
             trt.IProgressMonitor.__init__(self)
             self.bar = bar
             self.outermost = ""
+            self.interrupted = False
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
@@ -52,12 +60,15 @@ def progress(trt: ModuleType, title: str) -> Iterator[Any]:
                 if name == self.outermost:
                     self.bar.update(step + 1 - self.bar.n)
             except KeyboardInterrupt:
-                return False
-            return True
+                self.interrupted = True
+            return not self.interrupted
 
         def phase_finish(self, name: str) -> None:
             if name == self.outermost:
                 self.bar.update((self.bar.total or 0) - self.bar.n)
 
     with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
-        yield Monitor(bar)
+        monitor = Monitor(bar)
+        yield monitor
+        if monitor.interrupted:
+            raise KeyboardInterrupt

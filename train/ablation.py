@@ -68,10 +68,19 @@ def _last(**settings: Any) -> dict[str, Any]:
     return _quant(Stage(epochs=LAST, learning_rate=RATE), **settings)
 
 
-def _distilling(name: str, form: str, weight: float, temperature: float = 1.0, **settings: Any) -> Row:
-    values = {"form": form, "weight": weight, "temperature": temperature, **settings}
-    stage = Stage(epochs=LAST, learning_rate=RATE, distill=True)
-    return Row(name, _quant(stage) | {f"quant.distill.{key}": value for key, value in values.items()}, start="progressive", curve=True)
+def _distilling(name: str, form: str, **settings: float) -> Row:
+    """The paper's way: the last stage learns from the teacher."""
+    return Row(name, _taught(LAST, form=form, **settings), start="progressive", curve=True)
+
+
+def _distilling_throughout(name: str, form: str, **settings: float) -> Row:
+    """Everything is quantized and learns from the teacher from the first step on."""
+    return Row(name, _taught(EPOCHS, form=form, **settings), curve=True)
+
+
+def _taught(epochs: float, **settings: float | str) -> dict[str, Any]:
+    stage = Stage(epochs=epochs, learning_rate=RATE, distill=True)
+    return _quant(stage) | {f"quant.distill.{name}": value for name, value in settings.items()}
 
 
 def _alone(*groups: str) -> list[str]:
@@ -99,25 +108,24 @@ ROWS = (
     Row("qat_fixed_progressive", _last(scale="fixed"), start="progressive_fixed"),
     Row("qat", _standard(), curve=True),
     Row("qat_progressive", _last(), start="progressive", curve=True),
-    _distilling("distill_image", "image", 0.5),
-    _distilling("distill_bev", "bev", 0.5),
-    _distilling("vgd", "product", 0.5),
-    _distilling("vgd_best", "guided", 0.5, head=1.0),
+    _distilling("distill_image", "image", weight=1.0),
+    _distilling("distill_bev", "bev", weight=1.0),
+    _distilling("vgd", "product", weight=1.0),
+    _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0),
     Row("mixed", _standard(), mixed=True),
 )
 
-SEARCHED = ((0.5, 1.0), (2.0, 1.0), (8.0, 1.0), (2.0, 4.0))
-"""Weights and temperatures that every form of distillation was tried with."""
-SEARCH = tuple(
-    _distilling(f"{name}_w{weight:g}_t{temperature:g}", form, weight, temperature, **settings)
-    for name, form, settings in (
-        ("distill_image", "image", {}),
-        ("distill_bev", "bev", {}),
-        ("vgd", "product", {}),
-        ("guided_head", "guided", {"head": 1.0}),
-    )
-    for weight, temperature in SEARCHED
+SEARCH = (
+    *(
+        _distilling(f"{name}_w{weight:g}_t{temperature:g}", form, weight=weight, temperature=temperature)
+        for name, form in (("distill_image", "image"), ("distill_bev", "bev"), ("vgd", "product"))
+        for weight, temperature in ((1.0, 1.0), (4.0, 1.0), (4.0, 4.0))
+    ),
+    _distilling_throughout("whole_guided_w2_h1", "guided", weight=2.0, head=1.0),
+    _distilling_throughout("whole_guided_w2_h4", "guided", weight=2.0, head=4.0),
+    _distilling_throughout("whole_bev_w2_h1", "bev", weight=2.0, head=1.0),
 )
+"""What every form of distillation was tried with, three trainings each."""
 
 
 @dataclass(frozen=True)
