@@ -4,7 +4,7 @@
 #   make test                    the tests, on the CPU
 #   make data                    the synthetic world; NUSCENES=/path prepares real nuScenes instead
 #   make train                   RECIPE=micro RUN=runs/micro: float teacher (or TEACHER=file), then the student, stage by stage
-#   make ablation                every form of training beside the others; hours
+#   make ablation                JOBS=2: every form of training beside the others, with a table and curves; hours
 #   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
@@ -88,10 +88,12 @@ train: .venv/.ok
 	$(if $(filter $(RUN)/teacher.pt,$(TEACHER)),$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) $(if $(PRETRAINED),--pretrained $(PRETRAINED)))
 	$(PY) -m train.qat --teacher $(TEACHER) --student $(RUN)/student.pt --bits $(BITS)
 
-# Hours; cells that are done are skipped. ROWS="vgd vgd_best" SEEDS=1 runs some.
+# Hours; cells that are done are skipped. ROWS="vgd vgd_best" SEEDS=1 runs some, SEARCH=1 the trials of weight and temperature instead.
 ablation: TEACHER ?= runs/demo/teacher.pt
 ablation: .venv/.ok
-	$(PY) -m train.ablation --teacher $(TEACHER) $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STRESS),--stress $(STRESS))
+	$(PY) -m train.ablation --teacher $(TEACHER) $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STRESS),--stress $(STRESS)) \
+		$(if $(SEARCH),--search) $(if $(JOBS),--jobs $(JOBS))
+	$(PY) -m eval.ablation --results runs/ablation/ablation.json --out runs/ablation
 
 export-onnx: MODEL ?= $(RUN)/w4a6.pt
 export-onnx: .venv/.ok
@@ -163,6 +165,8 @@ results:
 	keep $(RUN)/w8a8.engine.audit.json audit_micro_w8a8.json; \
 	keep $(RUN)/w4a6.engine.audit.json audit_micro_w4a6.json; \
 	keep $(RUN)/step_cost.json step_cost_micro_cpu.json; \
+	keep runs/ablation/ablation.json ablation_micro.json; \
+	keep runs/ablation/curves.png ablation_curves.png; \
 	keep $(RUN)/image_cost.json image_cost_cpu.json; \
 	keep $(RUN)/attention.json attention_cpu.json; \
 	keep runs/sizes/sizes.json sizes_cpu.json; \

@@ -3,19 +3,23 @@
     python -m engine.build --onnx runs/demo/w8a8.onnx --compute-capability 8.6 8.9 12.0
 
 With TensorRT where there is a GPU (the engine is for that GPU), with TensorRT-RTX where there is none (ahead of time, for the named
-GPUs, or portable). Always strongly typed: the ONNX alone decides each tensor's type. The engine is audited before it is written; one
-that lost INT8 is refused. Beside it lie its layer table, its audit and its seal.
+GPUs, or portable). Strongly typed: the ONNX alone decides each tensor's type; TensorRT 8.6, which does not know that, gets a float32 ONNX
+(dialect.py) and the INT8 flag. The engine is audited before it is written; one that lost INT8 is refused. Beside it lie its layer table,
+its audit and its seal.
 """
 
 import argparse
 import logging
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import audit, backend, graph, layers, monitor
-from engine.backend import Backend, BackendName, EngineError
+import onnx
+
+from engine import audit, backend, compatibility, dialect, graph, layers, monitor
+from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layers import Layer
 from qdbev import artifact
 from qdbev.command import entry_point
@@ -33,7 +37,8 @@ class Options:
     """GPUs to build for ahead of time, as "8.9"; empty is portable. TensorRT-RTX only."""
     memory_limit_mb: int | None = None
     timing_cache: Path | None = None
-    """Measured kernel times, read and extended; makes the next build on the same GPU quick. TensorRT only."""
+    """File or folder of measured kernel times, read and extended, which make the next build on the same GPU quick; in a folder, a file
+    for each version and GPU. TensorRT only."""
     allow_float: bool = False
     """Write the engine even if quantized layers run in float, and say so in its seal."""
 
@@ -57,7 +62,10 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     parent = artifact.unseal(onnx_path, "onnx")
     model = graph.load(onnx_path)
     chosen = backend.select(options.backend)
-    graph.check(model, _plugins(chosen))
+    plugins = _plugins(chosen)
+    graph.check(model, plugins)
+    if not chosen.strongly_typed:
+        dialect.check(model, plugins)
     plan = build_plan(chosen, onnx_path, options)
     report = audit.audit(graph.quantized_layers(model), plan.table)
     audit.save(audit.report_path(engine_path), report)
@@ -67,7 +75,14 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     with artifact.atomic(engine_path) as temporary:
         temporary.write_bytes(plan.content)
     table_sha256 = artifact.sha256(layers.table_path(engine_path))
-    facts = {**plan.facts, "plan_bytes": len(plan.content), "audit": report.facts(), "layer_table_sha256": table_sha256}
+    facts = {
+        **plan.facts,
+        "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
+        "inputs": _shapes(model),
+        "plan_bytes": len(plan.content),
+        "audit": report.facts(),
+        "layer_table_sha256": table_sha256,
+    }
     artifact.seal(engine_path, kind="engine", config=parent.config, parent=parent, facts=facts)
     return report
 
@@ -81,17 +96,22 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     trt = chosen.module
     messages = monitor.logger(trt)
     builder = trt.Builder(messages)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    kinds = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(kinds.STRONGLY_TYPED if chosen.strongly_typed else kinds.EXPLICIT_BATCH))
     _parse(trt, network, messages, onnx_path)
     config = builder.create_builder_config()
+    if not chosen.strongly_typed:
+        config.set_flag(trt.BuilderFlag.INT8)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.memory_limit_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit_mb << 20)
     target = _set_target(chosen, config, options)
-    cache = _open_timing_cache(chosen, config, options.timing_cache)
+    cache_path = timing_cache_file(chosen, target, options.timing_cache)
+    cache = _open_timing_cache(chosen, config, cache_path)
     started = time.monotonic()
     with monitor.progress(trt, f"{chosen.name} {chosen.version}") as shown:
-        config.progress_monitor = shown
+        if shown is not None:
+            config.progress_monitor = shown
         serialized = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - started
     if serialized is None:
@@ -99,11 +119,19 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         raise EngineError("\n  ".join([f"{chosen.name} {chosen.version} built no engine from {onnx_path}:", *reasons]))
     content = bytes(serialized)
     if cache is not None:
-        with artifact.atomic(options.timing_cache) as temporary:
+        with artifact.atomic(cache_path) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     table = layers.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
     facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
     return Plan(content=content, table=table, facts=facts)
+
+
+def timing_cache_file(chosen: Backend, target: dict[str, Any], wanted: Path | None) -> Path | None:
+    """The file `wanted` is, or the one in the folder `wanted` for this version and GPU; nothing where TensorRT keeps no timings."""
+    if wanted is None or chosen.name != "tensorrt" or not wanted.is_dir():
+        return wanted if chosen.name == "tensorrt" else None
+    words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target['gpu']}".lower())
+    return wanted / f"tensorrt-{words}.timing"
 
 
 def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
@@ -111,23 +139,26 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
     if parser.parse_from_file(str(onnx_path)):
         return
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    lines = [f"  node {error.node_name() or '?'} ({error.node_operator() or '?'}): {_one_line(error.desc())}" for error in errors[:_SHOWN]]
-    if any(error.node_operator() == "DeformConv" for error in errors):
+    refused = [(*_refused_node(error, onnx_path), _one_line(error.desc())) for error in errors[:_SHOWN]]
+    lines = [f"  node {name or '?'} ({operator or '?'}): {reason}" for name, operator, reason in refused]
+    if any(operator == "DeformConv" for _, operator, _ in refused):
         lines.append("  this TensorRT has no DeformConv; export again without --standard-deform-conv")
     raise EngineError("\n".join([f"the parser refuses {onnx_path}:", *lines]))
+
+
+def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
+    """Name and operator of the node that a parser error is about; TensorRT 8.6 tells its position only."""
+    if hasattr(error, "node_name"):
+        return error.node_name(), error.node_operator()
+    nodes, index = graph.load(onnx_path).graph.node, error.node()
+    return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
 def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any]:
     """Which GPUs the engine will run on, as facts."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
-        device = backend.require_gpu("TensorRT")
-        if wanted and set(wanted) != {device.compute_capability}:
-            raise EngineError(
-                f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
-                "leave --compute-capability out, or take --backend tensorrt-rtx"
-            )
-        return {"gpu": device.name, "compute_capabilities": [device.compute_capability]}
+        return _this_gpu(backend.require_gpu("TensorRT"), wanted)
     known = chosen.module.ComputeCapability.__members__
     names = {f"{name[2:-1]}.{name[-1]}": value for name, value in known.items() if name.startswith("SM")}
     unknown = [capability for capability in wanted if capability not in names]
@@ -137,11 +168,20 @@ def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any
         config.num_compute_capabilities = len(wanted)
         for index, capability in enumerate(wanted):
             config.set_compute_capability(names[capability], index)
-    return {"compute_capabilities": list(wanted) or "portable"}
+    return {"compute_capabilities": list(wanted) or compatibility.PORTABLE}
+
+
+def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> dict[str, Any]:
+    if wanted and set(wanted) != {device.compute_capability}:
+        raise EngineError(
+            f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
+            "leave --compute-capability out, or take --backend tensorrt-rtx"
+        )
+    return {"gpu": device.name, "compute_capabilities": [device.compute_capability]}
 
 
 def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
-    if path is None or chosen.name != "tensorrt":
+    if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -153,7 +193,9 @@ def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
     """Registered plugins. TensorRT-RTX is treated as having none: it ends the process when a node meets one (seen in 1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
-    creators = chosen.module.get_plugin_registry().all_creators
+    backend.load_builtin_plugins(chosen, monitor.logger(chosen.module))
+    registry = chosen.module.get_plugin_registry()
+    creators = registry.all_creators if chosen.strongly_typed else registry.plugin_creator_list
     return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)
 
 
@@ -162,6 +204,11 @@ def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
     if engine is None:
         raise EngineError("the engine just built cannot be opened:\n  " + "\n  ".join(messages.problems))
     return layers.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Shape of each input."""
+    return {tensor.name: [size.dim_value for size in tensor.type.tensor_type.shape.dim] for tensor in model.graph.input}
 
 
 def _one_line(text: str) -> str:
@@ -178,7 +225,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--compute-capability", nargs="+", default=(), metavar="X.Y", help="TensorRT-RTX: GPUs to build for (default: portable)"
     )
     parser.add_argument("--memory-limit", type=_positive, metavar="MB", help="workspace the engine may use")
-    parser.add_argument("--timing-cache", type=Path, help="file of kernel timings (TensorRT; default: tensorrt.timing beside the engine)")
+    parser.add_argument("--timing-cache", type=Path, help="file or folder of kernel timings (TensorRT; default: the engine's folder)")
     parser.add_argument("--allow-float", action="store_true", help="write the engine even if quantized layers run in float")
     return parser.parse_args(arguments)
 
@@ -199,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
         backend=args.backend,
         compute_capabilities=tuple(args.compute_capability),
         memory_limit_mb=args.memory_limit,
-        timing_cache=args.timing_cache or engine_path.with_name("tensorrt.timing"),
+        timing_cache=args.timing_cache or engine_path.parent,
         allow_float=args.allow_float,
     )
     report = build_file(args.onnx, engine_path, options)

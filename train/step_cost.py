@@ -1,6 +1,6 @@
-"""What fake quantization costs: `python -m train.step_cost --teacher runs/demo/teacher.pt --bits w4a6`.
+"""What fake quantization and a teacher cost: `python -m train.step_cost --teacher runs/demo/teacher.pt --bits w4a6`.
 
-A float and a quantization-aware step take turns on every batch, so that the ratio holds on a busy machine.
+A float step, a quantization-aware one and one that distills take turns on every batch, so that ratios hold on a busy machine.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from qdbev.model.bevformer import BEVFormer
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from train.calibration import calibrated_student
-from train.criterion import detection_loss
 from train.distributed import World
+from train.guide import Guide
 from train.loop import Learner, Run, batches, train_step
 
 WARM_UP = 3
@@ -31,37 +31,40 @@ WARM_UP = 3
 
 
 def measure(teacher: BEVFormer, config: Config, target: torch.device, steps: int) -> dict[str, float]:
-    """Median seconds of a float and of a quantization-aware step over `steps` batches, and the median of their ratios."""
+    """Median seconds of each kind of step over `steps` batches, and medians of the ratios to the float step of the same batch."""
     frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
-    student = calibrated_student(copy.deepcopy(teacher), config, frames, target).requires_grad_(True)
-    run = Run(
-        config=config,
-        schedule=config.train,
-        folder=Path(),
-        name="step cost",
-        device=target,
-        world=World(),
-        loss=lambda output, batch, _: detection_loss(output, batch.boxes, batch.labels, config.train),
-    )
-    seconds: dict[str, list[float]] = {"float": [], "qat": []}
-    learners = {name: Learner.of(model, config.train, target) for name, model in (("float", teacher), ("qat", student))}
-    for history, current in batches(frames, run, 0, WARM_UP + steps):
+    student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
+    world = World()
+    kinds = {
+        "float": (copy.deepcopy(teacher), Guide(None, config, world)),
+        "qat": (copy.deepcopy(student), Guide(None, config, world)),
+        "distill": (student, Guide(teacher.to(target), config, world)),
+    }
+    learners = {name: Learner.of(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
+    runs = {
+        name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=guide)
+        for name, (_, guide) in kinds.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for history, current in batches(frames, runs["float"], 0, WARM_UP + steps):
         for name, learner in learners.items():
             start = time.perf_counter()
-            train_step(learner, history, current, run, 0)
+            train_step(learner, history, current, runs[name], 0)
             if target.type == "cuda":
                 torch.cuda.synchronize(target)
             seconds[name].append(time.perf_counter() - start)
     counted = {name: values[WARM_UP:] for name, values in seconds.items()}
-    ratios = [qat / plain for plain, qat in zip(counted["float"], counted["qat"], strict=True)]
-    return {"steps": steps, "ratio": statistics.median(ratios)} | {
-        f"{name}_s": statistics.median(values) for name, values in counted.items()
+    ratios = {
+        f"{name}_ratio": statistics.median(own / plain for plain, own in zip(counted["float"], values, strict=True))
+        for name, values in counted.items()
+        if name != "float"
     }
+    return {"steps": steps, **ratios} | {f"{name}_s": statistics.median(values) for name, values in counted.items()}
 
 
 @entry_point
 def main() -> None:
-    """Compare the cost of a float and of a quantization-aware training step."""
+    """Compare the cost of a float training step with a quantization-aware and a distilling one."""
     parser = argparse.ArgumentParser(prog="python -m train.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6")
@@ -79,7 +82,9 @@ def main() -> None:
     if args.out:
         with artifact.atomic(args.out) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + "\n")
-    sys.stdout.write(f"QAT step {figures['qat_s']:.3f} s, float step {figures['float_s']:.3f} s, ratio {figures['ratio']:.2f}\n")
+    for name in ("qat", "distill"):
+        line = f"{name} step {figures[f'{name}_s']:.3f} s, float step {figures['float_s']:.3f} s, ratio {figures[f'{name}_ratio']:.2f}"
+        sys.stdout.write(line + "\n")
 
 
 if __name__ == "__main__":
