@@ -81,10 +81,11 @@ def load(name: BackendName) -> Backend:
     return Backend(name=name, module=module, version=version)
 
 
-def load_builtin_plugins(chosen: Backend, logger: Any) -> None:
+def load_builtin_plugins(chosen: Backend) -> None:
     """Register the operators that TensorRT brings itself, as MultiscaleDeformableAttnPlugin_TRT; TensorRT-RTX has none."""
     if chosen.name == "tensorrt":
-        chosen.module.init_libnvinfer_plugins(logger, "")
+        no_logger = None  # the library would keep a pointer to it for good
+        chosen.module.init_libnvinfer_plugins(no_logger, "")
 
 
 def require_gpu(purpose: str) -> Gpu:

@@ -193,7 +193,7 @@ def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
     """Registered plugins. TensorRT-RTX is treated as having none: it ends the process when a node meets one (seen in 1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
-    backend.load_builtin_plugins(chosen, monitor.logger(chosen.module))
+    backend.load_builtin_plugins(chosen)
     registry = chosen.module.get_plugin_registry()
     creators = registry.all_creators if chosen.strongly_typed else registry.plugin_creator_list
     return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)

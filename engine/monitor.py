@@ -41,34 +41,36 @@ def progress(trt: ModuleType, title: str) -> Iterator[Any]:
     if not hasattr(trt, "IProgressMonitor"):
         yield None
         return
+    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
+        shown = _monitor(trt, bar)
+        yield shown
+        if shown.interrupted:
+            raise KeyboardInterrupt
 
+
+def _monitor(trt: ModuleType, bar: tqdm) -> Any:
     class Monitor(trt.IProgressMonitor):
-        def __init__(self, bar: tqdm) -> None:
+        def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.bar = bar
             self.outermost = ""
             self.interrupted = False
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
                 self.outermost = name
-                self.bar.reset(steps)
-            self.bar.set_postfix_str(name)
+                bar.reset(steps)
+            bar.set_postfix_str(name)
 
         def step_complete(self, name: str, step: int) -> bool:
             try:
                 if name == self.outermost:
-                    self.bar.update(step + 1 - self.bar.n)
+                    bar.update(step + 1 - bar.n)
             except KeyboardInterrupt:
                 self.interrupted = True
             return not self.interrupted
 
         def phase_finish(self, name: str) -> None:
             if name == self.outermost:
-                self.bar.update((self.bar.total or 0) - self.bar.n)
+                bar.update((bar.total or 0) - bar.n)
 
-    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
-        monitor = Monitor(bar)
-        yield monitor
-        if monitor.interrupted:
-            raise KeyboardInterrupt
+    return Monitor()

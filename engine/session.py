@@ -3,28 +3,34 @@
     with Session(path) as session:
         outputs = session.infer({"images": ..., "lidar2img": ..., "can_bus": ..., "prev_bev": ..., "has_prev": ...})
 
-The previous BEV need not leave the GPU: leave `prev_bev` out, and the `bev` of the call before is used, by exchanging the two buffers.
+The previous BEV need not leave the GPU: leave `prev_bev` out, and the `bev` of the last frame that succeeded is used, by exchanging the
+two buffers. A frame that fails leaves it as it was, and the session ready for the next.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from engine import backend, monitor
+from engine import backend, compatibility, monitor
 from engine.backend import EngineError, check
+from engine.lane import Lane, create_context, intermediate_bytes
+from engine.memory import Buffers
 from qdbev import artifact, schema
 
+_log = logging.getLogger(__name__)
 _FED_BACK = ("prev_bev", "bev")
-"""Input and output that exchange buffers after each call."""
+"""Input and output that exchange buffers after each frame."""
 
 
 class Session:
-    """An engine, its device buffers and its stream; a context manager, because it owns GPU memory.
+    """An engine, its buffers and its stream; a context manager, because it owns GPU memory.
 
-    `seal` is the engine's; `shapes` and `dtypes` are those of the named tensors.
+    `seal` is the engine's; `shapes` and `dtypes` are those of the named tensors, known once it is open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -32,138 +38,162 @@ class Session:
 
         Raises:
             ArtifactError: The engine is missing, damaged or not sealed.
-            EngineError: There is no GPU, the engine is for another one, or its TensorRT is missing.
+            EngineError: There is no GPU, its TensorRT is missing, or the engine is for another GPU or version.
         """
         self.seal = artifact.unseal(path, "engine")
         self.path = path
         device = backend.require_gpu(f"running {path}")
-        built_for = self.seal.facts["target"]["compute_capabilities"]
-        if built_for != "portable" and device.compute_capability not in built_for:
-            raise EngineError(
-                f"{path} was built for GPUs {', '.join(built_for)}; this is a {device.name} ({device.compute_capability}): build it here"
-            )
+        compatibility.require_gpu(path, self.seal, device)
         self._backend = backend.load(self.seal.facts["backend"]["name"])
+        compatibility.require_version(path, self.seal, self._backend, device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
-        self._inputs: list[str] = []
-        self._buffers: dict[str, int] = {}
-        self._engine: Any = None
-        self._context: Any = None
-        self._stream: Any = None
+        self._stack = ExitStack()
+        self._forget()
 
     def __enter__(self) -> Self:
-        try:
-            self._open()
-        except BaseException:
-            self._close()
-            raise
+        with ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._close()
+        self._stack.close()
 
     def infer(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str] = schema.OUTPUTS) -> dict[str, np.ndarray]:
         """One frame.
 
         Args:
-            inputs: Named as in `schema.INPUTS`, with the engine's shapes; `prev_bev` may be left out. It is zero before the first call.
+            inputs: Named as in `schema.INPUTS`, with the engine's shapes; `prev_bev` may be left out. It is zero before the first frame.
             outputs: What to copy back from the GPU.
 
         Raises:
             EngineError: A tensor is missing, unknown, or of the wrong shape or type; or the GPU reports a failure.
         """
-        self._check_inputs(inputs)
-        runtime = _runtime()
-        kinds = runtime.cudaMemcpyKind
-        for name, value in inputs.items():
-            source = np.ascontiguousarray(value)
-            check(
-                runtime.cudaMemcpyAsync(self._buffers[name], source.ctypes.data, source.nbytes, kinds.cudaMemcpyHostToDevice, self._stream)
-            )
-        self._enqueue()
-        results = {name: np.empty(self.shapes[name], self.dtypes[name]) for name in outputs}
-        for name, target in results.items():
-            check(
-                runtime.cudaMemcpyAsync(target.ctypes.data, self._buffers[name], target.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream)
-            )
-        check(runtime.cudaStreamSynchronize(self._stream))
-        self._feed_back()
-        return results
+        self._check(inputs, outputs)
+        lane = self._lanes[self._turn]
+        start, end = self._events
+        with self._settled():
+            for name, value in inputs.items():
+                self._copy(name, lane, value)
+            check(self._runtime.cudaEventRecord(start, self._stream))
+            self._run(lane)
+            check(self._runtime.cudaEventRecord(end, self._stream))
+            for name in outputs:
+                self._copy(name, lane)
+            check(self._runtime.cudaStreamSynchronize(self._stream))
+        self._turn = 1 - self._turn
+        return {name: self._pinned(name).copy() for name in outputs}
 
     def compute_ms(self) -> float:
-        """GPU time of one run on whatever the input buffers hold, without copies."""
-        runtime = _runtime()
-        start, end = check(runtime.cudaEventCreate()), check(runtime.cudaEventCreate())
-        try:
-            check(runtime.cudaEventRecord(start, self._stream))
-            self._enqueue()
-            check(runtime.cudaEventRecord(end, self._stream))
-            check(runtime.cudaEventSynchronize(end))
-            return float(check(runtime.cudaEventElapsedTime(start, end)))
-        finally:
-            check(runtime.cudaEventDestroy(start))
-            check(runtime.cudaEventDestroy(end))
+        """GPU time of the last frame, without copies."""
+        return float(check(self._runtime.cudaEventElapsedTime(*self._events)))
 
-    def _open(self) -> None:
-        trt, runtime = self._backend.module, _runtime()
-        messages = monitor.logger(trt)
-        self._engine = trt.Runtime(messages).deserialize_cuda_engine(self.path.read_bytes())
+    def _open(self, stack: ExitStack) -> None:
+        trt = self._backend.module
+        stack.callback(self._forget)
+        self._runtime = backend.cuda_runtime()
+        self._buffers = stack.enter_context(Buffers(self.path))
+        self._stream = check(self._runtime.cudaStreamCreate())
+        stack.callback(self._runtime.cudaStreamDestroy, self._stream)
+        for _ in range(2):
+            self._events.append(check(self._runtime.cudaEventCreate()))
+            stack.callback(self._runtime.cudaEventDestroy, self._events[-1])
+        self._messages = monitor.logger(trt)
+        stack.callback(self._close_engine)
+        self._deserialize(trt)
+        self._describe(trt)
+        self._lay_lanes(trt)
+        stack.callback(self._runtime.cudaStreamSynchronize, self._stream)
+        self._warm_up()
+
+    def _deserialize(self, trt: Any) -> None:
+        backend.load_builtin_plugins(self._backend)
+        # Kept on the session alone: in a local name, the traceback of an error would hold the engine and its memory.
+        self._engine = trt.Runtime(self._messages).deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
-            built, reasons = self.seal.facts["backend"], messages.problems or ["no reason given"]
-            first = (
-                f"{self.path} (built with {built['name']} {built['version']}) cannot be opened by {self._backend.version}; build it again:"
+            device = backend.require_gpu(f"running {self.path}")
+            self._fail(
+                f"{self._backend.name} {self._backend.version} cannot open it; {self._buffers.state()}. If memory is not the reason, "
+                f"build it again: {compatibility.rebuild_command(self.path, self.seal, device)}"
             )
-            raise EngineError("\n  ".join([first, *reasons]))
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise EngineError("\n  ".join([f"{self.path}: no memory or kernels to run it here:", *messages.problems]))
-        self._stream = check(runtime.cudaStreamCreate())
+
+    def _describe(self, trt: Any) -> None:
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)
             self.shapes[name] = tuple(self._engine.get_tensor_shape(name))
-            if min(self.shapes[name], default=1) < 0:
-                raise EngineError(f"{self.path}: {name} has the shape {self.shapes[name]}; engines of this project have fixed shapes")
             self.dtypes[name] = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
             if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 self._inputs.append(name)
-            size = max(1, int(np.prod(self.shapes[name])) * self.dtypes[name].itemsize)
-            self._buffers[name] = int(check(runtime.cudaMalloc(size)))
-            check(runtime.cudaMemset(self._buffers[name], 0, size))
-        self._bind()
+        fixed = all(min(shape, default=1) > 0 for shape in self.shapes.values())
+        if not fixed or set(self.shapes) != {*schema.INPUTS, *schema.OUTPUTS}:
+            wanted = ", ".join(schema.INPUTS + schema.OUTPUTS)
+            self._fail(f"it has the tensors {self.shapes}; engines of this project have {wanted}, each of a fixed shape")
 
-    def _close(self) -> None:
-        runtime = _runtime()
-        if self._stream is not None:
-            runtime.cudaStreamSynchronize(self._stream)
-        self._context = self._engine = None
-        for pointer in self._buffers.values():
-            runtime.cudaFree(pointer)
-        self._buffers.clear()
-        self._inputs.clear()
-        if self._stream is not None:
-            runtime.cudaStreamDestroy(self._stream)
-        self._stream = None
-
-    def _bind(self) -> None:
-        for name, pointer in self._buffers.items():
-            if not self._context.set_tensor_address(name, pointer):
-                raise EngineError(f"{self.path}: TensorRT takes no buffer for {name}")
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise EngineError(f"{self.path}: TensorRT could not start the frame")
-
-    def _feed_back(self) -> None:
+    def _lay_lanes(self, trt: Any) -> None:
+        sizes = {name: int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
+        there = {name: self._buffers.device(name, size) for name, size in sizes.items()}
+        size = intermediate_bytes(self._engine)
+        shared = self._buffers.device("the layers' intermediate results", size)
         earlier, later = _FED_BACK
-        if earlier in self._buffers and later in self._buffers:
-            self._buffers[earlier], self._buffers[later] = self._buffers[later], self._buffers[earlier]
-            self._bind()
+        for addresses in (there, there | {earlier: there[later], later: there[earlier]}):
+            context = create_context(trt, self._engine, shared, size)
+            if context is None:
+                self._fail(f"no memory or kernels to run it here; {self._buffers.state()}")
+            self._lanes.append(Lane(context, addresses, self._stream))
 
-    def _check_inputs(self, inputs: Mapping[str, np.ndarray]) -> None:
-        if self._context is None:
+    def _warm_up(self) -> None:
+        """Run each lane once, on zeros, and record it; afterwards the history is zero again."""
+        reason = ""
+        for lane in self._lanes:
+            self._run(lane)
+            check(self._runtime.cudaStreamSynchronize(self._stream))
+            reason = reason or lane.record()
+        if reason:
+            _log.warning("%s: no CUDA graph (%s); each frame starts its kernels one by one", self.path, reason)
+        for name in _FED_BACK:
+            size = int(np.prod(self.shapes[name])) * self.dtypes[name].itemsize
+            check(self._runtime.cudaMemset(self._lanes[0].addresses[name], 0, size))
+
+    def _run(self, lane: Lane) -> None:
+        self._messages.problems.clear()
+        if not lane.run():
+            self._fail(f"TensorRT could not start the frame; {self._buffers.state()}")
+
+    def _copy(self, name: str, lane: Lane, value: np.ndarray | None = None) -> None:
+        """Queue a copy through page-locked memory: of `value` to the GPU, or back from it where there is none."""
+        host, device, kinds = self._pinned(name), lane.addresses[name], self._runtime.cudaMemcpyKind
+        if value is not None:
+            np.copyto(host, value)
+            check(self._runtime.cudaMemcpyAsync(device, host.ctypes.data, host.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
+        else:
+            check(self._runtime.cudaMemcpyAsync(host.ctypes.data, device, host.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
+
+    def _pinned(self, name: str) -> np.ndarray:
+        """The page-locked array of a tensor, taken when it is first needed: a stream never copies `prev_bev`."""
+        if name not in self._host:
+            self._host[name] = self._buffers.pinned(name, self.shapes[name], self.dtypes[name])
+        return self._host[name]
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Leave no work behind when a frame fails, and find out whether CUDA goes on in this process."""
+        try:
+            yield
+        except BaseException:
+            self._runtime.cudaStreamSynchronize(self._stream)
+            self._runtime.cudaGetLastError()
+            status, *_ = self._runtime.cudaStreamSynchronize(self._stream)
+            self._broken = status.name if int(status) != 0 else ""
+            raise
+
+    def _check(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str]) -> None:
+        if not self._lanes:
             raise EngineError(f"the session of {self.path} is not open; use it in a with statement")
+        if self._broken:
+            raise EngineError(f"{self.path}: the GPU failed before ({self._broken}) and answers this process no more; start it again")
         missing = [name for name in self._inputs if name not in inputs and name != _FED_BACK[0]]
-        unknown = [name for name in inputs if name not in self._inputs]
+        unknown = [*(name for name in inputs if name not in self._inputs), *(name for name in outputs if name not in schema.OUTPUTS)]
         if missing or unknown:
             raise EngineError(
                 f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; needed: {self._inputs}"
@@ -172,8 +202,26 @@ class Session:
             if value.shape != self.shapes[name] or value.dtype != self.dtypes[name]:
                 raise EngineError(f"{name} is {value.dtype}{value.shape}, the engine takes {self.dtypes[name]}{self.shapes[name]}")
 
+    def _fail(self, what: str) -> None:
+        raise EngineError("\n  ".join([f"{self.path}: {what}", *self._messages.problems]))
 
-def _runtime() -> Any:
-    from cuda.bindings import runtime
+    def _close_engine(self) -> None:
+        """Contexts before the engine, the engine before the stream and the buffers."""
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        self._engine = None
 
-    return runtime
+    def _forget(self) -> None:
+        """As before it was opened."""
+        self._runtime: Any = None
+        self._buffers: Any = None
+        self._messages: Any = None
+        self._engine: Any = None
+        self._stream: Any = None
+        self._events: list[Any] = []
+        self._inputs: list[str] = []
+        self._host: dict[str, np.ndarray] = {}
+        self._lanes: list[Lane] = []
+        self._turn = 0
+        self._broken = ""

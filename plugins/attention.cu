@@ -19,6 +19,7 @@ constexpr int WIDTH = CHANNELS * VALUE_BYTES < 16 ? CHANNELS : 16 / VALUE_BYTES;
 constexpr int LANES = CHANNELS / WIDTH;
 constexpr int OWN = (POINTS + LANES - 1) / LANES;  // points of a level that a lane prepares
 constexpr int THREADS = 128;                       // a block
+constexpr int BLOCKS = OWN <= 2 ? 5 : OWN <= 4 ? 4 : 3;  // a multiprocessor, at least: leaves each thread the registers it needs
 constexpr int BAND = 4;                            // rows of the query grid that a block walks together
 constexpr int BATCH = 2;                           // points whose corners are all asked for before the first is used
 constexpr float LOWEST = -3.402823466e38f;
@@ -31,7 +32,7 @@ static_assert(POINTS % PILLARS == 0, "points are shared out evenly among the pil
 #ifdef __CUDACC__
 
 // A thread is one lane: HELD lanes are in its hands. On the host one call holds a whole team.
-#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
+#define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define INLINE static __device__ __forceinline__
 #define FROM_LANE(lanes, owner, member) __shfl_sync(0xffffffffu, lanes[0].member, owner, LANES)
 

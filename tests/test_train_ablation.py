@@ -107,7 +107,7 @@ def test_students_on_the_way_are_kept_and_evaluated_for_the_first_seed_at_the_st
     on_the_way = [Path(command[2]) for command in done if command[0] == "eval.run" and "step0" in command[2]]
     assert [path.parts[-4:-1] for path in on_the_way] == [("progressive", "w3a3", "seed0"), ("vgd", "w3a3", "seed0")]
     before = len(done)
-    ablation.run_cell(todo[1], tmp_path / "t.pt", 1)
+    ablation.run_all(todo[1:2], tmp_path / "t.pt", 1, lambda cell: None)
     assert [command[0] for command in done[before:]] == ["eval.run"], "what was done is not done again"
 
 
@@ -122,7 +122,12 @@ def test_a_cell_that_was_interrupted_resumes_and_an_unknown_row_is_refused(tmp_p
 
 
 def test_scores_are_collected_over_seeds_under_the_widths_names(tmp_path):
-    for row, width, scores in (("qat", "w3a3", (0.3, 0.4)), ("qat", "w4a6", (0.5,)), ("ptq_mse", "w8a8", (0.6,))):
+    for row, width, scores in (
+        ("qat", "w3a3", (0.3, 0.4)),
+        ("qat", "w4a6", (0.5,)),
+        ("ptq_mse", "w8a8", (0.6,)),
+        ("float_more", "w8a8", (0.8,)),
+    ):
         for seed, nds in enumerate(scores):
             folder = tmp_path / row / width / f"seed{seed}"
             (folder / "eval").mkdir(parents=True)
@@ -134,7 +139,8 @@ def test_scores_are_collected_over_seeds_under_the_widths_names(tmp_path):
     assert all(found["rows"]["float"][width] == {"nds": [0.7], "map": [0.6]} for width in ("w8a8", "w4a6", "stress"))
     assert found["rows"]["qat"] == {"w4a6": {"nds": [0.5], "map": [0.25]}, "stress": {"nds": [0.3, 0.4], "map": [0.15, 0.2]}}
     assert found["rows"]["ptq_mse"] == {"w8a8": {"nds": [0.6], "map": [0.3]}}
-    assert found["seconds"] == 10.0
+    assert all(found["rows"]["float_more"][width] == {"nds": [0.8], "map": [0.4]} for width in ("w8a8", "w4a6", "stress"))
+    assert found["seconds"] == 12.5
 
 
 def test_a_failing_command_names_the_cell_and_its_log(tmp_path):

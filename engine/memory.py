@@ -1,0 +1,83 @@
+"""Memory of a session: device buffers, and page-locked host buffers that the GPU copies from and to by itself.
+
+Everything is taken once and freed together; when there is none left, one error says who wanted how much and how much is free.
+"""
+
+import ctypes
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from engine import backend
+from engine.backend import EngineError, check
+
+_PAGE_LOCKED = 0
+"""cudaHostAllocDefault."""
+
+
+class Buffers:
+    """All memory that one engine needs; a context manager."""
+
+    def __init__(self, owner: Path) -> None:
+        self._owner = owner
+        self._runtime = backend.cuda_runtime()
+        self._device: dict[int, int] = {}
+        self._host: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for pointer in self._device:
+            self._runtime.cudaFree(pointer)
+        for pointer in self._host:
+            self._runtime.cudaFreeHost(pointer)
+        self._device.clear()
+        self._host.clear()
+
+    def device(self, purpose: str, size: int) -> int:
+        """Address of `size` new bytes on the GPU, all zero.
+
+        Raises:
+            EngineError: There are not so many.
+        """
+        size = max(1, size)
+        status, pointer = self._runtime.cudaMalloc(size)
+        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+            self._runtime.cudaGetLastError()
+            raise EngineError(
+                f"{self._owner}: no memory on the GPU for {purpose} ({_mb(size)}); {self.state()}. Close what else runs on it"
+            )
+        address = int(check((status, pointer)))
+        self._device[address] = size
+        check(self._runtime.cudaMemset(address, 0, size))
+        return address
+
+    def pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """A new page-locked host array, which is gone when this is closed.
+
+        Raises:
+            EngineError: The system gives no more such memory.
+        """
+        size = max(1, int(np.prod(shape)) * dtype.itemsize)
+        status, pointer = self._runtime.cudaHostAlloc(size, _PAGE_LOCKED)
+        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+            self._runtime.cudaGetLastError()
+            raise EngineError(f"{self._owner}: no page-locked host memory for {purpose} ({_mb(size)}); close other programs")
+        address = int(check((status, pointer)))
+        self._host.append(address)
+        block = (ctypes.c_byte * size).from_address(address)
+        return np.frombuffer(block, dtype, count=int(np.prod(shape))).reshape(shape)
+
+    def state(self) -> str:
+        """How full the GPU is, for an error message."""
+        status, free, total = self._runtime.cudaMemGetInfo()
+        if int(status) != 0:
+            return f"how much GPU memory is free is unknown ({status.name})"
+        return f"{_mb(free)} of {_mb(total)} of GPU memory are free, {_mb(sum(self._device.values()))} are taken by this session's buffers"
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:.1f} MB"

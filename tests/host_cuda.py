@@ -1,0 +1,240 @@
+"""A GPU of host memory for a session, where there is none: CUDA's calls on bytes, and an engine that is an ONNX in onnxruntime.
+
+Only what no CPU has stands in: memory with a limit, streams, graphs. Types, constants and everything else are those of cuda-python and of
+TensorRT-RTX; test_engine_session.py holds the calls to their real signatures.
+"""
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorrt_rtx
+from cuda.bindings import runtime
+
+from export.runner import OnnxRunner
+from qdbev import schema
+
+OK = runtime.cudaError_t.cudaSuccess
+NO_MEMORY = runtime.cudaError_t.cudaErrorMemoryAllocation
+FAILED = runtime.cudaError_t.cudaErrorLaunchFailure
+NO_CAPTURE = runtime.cudaError_t.cudaErrorStreamCaptureUnsupported
+PLAN = b"a plan that stands for the ONNX of the same name"
+SCRATCH = 1 << 16
+
+
+class HostCuda:
+    """The part of CUDA's runtime API that sessions use. `calls` are its names in order, `fail` those that fail, once each."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self.blocks: dict[int, ctypes.Array] = {}
+        self.pinned: dict[int, ctypes.Array] = {}
+        self.alive: set[object] = set()
+        self.calls: list[str] = []
+        self.fail: dict[str, Any] = {}
+        self.sticky: Any = OK
+        self.recording: list[Callable[[], bool]] | None = None
+        self.capturable = True
+        self._handles = itertools.count(1000)
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            return object.__getattribute__(self, name)
+        if name not in HostCuda.__dict__:
+            return getattr(runtime, name)  # types and constants
+        self.calls.append(name)
+        if name in self.fail:
+            status = self.fail.pop(name)
+            return lambda *_: (status, None)
+        return object.__getattribute__(self, name)
+
+    def cudaMalloc(self, size):
+        if size > self.limit - sum(map(len, self.blocks.values())):
+            return NO_MEMORY, None
+        return OK, self._take(self.blocks, size)
+
+    def cudaFree(self, pointer):
+        del self.blocks[pointer]
+        return (OK,)
+
+    def cudaHostAlloc(self, size, flags):
+        assert flags == 0
+        return OK, self._take(self.pinned, size)
+
+    def cudaFreeHost(self, pointer):
+        del self.pinned[pointer]
+        return (OK,)
+
+    def cudaMemset(self, pointer, value, size):
+        ctypes.memset(pointer, value, size)
+        return (OK,)
+
+    def cudaMemcpyAsync(self, target, source, size, kind, stream):
+        assert stream in self.alive
+        device = target if kind == runtime.cudaMemcpyKind.cudaMemcpyHostToDevice else source
+        host = source if device == target else target
+        assert len(self.blocks[device]) >= size, "copies past the end of a buffer"
+        assert host in self.pinned, "copies from memory that is not page-locked"
+        ctypes.memmove(target, source, size)
+        return (OK,)
+
+    def cudaMemGetInfo(self):
+        return OK, self.limit - sum(map(len, self.blocks.values())), self.limit
+
+    def cudaStreamCreate(self):
+        return OK, self._handle()
+
+    def cudaStreamDestroy(self, stream):
+        self.alive.remove(stream)
+        return (OK,)
+
+    def cudaStreamSynchronize(self, stream):
+        assert stream in self.alive
+        return (self.sticky,)
+
+    def cudaEventCreate(self):
+        return OK, self._handle()
+
+    def cudaEventDestroy(self, event):
+        self.alive.remove(event)
+        return (OK,)
+
+    def cudaEventRecord(self, event, stream):
+        assert {event, stream} <= self.alive
+        return (OK,)
+
+    def cudaEventElapsedTime(self, start, end):
+        assert {start, end} <= self.alive
+        return OK, 1.5
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.recording = []
+        return (OK,)
+
+    def cudaStreamEndCapture(self, stream):
+        recorded, self.recording = self.recording, None
+        return (OK, recorded) if self.capturable else (NO_CAPTURE, None)
+
+    def cudaGraphInstantiate(self, graph, flags):
+        handle = self._handle()
+        self.graphs = {**getattr(self, "graphs", {}), handle: graph}
+        return OK, handle
+
+    def cudaGraphDestroy(self, graph):
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, graph):
+        self.alive.remove(graph)
+        return (OK,)
+
+    def cudaGraphLaunch(self, graph, stream):
+        assert {graph, stream} <= self.alive
+        return (OK if all(work() for work in self.graphs[graph]) else FAILED,)
+
+    def cudaGetLastError(self):
+        return (OK,)
+
+    def _take(self, memory: dict[int, ctypes.Array], size: int) -> int:
+        block = (ctypes.c_byte * size)(*([85] * min(size, 64)))  # fresh memory holds rubbish
+        memory[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def _handle(self) -> int:
+        handle = next(self._handles)
+        self.alive.add(handle)
+        return handle
+
+
+class HostTensorRT:
+    """TensorRT-RTX whose runtime opens a plan of `PLAN` as the ONNX beside it. `lost` counts down to a frame that fails."""
+
+    def __init__(self, cuda: HostCuda, onnx_path: Path) -> None:
+        self.cuda = cuda
+        self.runner = OnnxRunner(onnx_path)
+        self.lost = -1
+        self.refused = ""
+        self.contexts: list[Context] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(tensorrt_rtx, name)
+
+    def Runtime(self, logger):
+        self.logger = logger
+        return self
+
+    def deserialize_cuda_engine(self, content: bytes):
+        assert content == PLAN
+        if self.refused:
+            self.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, self.refused)
+            return None
+        return Engine(self)
+
+
+class Engine:
+    """What a session asks of an engine."""
+
+    device_memory_size_v2 = SCRATCH
+
+    def __init__(self, trt: HostTensorRT) -> None:
+        self.trt = trt
+        session = trt.runner._session
+        self.tensors = {item.name: tuple(item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index):
+        return list(self.tensors)[index]
+
+    def get_tensor_shape(self, name):
+        return self.tensors[name]
+
+    def get_tensor_dtype(self, name):
+        return tensorrt_rtx.float32
+
+    def get_tensor_mode(self, name):
+        return tensorrt_rtx.TensorIOMode.INPUT if name in schema.INPUTS else tensorrt_rtx.TensorIOMode.OUTPUT
+
+    def create_execution_context(self, strategy):
+        assert strategy == tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
+        self.trt.contexts.append(Context(self))
+        return self.trt.contexts[-1]
+
+
+class Context:
+    """Reads its inputs from memory, runs the ONNX, writes its outputs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.addresses: dict[str, int] = {}
+
+    def set_device_memory(self, pointer, size):
+        assert len(self.engine.trt.cuda.blocks[pointer]) >= size == SCRATCH
+
+    def set_tensor_address(self, name, pointer):
+        self.addresses[name] = pointer
+        return True
+
+    def execute_async_v3(self, stream):
+        cuda = self.engine.trt.cuda
+        if cuda.recording is not None:
+            cuda.recording.append(self.run)
+            return cuda.capturable
+        return self.run()
+
+    def run(self) -> bool:
+        trt = self.engine.trt
+        trt.lost -= 1
+        if trt.lost == 0:
+            trt.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "the kernel was lost")
+            return False
+        outputs = trt.runner({name: self._array(name).copy() for name in schema.INPUTS})
+        for name, value in outputs.items():
+            self._array(name)[...] = value
+        return True
+
+    def _array(self, name: str) -> np.ndarray:
+        shape = self.engine.tensors[name]
+        block = self.engine.trt.cuda.blocks[self.addresses[name]]
+        return np.frombuffer(block, np.float32, int(np.prod(shape))).reshape(shape)
