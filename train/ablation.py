@@ -108,9 +108,9 @@ ROWS = (
     Row("qat_fixed_progressive", _last(scale="fixed"), start="progressive_fixed"),
     Row("qat", _standard(), curve=True),
     Row("qat_progressive", _last(), start="progressive", curve=True),
-    _distilling("distill_image", "image", weight=1.0),
-    _distilling("distill_bev", "bev", weight=1.0),
-    _distilling("vgd", "product", weight=1.0),
+    _distilling("distill_image", "image", weight=4.0, temperature=4.0),
+    _distilling("distill_bev", "bev", weight=4.0, temperature=4.0),
+    _distilling("vgd", "product", weight=4.0, temperature=1.0),
     _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0),
     Row("mixed", _standard(), mixed=True),
 )
