@@ -74,6 +74,8 @@ def test_sensitivity_is_measured_first_and_once_for_all_mixed_rows_of_a_width(tm
     measured = [command for command in done if command[0] == "train.sensitivity"]
     assert done[:2] == measured
     assert sorted(command[command.index("--bits") + 1] for command in measured) == ["w3a3", "w4a6"]
+    assert "--measured" not in measured[0]
+    assert measured[1][measured[1].index("--measured") + 1] == measured[0][measured[0].index("--out") + 1]
     mixed = {command[command.index("--widths") + 1] for command in done if "--widths" in command}
     assert mixed == {command[command.index("--out") + 1] for command in measured}
     assert sum("--widths" in command for command in done) == 5

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_networks import settings
 
+from qdbev import artifact
 from qdbev.config import Bits, Config, LayerBits, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.quant.layers import WeightLayer, quant_layers
@@ -88,6 +89,16 @@ def test_the_command_writes_a_file_that_training_takes(tiny_world, config, tmp_p
     got = {name: layer.weight_quantizer.num_bits for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
     assert got == json.loads(out.read_text())["chosen"]
 
+    monkeypatch.setattr(sensitivity, "measure", None)
+    again = tmp_path / "again.json"
+    other = ["--bits", "w3a3", "--budget", "size", "--measured", str(out), "--out", str(again)]
+    monkeypatch.setattr("sys.argv", ["s", "--teacher", str(tmp_path / "t.pt"), *other])
+    sensitivity.main()
+    assert json.loads(again.read_text())["rows"] == json.loads(out.read_text())["rows"]
+    assert sum(json.loads(again.read_text())["chosen"].values()) < sum(got.values())
+    with pytest.raises(ValueError, match="was measured of another teacher than 000000000000; measure anew, without --measured"):
+        sensitivity.read_rows(out, artifact.Seal(kind="teacher", config={}, parent=None, facts={}, made={}, sha256="0" * 64))
+
 
 def test_layers_with_widths_of_their_own_keep_the_policys_activations(config):
     chosen = sensitivity.layer_bits({"encoder.layers.0.ffn.linear1": 3, "backbone.conv1": 5}, config)
@@ -103,6 +114,8 @@ def test_a_file_that_holds_no_widths_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(ValueError, match="is no file of widths"):
         sensitivity.read_widths(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="is no file of widths"):
+        sensitivity.read_rows(tmp_path / "x.json", None)
 
 
 def test_signal_to_noise_is_in_decibels():

@@ -258,7 +258,7 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
         done(cell)
 
     with ThreadPoolExecutor(jobs) as pool:
-        first = [pool.submit(_execute, _sensitivity(cell, teacher), cell.run / "log.txt", threads) for cell in mixed.values()]
+        first = [pool.submit(_measure, list(mixed.values()), teacher, threads)]
         first += [pool.submit(_timed, start, [_train(start, teacher)], threads) for start in starts.values()]
         for future in first:
             future.result()
@@ -266,8 +266,12 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
             future.result()
 
 
-def _sensitivity(cell: Cell, teacher: Path) -> list[str]:
-    return ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", "--out", str(widths_file(cell))]
+def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
+    """Choose the widths of mixed rows, all from what the first measures."""
+    for cell in mixed:
+        measured = [] if cell is mixed[0] else ["--measured", str(widths_file(mixed[0]))]
+        command = ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", *measured]
+        _execute([*command, "--out", str(widths_file(cell))], cell.run / "log.txt", threads)
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:

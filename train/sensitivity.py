@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from qdbev import artifact
+from qdbev.artifact import Seal
 from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import GROUPS, Bits, Config, LayerBits, from_dict, override
 from qdbev.data.collate import queue_batch
@@ -113,6 +114,22 @@ def read_widths(path: Path) -> tuple[LayerBits, ...]:
         raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
 
 
+def read_rows(path: Path, teacher: Seal) -> list[Row]:
+    """What was measured of the same teacher for another policy or budget; it depends on neither.
+
+    Raises:
+        ValueError: The file is missing, is none, or is of another teacher.
+    """
+    try:
+        content = json.loads(path.read_text())
+        rows = [Row(**row) for row in content["rows"]]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
+    if content.get("teacher") != teacher.sha256:
+        raise ValueError(f"{path} was measured of another teacher than {teacher.sha256[:12]}; measure anew, without --measured")
+    return rows
+
+
 def _uniform(config: Config, width: int) -> Config:
     """Everything that the policy quantizes at one width."""
     bits = Bits(weight=width, activation=width)
@@ -154,10 +171,13 @@ def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
     return float(10 * torch.log10(clean.double().square().sum() / noise))
 
 
-def _content(rows: list[Row], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str) -> dict[str, Any]:
+def _content(
+    rows: list[Row], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str, teacher: Seal
+) -> dict[str, Any]:
     return {
         "budget": budget,
         "recipe": config.name,
+        "teacher": teacher.sha256,
         "layer_bits": [dataclasses.asdict(entry) for entry in policy],
         "chosen": chosen,
         "rows": [row._asdict() for row in rows],
@@ -172,6 +192,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--bits", required=True, help="uniform policy whose cost is the budget, as w4a6")
     parser.add_argument("--budget", required=True, choices=("size", "bops"))
+    parser.add_argument("--measured", type=Path, help="file of another policy or budget: choose again from its rows")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for rows and choice")
     add_settings(parser)
     add_device(parser)
@@ -180,9 +201,9 @@ def main() -> None:
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     target = device(args.device)
     frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=False, seed=config.seed)
-    rows = measure(teacher, config, frames, target)
+    rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, target)
     chosen = choose(rows, teacher, config, frames, args.budget, target)
-    content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget)
+    content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget, seal)
     with artifact.atomic(args.out) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     for name, bits in chosen.items():
