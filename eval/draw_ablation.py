@@ -28,11 +28,11 @@ _EPOCHS = 84
 _GRAY = "#a6a8b5"
 _ROWS = {
     "qat": ("all at once, detection loss", "#8d99ae"),
-    "qat_progressive": ("detection loss", "#2b2d42"),
+    "qat_progressive": ("progressive, detection loss", "#2b2d42"),
     "distill_image": ("+ image only", "#ff9f1c"),
     "distill_bev": ("+ BEV only", "#00b4d8"),
     "vgd": ("+ view-guided, the paper's product", "#9b5de5"),
-    "vgd_best": ("+ view-guided, our best form", "#e4572e"),
+    "vgd_best": ("all at once, our best form from the first step", "#e4572e"),
 }
 
 
@@ -44,10 +44,11 @@ def save(path: Path, content: dict[str, Any]) -> None:
     teacher = content["rows"]["float"]["stress"]["nds"][0]
     _draw_stages(stages, content, teacher)
     _draw_forms(forms, content, teacher)
+    stages.legend(frameon=False, fontsize=8.5, loc="lower right")
+    forms.legend(frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(0.0, 0.75))
     for axes in (stages, forms):
         axes.axhline(100, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylabel("NDS, % of the float teacher's")
-        axes.legend(frameon=False, fontsize=8.5, loc="lower right")
         axes.set_facecolor(PAPER)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=130)
@@ -63,8 +64,8 @@ def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
         points = content["curves"].get(name, [])
         title, color = _ROWS[name]
         for stage in sorted({point["stage"] for point in points}):
-            if name.startswith("vgd") and stage < len(lengths):
-                continue
+            if name == "vgd" and stage < len(lengths):
+                continue  # the same as of qat_progressive
             part = [(point["epochs"], point["nds"]) for point in points if point["stage"] == stage]
             label = title if stage == max(point["stage"] for point in points) else None
             axes.plot(*_scaled(part, total, teacher), color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
@@ -81,7 +82,7 @@ def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
     """The last stage alone."""
     last = len(content["stages"])
     begin = content["epochs"] - content["stages"][-1]
-    for name in ("qat_progressive", "distill_image", "distill_bev", "vgd", "vgd_best"):
+    for name in ("qat_progressive", "distill_image", "distill_bev", "vgd"):
         points = [point for point in content["curves"].get(name, []) if point["stage"] == last]
         title, color = _ROWS[name]
         part = [(point["epochs"] - begin, point["nds"]) for point in points]
