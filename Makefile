@@ -8,6 +8,7 @@
 #   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
+#   make engine-eval             MODEL=runs/demo/w4a6.engine: beside its .onnx and .pt, metric by metric, tensor by tensor
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
 #   make report lint step-cost image-cost attention-cost deform-cost results
@@ -35,7 +36,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train ablation export-onnx pack engine audit bench eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
+.PHONY: demo test data train ablation export-onnx pack engine audit bench eval engine-eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
 	lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
@@ -118,6 +119,10 @@ bench: .venv/.ok
 eval: MODEL ?= $(RUN)/w4a6.pt
 eval: .venv/.ok
 	$(PY) -m eval.run --model $(MODEL) --out $(dir $(MODEL))eval/$(NAME)_$(patsubst .%,%,$(suffix $(MODEL)))
+
+engine-eval: MODEL ?= $(RUN)/w4a6.engine
+engine-eval: .venv/.ok
+	$(PY) -m eval.engine_eval --model $(MODEL)
 
 report: .venv/.ok
 	$(PY) -m eval.report --run $(RUN)

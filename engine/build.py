@@ -67,7 +67,7 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     if not chosen.strongly_typed:
         dialect.check(model, plugins)
     plan = build_plan(chosen, onnx_path, options)
-    report = audit.audit(graph.quantized_layers(model), plan.table)
+    report = audit.audit(graph.products(model), plan.table)
     audit.save(audit.report_path(engine_path), report)
     if not options.allow_float:
         audit.require_int8(report)
@@ -135,10 +135,10 @@ def timing_cache_file(chosen: Backend, target: dict[str, Any], wanted: Path | No
 
 
 def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
-    parser = trt.OnnxParser(network, messages)
-    if parser.parse_from_file(str(onnx_path)):
+    onnx_parser = trt.OnnxParser(network, messages)
+    if onnx_parser.parse_from_file(str(onnx_path)):
         return
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    errors = [onnx_parser.get_error(i) for i in range(onnx_parser.num_errors)]
     refused = [(*_refused_node(error, onnx_path), _one_line(error.desc())) for error in errors[:_SHOWN]]
     lines = [f"  node {name or '?'} ({operator or '?'}): {reason}" for name, operator, reason in refused]
     if any(operator == "DeformConv" for _, operator, _ in refused):

@@ -37,8 +37,8 @@ def check(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> N
     half = _float16(model)
     if half:
         raise EngineError(
-            f"{half} is float16; TensorRT 8.6 has no strong typing and would compute the geometry in float16 too. Export it in float32, "
-            f"{_INSTEAD}"
+            f"{half} is float16; TensorRT 8.6 has no strong typing and would compute the geometry in float16 too. Export it without "
+            f"--float16, {_INSTEAD}"
         )
 
 

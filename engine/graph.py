@@ -1,12 +1,14 @@
-"""The ONNX file as the engine room needs it: checked at the door, and which of its layers are quantized.
+"""The ONNX file as the engine room needs it: checked at the door, and which of its products are quantized.
 
 Every check answers a mistake with one sentence that names the node or tensor, before TensorRT sees the file.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -16,19 +18,29 @@ from onnx import numpy_helper
 from engine.backend import EngineError
 from qdbev import schema
 
-_COMPUTE = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_COMPUTE = ("Conv", "Gemm", "MatMul", "Einsum", "DeformConv")
+_GEOMETRY_INPUTS = {"lidar2img", "can_bus", "has_prev"}
+"""Inputs that say where things are. What is computed from them alone stays float: numbers of mixed units, and few."""
 _TRANSPARENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Cast", "Identity", "Expand", "MaxPool")
 """Nodes that move numbers without changing them: TensorRT lets a DequantizeLinear pass behind them."""
 _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
+Role = Literal["quantized", "policy", "geometry", "constant"]
+"""Why a product runs as it should: in INT8, or in float because the ONNX leaves it so, because it is geometry, or because it depends on
+no input, so that the builder computes it once."""
+
+
 @dataclass(frozen=True)
-class QuantizedLayer:
-    """A node meant to run in INT8. `problem` says what in the ONNX keeps it from it, empty where nothing does."""
+class Product:
+    """A convolution or matrix product. `problem` says what in the ONNX keeps a quantized one from INT8, empty where nothing does."""
 
     name: str
     op: str
-    problem: str
+    problem: str = ""
+    role: Role = "quantized"
+    flops: int = 0
+    """Multiplications and additions of one frame."""
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -59,13 +71,16 @@ def check(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]] = fro
     _check_names(model)
 
 
-def quantized_layers(model: onnx.ModelProto) -> list[QuantizedLayer]:
-    """Convolutions and matrix products whose weight, or one of whose two activations, comes through a DequantizeLinear.
+def products(model: onnx.ModelProto) -> list[Product]:
+    """Every convolution and matrix product. Quantized: the weight, or one of the two activations, comes through a DequantizeLinear.
 
     Nodes inside local functions are not looked at: the bodies of the custom operators gather and add, and have no such layer.
+
+    Raises:
+        EngineError: The shape of a tensor is not fixed, so that its operations cannot be counted.
     """
     graph = _Graph(model)
-    return [layer for node in model.graph.node if node.op_type in _COMPUTE and (layer := graph.layer(node)) is not None]
+    return [graph.product(node) for node in model.graph.node if node.op_type in _COMPUTE]
 
 
 def node_name(node: onnx.NodeProto) -> str:
@@ -74,23 +89,45 @@ def node_name(node: onnx.NodeProto) -> str:
 
 
 class _Graph:
-    """Producers and constants of a graph, to follow a tensor backwards."""
+    """Producers, constants and shapes of a graph, and the inputs that each tensor depends on."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.producer = {output: node for node in model.graph.node for output in node.output}
         self.initializer = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.constant = {"", *self.initializer}
+        self.sources = {tensor.name: frozenset((tensor.name,)) for tensor in model.graph.input if tensor.name not in self.initializer}
         for node in model.graph.node:
-            if self.constant.issuperset(node.input):
-                self.constant.update(node.output)
+            depends = frozenset().union(*(self.sources.get(name, frozenset()) for name in node.input))
+            self.sources.update(dict.fromkeys(node.output, depends))
+        self.shapes = _shapes(model)
 
-    def layer(self, node: onnx.NodeProto) -> QuantizedLayer | None:
-        sources = [self.dequantize(name) for name in node.input[:2]]
-        has_weight = node.input[1] in self.constant
-        wanted = sources[1] is not None if has_weight else any(sources)
-        if not wanted:
-            return None
-        return QuantizedLayer(name=node_name(node), op=node.op_type, problem=self.problem(sources, has_weight))
+    def product(self, node: onnx.NodeProto) -> Product:
+        dequantized = [self.dequantize(name) for name in node.input[:2]]
+        depends = self.sources.get(node.input[0], frozenset()) | self.sources.get(node.input[1], frozenset())
+        has_weight = not self.sources.get(node.input[1])
+        problem, role = "", "policy"
+        if dequantized[1] is not None if has_weight else any(dequantized):
+            problem, role = self.problem(dequantized, has_weight), "quantized"
+        elif depends <= _GEOMETRY_INPUTS:
+            role = "geometry" if depends else "constant"
+        return Product(name=node_name(node), op=node.op_type, problem=problem, role=role, flops=self.flops(node))
+
+    def flops(self, node: onnx.NodeProto) -> int:
+        """Two for each multiply-accumulate; a bias is not counted."""
+        second = self.shape(node.input[1])
+        if node.op_type == "Einsum":
+            return 2 * _spanned(node, [self.shape(name) for name in node.input])
+        if node.op_type in ("Conv", "DeformConv"):
+            depth = math.prod(second[1:])
+        elif node.op_type == "Gemm" and any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+            depth = second[-1]
+        else:
+            depth = second[-2]
+        return 2 * depth * math.prod(self.shape(node.output[0]))
+
+    def shape(self, name: str) -> Sequence[int]:
+        if name not in self.shapes:
+            raise EngineError(f"the shape of {name} is not fixed in the ONNX; export it with this project")
+        return self.shapes[name]
 
     def problem(self, sources: list[onnx.NodeProto | None], has_weight: bool) -> str:
         for position, source in enumerate(sources):
@@ -116,6 +153,25 @@ class _Graph:
     def num_scales(self, dequantize: onnx.NodeProto) -> int:
         scale = self.initializer.get(dequantize.input[1])
         return int(np.prod(scale.dims)) if scale is not None else 1
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor whose sizes are all fixed."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    found = {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+    for tensor in (*inferred.input, *inferred.output, *inferred.value_info):
+        kind = tensor.type.tensor_type
+        if kind.HasField("shape") and all(size.HasField("dim_value") for size in kind.shape.dim):
+            found[tensor.name] = tuple(size.dim_value for size in kind.shape.dim)
+    return found
+
+
+def _spanned(node: onnx.NodeProto, shapes: Sequence[Sequence[int]]) -> int:
+    """Multiply-accumulates of an Einsum: the product of the sizes of all its letters."""
+    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
+    terms = equation.replace(" ", "").split("->")[0].split(",")
+    sizes = {letter: size for term, shape in zip(terms, shapes, strict=True) for letter, size in zip(term, shape, strict=True)}
+    return math.prod(sizes.values())
 
 
 def _check_interface(model: onnx.ModelProto) -> None:

@@ -47,9 +47,7 @@ class Buffers:
         status, pointer = self._runtime.cudaMalloc(size)
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
             self._runtime.cudaGetLastError()
-            raise EngineError(
-                f"{self._owner}: no memory on the GPU for {purpose} ({_mb(size)}); {self.state()}. Close what else runs on it"
-            )
+            raise EngineError(f"{self._owner}: no GPU memory for {purpose} ({_mb(size)}); {self.state()}. Close what else runs on it")
         address = int(check((status, pointer)))
         self._device[address] = size
         check(self._runtime.cudaMemset(address, 0, size))

@@ -4,6 +4,8 @@ An artifact carries what it is, the config it came from, the hash of the artifac
 made. A checkpoint holds its seal inside; any other file has it beside, as `<file>.seal.json`. Files are written whole or not at all.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import json
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["infos", "training", "teacher", "student", "packed", "onnx", "engine", "predictions", "metrics"]
 _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorch-quantization", "tensorrt-rtx", "tensorrt", "nuscenes-devkit")
@@ -94,6 +96,8 @@ def save_checkpoint(
     state: Any = None,
 ) -> None:
     """Write weights and their seal as one file. `state` is what `--resume` needs besides."""
+    import torch  # not above: a session in a vehicle reads seals without it
+
     seal_ = Seal(kind=kind, config=config, parent=parent.sha256 if parent else None, facts=facts, made=provenance())
     with atomic(path) as temporary:
         torch.save({"seal": dataclasses.asdict(seal_), "weights": weights, "state": state}, temporary)
@@ -105,6 +109,8 @@ def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], 
     Raises:
         ArtifactError: The file is missing, damaged, not one of ours, or of another kind.
     """
+    import torch
+
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist; it should be a {' or '.join(kinds)} checkpoint")
     try:

@@ -4,11 +4,15 @@ B batch, N cameras, H W padded image size, C embedding width, Q object queries. 
 (x right, y forward, z up; metres, radians, seconds) of the key frame.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLASSES = (
     "car",

@@ -4,8 +4,12 @@ Only what no CPU has stands in: memory with a limit, streams, graphs. Types, con
 TensorRT-RTX; test_engine_session.py holds the calls to their real signatures.
 """
 
+# ruff: noqa: N802 (the names are CUDA's and TensorRT's)
+
 import ctypes
+import functools
 import itertools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,9 @@ class HostCuda:
         self.fail: dict[str, Any] = {}
         self.sticky: Any = OK
         self.recording: list[Callable[[], bool]] | None = None
+        self.graphs: dict[int, list[Callable[[], bool]]] = {}
         self.capturable = True
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self._handles = itertools.count(1000)
 
     def __getattribute__(self, name: str) -> Any:
@@ -45,11 +51,14 @@ class HostCuda:
             return object.__getattribute__(self, name)
         if name not in HostCuda.__dict__:
             return getattr(runtime, name)  # types and constants
+        return functools.partial(self._call, name)
+
+    def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         self.calls.append(name)
         if name in self.fail:
-            status = self.fail.pop(name)
-            return lambda *_: (status, None)
-        return object.__getattribute__(self, name)
+            self.recording = None  # which ends in any case
+            return self.fail.pop(name), None
+        return object.__getattribute__(self, name)(*arguments)
 
     def cudaMalloc(self, size):
         if size > self.limit - sum(map(len, self.blocks.values())):
@@ -57,6 +66,7 @@ class HostCuda:
         return OK, self._take(self.blocks, size)
 
     def cudaFree(self, pointer):
+        assert not self.users, "memory is freed under a context or an engine"
         del self.blocks[pointer]
         return (OK,)
 
@@ -120,7 +130,7 @@ class HostCuda:
 
     def cudaGraphInstantiate(self, graph, flags):
         handle = self._handle()
-        self.graphs = {**getattr(self, "graphs", {}), handle: graph}
+        self.graphs[handle] = graph
         return OK, handle
 
     def cudaGraphDestroy(self, graph):
@@ -128,6 +138,7 @@ class HostCuda:
 
     def cudaGraphExecDestroy(self, graph):
         self.alive.remove(graph)
+        del self.graphs[graph]
         return (OK,)
 
     def cudaGraphLaunch(self, graph, stream):
@@ -156,7 +167,6 @@ class HostTensorRT:
         self.runner = OnnxRunner(onnx_path)
         self.lost = -1
         self.refused = ""
-        self.contexts: list[Context] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tensorrt_rtx, name)
@@ -179,6 +189,7 @@ class Engine:
     device_memory_size_v2 = SCRATCH
 
     def __init__(self, trt: HostTensorRT) -> None:
+        trt.cuda.users.add(self)
         self.trt = trt
         session = trt.runner._session
         self.tensors = {item.name: tuple(item.shape) for item in (*session.get_inputs(), *session.get_outputs())}
@@ -198,14 +209,14 @@ class Engine:
 
     def create_execution_context(self, strategy):
         assert strategy == tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
-        self.trt.contexts.append(Context(self))
-        return self.trt.contexts[-1]
+        return Context(self)
 
 
 class Context:
     """Reads its inputs from memory, runs the ONNX, writes its outputs."""
 
     def __init__(self, engine: Engine) -> None:
+        engine.trt.cuda.users.add(self)
         self.engine = engine
         self.addresses: dict[str, int] = {}
 

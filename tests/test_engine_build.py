@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import audit, backend, build, graph, layers
+from engine import audit, backend, build, compatibility, graph, layers, monitor
 from engine.backend import EngineError
 from qdbev import artifact, schema
 
@@ -123,6 +124,11 @@ def reseal(path: Path, model: onnx.ModelProto) -> Path:
     return path
 
 
+def fell_back(facts: dict[str, list[dict[str, str]]]) -> list[str]:
+    """Quantized layers that run in float, by an audit's facts."""
+    return [layer["name"] for layer in facts["float_layers"] if layer["reason"].startswith("fell back")]
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(onnx, engine) of `detector`, made by the command line."""
@@ -146,7 +152,9 @@ def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, 
     assert seal.facts["backend"]["name"] == "tensorrt-rtx"
     assert seal.facts["target"] == {"compute_capabilities": ["8.6", "8.9"]}
     assert seal.facts["plan_bytes"] == built[1].stat().st_size
-    assert seal.facts["audit"]["float_layers"] == {}
+    assert seal.facts["build"] == {"onnx": "w8a8.onnx", "memory_limit_mb": 256, "allow_float": False}
+    assert seal.facts["inputs"]["images"] == [1, 3, 8, 8]
+    assert fell_back(seal.facts["audit"]) == []
 
 
 def test_six_bit_activations_cost_no_kernel_more_than_eight(tmp_path: Path, built: tuple[Path, Path]) -> None:
@@ -163,7 +171,7 @@ def test_a_layer_that_falls_back_to_float_fails_the_build_by_name(tmp_path: Path
     ):
         build.main(["--onnx", str(path), "--backend", "tensorrt-rtx"])
     assert not path.with_suffix(".engine").exists()
-    assert json.loads((tmp_path / "planted.engine.audit.json").read_text())["float_layers"].keys() == {"encoder.ffn.0"}
+    assert fell_back(json.loads((tmp_path / "planted.engine.audit.json").read_text())) == ["encoder.ffn.0"]
 
 
 def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path) -> None:
@@ -174,7 +182,7 @@ def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path
     assert done.returncode != 0
     assert "5 of 6 quantized layers run INT8" in done.stderr
     assert "encoder.ffn.0" in done.stderr
-    assert artifact.unseal(path.with_suffix(".engine"), "engine").facts["audit"]["float_layers"]
+    assert fell_back(artifact.unseal(path.with_suffix(".engine"), "engine").facts["audit"]) == ["encoder.ffn.0"]
 
 
 def test_a_forgotten_input_quantizer_is_named(tmp_path: Path) -> None:
@@ -275,6 +283,30 @@ def test_an_interrupted_build_leaves_no_engine(tmp_path: Path, monkeypatch: pyte
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".engine") or path.name.startswith(".s.engine")]
 
 
+def test_the_command_that_is_given_for_another_gpu_builds_for_both(tmp_path: Path, built: tuple[Path, Path]) -> None:
+    engine = tmp_path / "w8a8.engine"
+    for suffix in ("", ".seal.json"):
+        (tmp_path / f"w8a8.onnx{suffix}").write_bytes(Path(f"{built[0]}{suffix}").read_bytes())
+        (tmp_path / f"w8a8.engine{suffix}").write_bytes(Path(f"{built[1]}{suffix}").read_bytes())
+    device = backend.Gpu(name="NVIDIA RTX 5090", compute_capability="12.0", bus_id="")
+    with pytest.raises(EngineError, match="NVIDIA RTX 5090") as refused:
+        compatibility.require_gpu(engine, artifact.unseal(engine, "engine"), device)
+    command = shlex.split(str(refused.value).splitlines()[1])
+    build.main(command[3:])
+    compatibility.require_gpu(engine, artifact.unseal(engine, "engine"), device)
+    assert artifact.unseal(engine, "engine").facts["target"] == {"compute_capabilities": ["8.6", "8.9", "12.0"]}
+
+
+def test_ctrl_c_ends_a_build_and_leaves_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(monitor.tqdm, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        build.build_file(detector(tmp_path / "m.onnx"), tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.seal.json"]
+
+
 def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
     model = onnx.load(detector(tmp_path / "m.onnx"))
     for node in model.graph.node:
@@ -285,7 +317,7 @@ def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_layer_no_kernel_names_is_an_offender() -> None:
-    report = audit.audit([graph.QuantizedLayer(name="gone", op="Conv", problem="")], [])
+    report = audit.audit([graph.Product(name="gone", op="Conv", problem="")], [])
     with pytest.raises(EngineError, match=r"gone \(Conv\): absent in no kernel"):
         audit.require_int8(report)
 

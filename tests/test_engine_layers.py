@@ -1,11 +1,17 @@
-"""Reading layer tables: TensorRT-RTX's log message and EngineInspector's JSON."""
+"""Reading layer tables, TensorRT-RTX's log message and EngineInspector's JSON, and what the audit makes of them and of an ONNX."""
 
 import json
+from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from engine import audit, layers
+from engine import audit, graph, layers
 from engine.backend import EngineError
+from engine.graph import Product
+from engine.layers import Layer
 
 # TensorRT-RTX 1.7.1.116 on a drawn model: Q -> two convolutions on parallel streams, one name with commas and brackets; tensors shortened.
 RECORDED = """Layers:
@@ -96,3 +102,97 @@ def test_a_product_of_two_constants_or_with_a_fused_residual_is_an_integer_produ
     for inputs, constants in (((), ("INT8", "INT8", "FP32")), (("INT8", "FP16"), ("INT8", "FP32")), (("INT8", "INT8"), ("FP32",))):
         layer = layers.Layer(name="l", kind="gemm", inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=("l",))
         assert audit.is_integer_product(layer)
+
+
+def products_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]], **constants: np.ndarray) -> list[Product]:
+    """Products of a drawn graph with inputs of these shapes."""
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+    result = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
+    drawn = helper.make_graph(nodes, "drawing", tensors, [result], [numpy_helper.from_array(np.array(v), k) for k, v in constants.items()])
+    return graph.products(helper.make_model(drawn, opset_imports=[helper.make_opsetid("", 18)]))
+
+
+def quantized(x: str, name: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("QuantizeLinear", [x, "scale", "zero"], [f"{name}.int8"]),
+        helper.make_node("DequantizeLinear", [f"{name}.int8", "scale", "zero"], [name]),
+    ]
+
+
+def kernel(*nodes: str, kind: str = "gemm", inputs: tuple[str, ...] = ("INT8",), constants: tuple[str, ...] = ("INT8", "FP32")) -> Layer:
+    return Layer(name=f"kernel of {nodes[0]}", kind=kind, inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=nodes)
+
+
+@pytest.fixture
+def drawn() -> list[Product]:
+    """A product of each role: 4096 operations quantized, 2048 float by policy, 128 geometry, 64 constant."""
+    nodes = [
+        *quantized("prev_bev", "x"),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["weight"]),
+        helper.make_node("MatMul", ["x", "weight"], ["y"], name="integer"),
+        helper.make_node("MatMul", ["y", "v"], ["z"], name="plain"),
+        helper.make_node("Einsum", ["lidar2img", "points"], ["place"], name="projection", equation="bij,kj->bki"),
+        helper.make_node("Gemm", ["v", "narrow"], ["fixed"], name="table", transA=1, transB=1),
+        helper.make_node("Sum", ["z", "place", "fixed"], ["out"]),
+    ]
+    constants = {"scale": np.float32(0.1), "zero": np.int8(0), "w": np.ones((8, 8), np.int8), "v": np.ones((8, 4), np.float32)}
+    constants |= {"points": np.ones((4, 4), np.float32), "narrow": np.ones((1, 8), np.float32)}
+    return products_of(nodes, {"prev_bev": [2, 16, 8], "lidar2img": [1, 4, 4]}, **constants)
+
+
+def test_operations_and_roles_of_products_come_from_the_onnx(drawn: list[Product]) -> None:
+    assert [(product.name, product.op, product.role, product.flops) for product in drawn] == [
+        ("integer", "MatMul", "quantized", 2 * 2 * 16 * 8 * 8),
+        ("plain", "MatMul", "policy", 2 * 2 * 16 * 8 * 4),
+        ("projection", "Einsum", "geometry", 2 * 4 * 4 * 4),
+        ("table", "Gemm", "constant", 2 * 4 * 8),
+    ]
+    (conv,) = products_of(
+        [helper.make_node("Conv", ["images", "w"], ["y"], name="c", group=2, strides=[2, 2], pads=[1, 1, 1, 1])],
+        {"images": [3, 4, 10, 20]},
+        w=np.ones((8, 2, 3, 3), np.float32),
+    )
+    assert conv.flops == 2 * (3 * 8 * 5 * 10) * (2 * 3 * 3)
+
+
+def test_every_float_product_is_listed_with_its_precision_and_reason(drawn: list[Product], tmp_path: Path) -> None:
+    table = [kernel("integer"), kernel("plain", inputs=("FP16",), constants=("FP16",)), kernel("projection", kind="kgen", inputs=("FP32",))]
+    report = audit.audit(drawn, table)
+    audit.require_int8(report)
+    facts = report.facts()
+    assert facts["float_layers"] == [
+        {"name": "plain", "op": "MatMul", "flops": 2048, "precision": "FP16", "reason": "policy: the ONNX gives it float operands"},
+        {
+            "name": "projection",
+            "op": "Einsum",
+            "flops": 128,
+            "precision": "FP32",
+            "reason": "geometry: depends on calibration and motion alone",
+        },
+        {"name": "table", "op": "Gemm", "flops": 64, "precision": "absent", "reason": "constant: depends on no input"},
+    ]
+    assert (facts["quantized_layers"], facts["int8_layers"], facts["int8_flops"], facts["float_flops"]) == (1, 1, 4096, 2240)
+    assert facts["int8_flops_fraction"] == pytest.approx(4096 / (4096 + 2048 + 64))
+    audit.save(tmp_path / "a.json", report)
+    assert {row["name"]: row["wanted"] for row in json.loads((tmp_path / "a.json").read_text())["rows"]} == {
+        "integer": "INT8",
+        "plain": "float",
+        "projection": "float",
+        "table": "float",
+    }
+
+
+def test_a_layer_that_fell_back_counts_as_float_and_is_told_from_those_meant_to_be(drawn: list[Product]) -> None:
+    report = audit.audit(drawn, [kernel("integer", kind="kgen"), kernel("plain", inputs=("FP32",))])
+    first, *others = report.facts()["float_layers"]
+    assert (first["name"], first["precision"]) == ("integer", "FP32")
+    assert first["reason"] == "fell back: TensorRT chose kernel kgen on INT8, INT8, FP32"
+    assert not [layer for layer in others if layer["reason"].startswith("fell back")]
+    assert report.int8_flops_fraction == 0
+    with pytest.raises(EngineError, match=r"1 quantized layers silently run in float:\n  integer \(MatMul\): FP32"):
+        audit.require_int8(report)
+
+
+def test_a_product_of_unknown_size_is_refused() -> None:
+    with pytest.raises(EngineError, match="the shape of y is not fixed in the ONNX"):
+        products_of([helper.make_node("MatMul", ["x", "w"], ["y"], name="m")], {"x": ["batch", 4]}, w=np.ones((4, 2), np.float32))

@@ -9,6 +9,7 @@ import pytest
 
 from engine import backend, bench
 from engine.backend import EngineError
+from engine.detector import open_engine
 from engine.session import Session
 from qdbev import artifact, schema
 
@@ -57,24 +58,24 @@ def test_a_changed_engine_is_refused_before_any_gpu_is_asked_for(engine: Path) -
         Session(engine)
 
 
-def test_percentiles_and_throughput_are_of_the_times_given() -> None:
-    found = bench.statistics([1.0] * 98 + [3.0, 10.0])
-    assert found["p50_ms"] == 1.0
-    assert found["p90_ms"] == 1.0
-    assert found["p99_ms"] == pytest.approx(3.07)  # linear between the 99th and the 100th of 100 times
-    assert found["frames_per_s"] == pytest.approx(1000 / 1.11)
-    with pytest.raises(EngineError, match="no times"):
-        bench.statistics([])
-
-
 def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() -> None:
     code = (
         "import sys, torch; before = set(sys.modules);"  # torch looks for CUDA bindings by itself
-        "import engine.audit, engine.backend, engine.bench, engine.build, engine.graph, engine.layers, engine.monitor, engine.session;"
+        "import engine.audit, engine.bench, engine.build, engine.detector, engine.lane, engine.session;"
         "print([name for name in set(sys.modules) - before if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'cuda')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_page_for_cpp_names_every_tensor_and_python_names_that_exist() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "engine.md").read_text()
+    for name in (*schema.INPUTS, *schema.OUTPUTS):
+        assert f"| `{name}` | (1" in page
+        if name not in ("prev_bev", "bev"):
+            assert page.count(f'"{name}"') == 1, f"{name} in the C++ code"
+    assert "from engine.detector import open_engine" in page
+    assert callable(open_engine)
 
 
 @pytest.mark.gpu
@@ -93,3 +94,9 @@ def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) ->
         passed = session.infer({**without, "prev_bev": first["bev"]})
         np.testing.assert_array_equal(kept["bev"], passed["bev"])
         assert np.abs(first["bev"] - kept["bev"]).max() > 0
+
+
+def test_a_session_is_loaded_without_torch():
+    code = "import sys, engine.session; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    assert done.stdout.strip() == "False"

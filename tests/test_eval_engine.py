@@ -1,0 +1,181 @@
+"""An engine, its ONNX and its checkpoint side by side, on a small synthetic world; the engine runs on host memory (host_cuda.py)."""
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from small_networks import exported_network
+
+from engine import backend
+from engine.backend import Backend, Gpu
+from eval import engine_eval
+from eval.detectors import Detector
+from eval.nds import EvaluationError
+from export import parity, to_onnx
+from qdbev import artifact
+from qdbev.artifact import Seal
+from qdbev.config import Config, to_dict
+from qdbev.data.dataset import FrameDataset
+from qdbev.model.bevformer import BEVFormer
+
+
+@pytest.fixture(scope="module")
+def config(tiny_world: Path) -> Config:
+    small = exported_network()
+    return dataclasses.replace(small, data=dataclasses.replace(small.data, root=str(tiny_world)))
+
+
+@pytest.fixture(scope="module")
+def dataset(config: Config) -> FrameDataset:
+    return FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
+
+
+@pytest.fixture(scope="module")
+def made(config: Config, dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with net.pt of random weights, and net.onnx made from it."""
+    folder = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    model = BEVFormer(config.model).eval()
+    weights = model.state_dict()
+    artifact.save_checkpoint(folder / "net.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    parent, *_ = artifact.load_checkpoint(folder / "net.pt", "teacher")
+    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, parity.synthetic_frames(model, dataset.padded_hw))
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of that folder."""
+    for path in made.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def command(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        engine_eval.main()
+
+
+def reseal(path: Path, model: onnx.ModelProto) -> None:
+    """Write another content as if it had been made the same way."""
+    made = artifact.unseal(path, "onnx")
+    parent = dataclasses.replace(made, sha256=made.parent or "")
+    onnx.save(model, path)
+    artifact.seal(path, kind="onnx", config=made.config, parent=parent, facts=made.facts)
+
+
+def test_an_onnx_and_its_checkpoint_are_scored_and_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("--model", run / "net.onnx")
+    found = json.loads((run / "eval" / "net_onnx_compared.json").read_text())
+    assert list(found["models"]) == ["net.pt", "net.onnx"]
+    for name, scores in found["models"].items():
+        metrics = json.loads((run / "eval" / name.replace(".", "_") / "metrics.json").read_text())  # of eval.run
+        assert {key: metrics[key] for key in scores} == scores
+        assert metrics["sha256"] == artifact.sha256(run / name)
+    assert [(row["frame"], row["tensor"]) for row in found["rows"][:4]] == [(0, "bev"), (0, "cls_logits"), (0, "box_code"), (1, "bev")]
+    assert len(found["rows"]) == 3 * found["compared_frames"] == 12
+    assert min(row["cosine"] for row in found["rows"]) > 0.999999
+    assert found["first_difference"] is None
+    shown = capsys.readouterr().out
+    assert re.search(r"nds +\d\.\d{4} +\d\.\d{4}", shown)
+    assert re.search(r"net\.onnx +net\.pt +bev +1\.000000", shown)
+
+
+def test_an_engine_is_a_third_column_and_is_compared_with_its_onnx(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
+    from host_cuda import PLAN, HostCuda, HostTensorRT
+
+    cuda = HostCuda()
+    trt = HostTensorRT(cuda, run / "net.onnx")
+    monkeypatch.setattr(backend, "gpu", lambda: Gpu(name="Host", compute_capability="8.9", bus_id=""))
+    monkeypatch.setattr(backend, "cuda_runtime", lambda: cuda)
+    monkeypatch.setattr(backend, "load", lambda name: Backend(name=name, module=trt, version="1.7.1"))
+    parent = artifact.unseal(run / "net.onnx", "onnx")
+    (run / "net.engine").write_bytes(PLAN)
+    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": "portable"}}
+    artifact.seal(run / "net.engine", kind="engine", config=parent.config, parent=parent, facts=facts)
+    command("--model", run / "net.engine")
+    found = json.loads((run / "eval" / "net_engine_compared.json").read_text())
+    assert list(found["models"]) == ["net.pt", "net.onnx", "net.engine"]
+    assert found["models"]["net.engine"] == found["models"]["net.onnx"]
+    assert {(row["model"], row["reference"]) for row in found["rows"]} == {("net.onnx", "net.pt"), ("net.engine", "net.onnx")}
+    assert {row["max_abs"] for row in found["rows"] if row["model"] == "net.engine"} == {0.0}
+    assert not [*cuda.blocks, *cuda.pinned, *cuda.alive]
+
+
+@pytest.mark.parametrize(
+    ("layer", "tensor"),
+    [("encoder.layers.0.ffn.linear2", "bev"), ("head.cls_branches.1.6", "cls_logits"), ("head.reg_branches.1.4", "box_code")],
+)
+def test_the_first_tensor_out_of_tolerance_is_named_and_the_comparison_is_kept(run: Path, layer: str, tensor: str) -> None:
+    model = onnx.load(run / "net.onnx")
+    (weight,) = (node.input[1] for node in model.graph.node if node.name == layer)
+    for item in model.graph.initializer:
+        if item.name == weight:
+            values = np.random.default_rng(0).permuted(numpy_helper.to_array(item), axis=0)
+            item.CopyFrom(numpy_helper.from_array(values, item.name))
+    reseal(run / "net.onnx", model)
+    message = rf"^error: net\.onnx does not compute what net\.pt computes: first in {tensor} of frame 0 \(\w+\), cosine [-\d.]+ \(at least"
+    with pytest.raises(SystemExit, match=message):
+        command("--model", run / "net.onnx")
+    found = json.loads((run / "eval" / "net_onnx_compared.json").read_text())
+    assert found["first_difference"]["tensor"] == tensor
+
+
+def recorder(config: Config, seen: list[dict[str, np.ndarray]], bev: float, poison: bool = False) -> Detector:
+    """A detector that keeps its inputs and gives `bev` everywhere."""
+    model = config.model
+    shapes = {"cls_logits": (1, model.num_query, 10), "box_code": (1, model.num_query, 10), "bev": (1, 64, model.embed_dim)}
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(inputs)
+        outputs = {name: np.full(shape, bev, np.float32) for name, shape in shapes.items()}
+        if poison and len(seen) == 2:
+            outputs["box_code"][0, 0, 0] = np.nan
+        return outputs
+
+    return Detector(Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64), config, infer)
+
+
+def test_models_are_compared_on_the_inputs_and_the_history_of_the_one_before(config: Config, dataset: FrameDataset) -> None:
+    first, second = [], []
+    models = [("a", recorder(config, first, 1.0)), ("b", recorder(config, second, 1.01))]
+    rows = list(engine_eval.compare(models, dataset))
+    assert len(first) == len(second) == 4
+    for ours, theirs in zip(first, second, strict=True):
+        assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert second[1]["prev_bev"].max() == 1.0
+    assert {row.passed for row in rows} == {True}
+
+
+def test_a_wrong_scale_and_a_difference_count_and_nan_is_told(config: Config, dataset: FrameDataset) -> None:
+    one, scaled = (recorder(config, [], bev) for bev in (1.0, 1.5))
+    rows = list(engine_eval.compare([("a", one), ("b", scaled)], dataset))
+    assert (rows[0].cosine, rows[0].distance, rows[0].max_abs) == (pytest.approx(1.0), pytest.approx(0.5), 0.5)
+    assert not rows[0].passed
+    with pytest.raises(EvaluationError, match=r"^b: 1 of 120 values of box_code in frame 1 are NaN or infinite"):
+        list(engine_eval.compare([("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0, poison=True))], dataset))
+    zero, ones = np.zeros(3), np.ones(3)
+    assert engine_eval.figures(zero, zero) == (1.0, 0.0, 0.0)
+    assert engine_eval.figures(zero, ones) == engine_eval.figures(ones, zero) == (0.0, 1.0, 1.0)
+    assert engine_eval.figures(ones, -ones)[0] == pytest.approx(-1.0)
+
+
+def test_files_that_do_not_belong_together_are_refused_before_any_frame(run: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"net\.pt ends in '\.pt'; give an \.engine, or an \.onnx"):
+        engine_eval.family(run / "net.pt")
+    with pytest.raises(EvaluationError, match=r"net\.engine not found; .*bring them beside it"):
+        engine_eval.family(run / "net.engine")
+    parent, weights, _ = artifact.load_checkpoint(run / "net.pt", "teacher")
+    artifact.save_checkpoint(run / "net.pt", kind="teacher", config=parent.config, weights=weights, parent=None, facts={"other": 1})
+    with pytest.raises(SystemExit, match=r"net\.onnx was made from .*, not from .*net\.pt"):
+        command("--model", run / "net.onnx")
+    assert not (run / "eval").exists()
