@@ -1,6 +1,7 @@
 """Multi-scale deformable attention: one contract, several implementations that must agree.
 
     here       PyTorch; trains, runs anywhere, and is what every other implementation is compared with
+    CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
     ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
     TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
 
@@ -52,9 +53,21 @@ def multi_scale_deformable_attention(
         ValueError: `level_hw` does not add up to S.
     """
     check_levels(value.shape[1], level_hw)
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or evaluated_on_gpu(value, reference_points, sampling_offsets, attention_logits):
         flat = [size for hw in level_hw for size in hw]
         return torch.ops.qdbev.multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, flat)
+    return _sampled(value, reference_points, sampling_offsets, attention_logits, level_hw)
+
+
+def evaluated_on_gpu(*tensors: Tensor) -> bool:
+    """Whether these are CUDA tensors and no gradient is asked for: the operator is called, which may have a kernel."""
+    return tensors[0].is_cuda and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _sampled(
+    value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
+) -> Tensor:
+    """The equation."""
     locations = reference_points[:, :, None, None, None] + sampling_offsets / level_wh(level_hw, sampling_offsets)
     return weighted_samples(value, level_hw, locations, joint_softmax(attention_logits))
 
@@ -94,7 +107,7 @@ def check_levels(num_keys: int, level_hw: Sequence[tuple[int, int]]) -> None:
 @library.custom_op("qdbev::multi_scale_deformable_attention", mutates_args=())
 def _node(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[int]) -> Tensor:
     pairs = list(zip(level_hw[::2], level_hw[1::2], strict=True))
-    return multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, pairs).contiguous()
+    return _sampled(value, reference_points, sampling_offsets, attention_logits, pairs).contiguous()
 
 
 @_node.register_fake

@@ -2,6 +2,7 @@
 
     here       PyTorch, gathering only the queries each camera sees; trains, runs anywhere
     sca_dense  PyTorch, every camera reading every query: what the ONNX body computes; results/attention_cpu.json says what each costs
+    CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
     ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
     TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library, nn
 
-from qdbev.ops.msda import check_levels, joint_softmax, level_wh, weighted_samples
+from qdbev.ops.msda import check_levels, evaluated_on_gpu, joint_softmax, level_wh, weighted_samples
 
 
 class SpatialCrossAttention(nn.Module):
@@ -65,13 +66,13 @@ def spatial_cross_attention(
     num_points, num_pillar_points = sampling_offsets.shape[-2], reference_points.shape[-2]
     if num_points % num_pillar_points:
         raise ValueError(f"{num_points} sampling points cannot be shared among {num_pillar_points} pillar points")
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or evaluated_on_gpu(value, reference_points, visible, sampling_offsets, attention_logits):
         flat = [size for hw in level_hw for size in hw]
         return torch.ops.qdbev.spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, flat)
-    return _gathered(value, reference_points, visible, sampling_offsets, attention_logits, level_hw)
+    return gathered_spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, level_hw)
 
 
-def _gathered(
+def gathered_spatial_cross_attention(
     value: Tensor,
     reference_points: Tensor,
     visible: Tensor,
@@ -79,7 +80,7 @@ def _gathered(
     attention_logits: Tensor,
     level_hw: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Each camera computes only the queries it sees, padded to the number of the camera that sees most (K)."""
+    """Args and result as `spatial_cross_attention`; each camera computes only the queries it sees, padded to the most that one sees (K)."""
     B, N, _, M, C = value.shape
     Q, L, P = sampling_offsets.shape[1], sampling_offsets.shape[3], sampling_offsets.shape[4]
     D = reference_points.shape[-2]
@@ -109,7 +110,7 @@ def _node(
     level_hw: Sequence[int],
 ) -> Tensor:
     pairs = list(zip(level_hw[::2], level_hw[1::2], strict=True))
-    return spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, pairs)
+    return gathered_spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, pairs)
 
 
 @_node.register_fake

@@ -1,0 +1,200 @@
+"""What every build of the kernels is checked on: random problems and all edges of plugins/README.md, with the PyTorch truth's answer.
+
+The host build runs them in tests/test_plugins_kernels.py, the device build in plugins/bench.py. Letters as in qdbev/ops/sca.py.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from plugins.variant import Number, Variant
+from qdbev.ops.msda import multi_scale_deformable_attention
+from qdbev.ops.sca import spatial_cross_attention
+
+FLOAT32_ATOL = 1e-5
+FLOAT16_ATOL = 2e-3
+INT8_ATOL = 1.0
+"""In steps of the value's scale, on top of the rounding to float16."""
+NUMBERS: tuple[Number, ...] = ("float32", "float16", "int8")
+_SAMPLES = 8
+"""Random problems that share a launch, as samples of a batch."""
+
+
+def _sizes(heads: int, channels: int, points: int, pillars: int | None, *level_hw: tuple[int, int]) -> Variant:
+    return Variant(
+        op="spatial_cross_attention" if pillars else "multi_scale_deformable_attention",
+        value="float32",
+        out="float32",
+        num_heads=heads,
+        channels=channels,
+        num_points=points,
+        num_pillar_points=pillars or 1,
+        level_hw=level_hw,
+    )
+
+
+SIZES = (
+    _sizes(2, 32, 8, 4, (5, 7), (3, 4)),
+    _sizes(1, 16, 4, 4, (6, 9)),  # one level, P = D
+    _sizes(2, 8, 8, 4, (8, 12), (4, 6), (2, 3), (1, 2)),  # four levels, P = 2 D
+    _sizes(2, 32, 3, 3, (4, 1), (1, 5)),  # levels one cell wide and one cell high
+    _sizes(8, 32, 4, None, (9, 11)),
+    _sizes(3, 4, 5, None, (5, 7), (1, 1)),
+)
+"""Few, so that few kernels have to be compiled."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem. `variant` holds its sizes, with float32 numbers."""
+
+    name: str
+    variant: Variant
+    value: Tensor
+    """(B, N, S, M, C), or (B, S, M, C) without `visible`; float32."""
+    reference_points: Tensor
+    visible: Tensor | None
+    sampling_offsets: Tensor
+    attention_logits: Tensor
+    row_length: int = 0
+
+    def inputs(self, number: Number) -> tuple[Variant, Tensor, float]:
+        """The variant for `value` in `number`, `value` so, and what one step of it is worth (1 for floats)."""
+        out = "float32" if number == "float32" else "float16"
+        variant = dataclasses.replace(self.variant, value=number, out=out)
+        if number != "int8":
+            return variant, self.value.to(getattr(torch, number)), 1.0
+        scale = float(self.value.max().clamp(min=1e-3)) / 127  # what lies below -128 steps saturates
+        return variant, (self.value / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+    def truth(self, value: Tensor, scale: float) -> Tensor:
+        """What the PyTorch operator gives in float64 for `value` as `inputs` gives it."""
+        rest = [tensor.double() for tensor in self.others()]
+        operator = spatial_cross_attention if self.visible is not None else multi_scale_deformable_attention
+        return operator(value.double() * scale, *rest, self.variant.level_hw)
+
+    def others(self) -> list[Tensor]:
+        """Inputs behind `value`, in the operator's order."""
+        rest = [self.reference_points, self.visible, self.sampling_offsets, self.attention_logits]
+        return [tensor for tensor in rest if tensor is not None]
+
+
+def excess(number: Number, scale: float, out: Tensor, truth: Tensor) -> float:
+    """Largest error of a kernel's output as a share of what is tolerated; infinite where it is no number."""
+    error = (out.double() - truth).abs()
+    if number == "float32":
+        share = error / FLOAT32_ATOL
+    elif number == "float16":
+        share = error / FLOAT16_ATOL
+    else:
+        share = error / (INT8_ATOL * scale + truth.abs() * 2**-11)
+    return float(torch.nan_to_num(share, nan=torch.inf).max()) if share.numel() else 0.0
+
+
+def random_cases(count: int) -> Iterator[Case]:
+    """`count` random problems or a few more, several in a case, over all SIZES; a third of the points lie outside."""
+    for seed in range(-(-count // _SAMPLES)):
+        generator = Generator().manual_seed(seed)
+        num_query = int(torch.randint(1, 12, (), generator=generator))
+        num_cameras = int(torch.randint(1, 7, (), generator=generator))
+        yield draw(f"random {seed}", SIZES[seed % len(SIZES)], generator, _SAMPLES, num_query, num_cameras)
+
+
+def draw(name: str, sizes: Variant, generator: Generator, batch: int = 2, num_query: int = 6, num_cameras: int = 3) -> Case:
+    """A random problem; in its first sample no camera sees the first query and all cameras see the last."""
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    B, N, Q, M, L, P = batch, num_cameras, num_query, sizes.num_heads, len(sizes.level_hw), sizes.num_points
+    offsets, logits = 3 * normal(B, Q, M, L, P, 2), 2 * normal(B, Q, M, L, P)
+    if sizes.op == "multi_scale_deformable_attention":
+        value, points = normal(B, sizes.num_keys, M, sizes.channels), uniform(B, Q, 2) * 1.4 - 0.2
+        return Case(name, sizes, value, points, None, offsets, logits)
+    visible = (uniform(B, N, Q) < 0.4).float()
+    visible[0, :, 0], visible[0, :, -1] = 0, 1
+    value, points = normal(B, N, sizes.num_keys, M, sizes.channels), uniform(B, N, Q, sizes.num_pillar_points, 2) * 1.4 - 0.2
+    return Case(name, sizes, value, points, visible, offsets, logits)
+
+
+def edge_cases() -> Iterator[Case]:
+    """Every edge on every one of SIZES that has it."""
+    for index, sizes in enumerate(SIZES):
+        generator = Generator().manual_seed(1000 + index)
+        for name, change in _EDGES.items():
+            yield change(draw(f"{name}, sizes {index}", sizes, generator))
+        for num_query, row_length in ((1, 0), (1, 1), (67, 0), (300, 0), (36, 6), (289, 17), (110, 11)):
+            case = draw(f"{num_query} queries, rows of {row_length}, sizes {index}", sizes, generator, 1, num_query)
+            yield dataclasses.replace(case, row_length=row_length)
+        if sizes.op == "spatial_cross_attention":
+            yield draw(f"one camera, sizes {index}", sizes, generator, num_cameras=1)
+            yield draw(f"32 cameras, sizes {index}", sizes, generator, batch=1, num_query=3, num_cameras=32)
+            for name, visible in _VISIBILITIES.items():
+                case = draw(f"{name}, sizes {index}", sizes, generator)
+                yield dataclasses.replace(case, visible=visible(case.visible))
+
+
+def _points_at(cell: Callable[[int], float]) -> Callable[[Case], Case]:
+    """Every point of every level at column cell(width) and row cell(height), 0 being the middle of the first cell."""
+
+    def change(case: Case) -> Case:
+        offsets = torch.empty_like(case.sampling_offsets)
+        for level, (height, width) in enumerate(case.variant.level_hw):
+            offsets[:, :, :, level, :, 0], offsets[:, :, :, level, :, 1] = cell(width) + 0.5, cell(height) + 0.5
+        return dataclasses.replace(case, sampling_offsets=offsets, reference_points=torch.zeros_like(case.reference_points))
+
+    return change
+
+
+def _far(reference: float, offset: float) -> Callable[[Case], Case]:
+    """References and offsets times so much."""
+
+    def change(case: Case) -> Case:
+        points, offsets = case.reference_points * reference, case.sampling_offsets * offset
+        return dataclasses.replace(case, reference_points=points, sampling_offsets=offsets)
+
+    return change
+
+
+def _some_far(case: Case) -> Case:
+    """Every other point at +-1e30, its neighbours inside."""
+    offsets = case.sampling_offsets.clone()
+    offsets[..., ::2, :] = offsets[..., ::2, :].sign() * 1e30
+    return dataclasses.replace(case, sampling_offsets=offsets, reference_points=torch.full_like(case.reference_points, 0.5))
+
+
+def _with_value(change: Callable[[Tensor], Tensor]) -> Callable[[Case], Case]:
+    return lambda case: dataclasses.replace(case, value=change(case.value))
+
+
+def _with_logits(change: Callable[[Tensor], Tensor]) -> Callable[[Case], Case]:
+    return lambda case: dataclasses.replace(case, attention_logits=change(case.attention_logits))
+
+
+_EDGES: dict[str, Callable[[Case], Case]] = {
+    "points half a cell before the first": _points_at(lambda size: -0.5),
+    "points one cell before the first": _points_at(lambda size: -1.0),
+    "points on the first cell": _points_at(lambda size: 0.0),
+    "points on the last cell": _points_at(lambda size: size - 1.0),
+    "points half a cell behind the last": _points_at(lambda size: size - 0.5),
+    "points one cell behind the last": _points_at(lambda size: float(size)),
+    "points between cells": _points_at(lambda size: size / 2 - 0.25),
+    "all inside": _far(0.0, 0.0),
+    "references at a million": _far(1e6, 1.0),
+    "references at 1e30": _far(1e30, 1.0),
+    "offsets at 1e30": _far(1.0, 1e30),
+    "references and offsets at 1e30": _far(1e30, 1e30),
+    "every other point at 1e30": _some_far,
+    "largest and smallest values": _with_value(lambda value: value.sign()),
+    "int8 at both ends of its range": _with_value(lambda value: torch.where(value > 0, 127 / 128, -1.0)),
+    "equal logits": _with_logits(torch.zeros_like),
+    "huge logits": _with_logits(lambda logits: logits * 1e4),
+    "logits far below zero": _with_logits(lambda logits: logits - 1e4),
+}
+_VISIBILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "seen by none": torch.zeros_like,
+    "seen by all": torch.ones_like,
+    "seen in part": lambda visible: visible * 0.3,
+    "seen more than once": lambda visible: visible * 2.5,
+}

@@ -1,0 +1,155 @@
+"""The kernels, compiled as host C++, against the equation in loops and against the PyTorch operators; every edge of plugins/README.md."""
+
+import dataclasses
+import math
+import mmap
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from kernel_on_host import HostKernels
+from torch import Generator, Tensor
+
+from plugins.cases import NUMBERS, SIZES, Case, draw, edge_cases, excess, random_cases
+from plugins.variant import Number
+
+WIDE = dataclasses.replace(SIZES[4], level_hw=((3, 200),))
+"""As wide as the widest level of base."""
+EXACT = dataclasses.replace(SIZES[0], value="int8")
+"""An output that no rounding to float16 blurs."""
+LARGE = dataclasses.replace(EXACT, num_heads=8, num_points=4, level_hw=((2800, 2900),))
+"""A camera's keys take 2.08e9 bytes."""
+
+NORESERVE = 0x4000
+"""Linux's flag for address space without memory; newer Pythons have it in mmap."""
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
+    variants = [draw("", sizes, Generator()).inputs(number)[0] for sizes in SIZES for number in NUMBERS]
+    return HostKernels([*variants, WIDE, EXACT, LARGE], tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def edges() -> list[Case]:
+    return list(edge_cases())
+
+
+def answer(kernels: HostKernels, case: Case, number: Number) -> tuple[Tensor, Tensor, float]:
+    """The kernel's output, the PyTorch operator's, and what a step of `value` is worth."""
+    variant, value, scale = case.inputs(number)
+    return kernels.attend(variant, value, scale, case.others(), case.row_length), case.truth(value, scale), scale
+
+
+def worst(kernels: HostKernels, cases: list[Case], number: Number) -> tuple[float, str]:
+    """Largest share of the tolerance that an error takes, and in which case."""
+    found = []
+    for case in cases:
+        out, truth, scale = answer(kernels, case, number)
+        found.append((excess(number, scale, out, truth), case.name))
+    return max(found)
+
+
+def in_loops(case: Case) -> np.ndarray:
+    """The equation, one number after the other, in float64."""
+    names = [case.value, case.reference_points, case.sampling_offsets, case.attention_logits]
+    value, reference, offsets, logits = (tensor.double().numpy() for tensor in names)
+    if case.visible is None:
+        value, reference, visible = value[:, None], reference[:, None, :, None], np.ones((len(value), 1, offsets.shape[1]))
+    else:
+        visible = case.visible.double().numpy()
+    B, N = value.shape[:2]
+    _, Q, M, L, P, _ = offsets.shape
+    out = np.zeros((B, Q, M, value.shape[-1]))
+    for b, q, m, n in product(range(B), range(Q), range(M), range(N)):
+        if visible[b, n, q] == 0:
+            continue
+        weights = np.exp(logits[b, q, m] - logits[b, q, m].max())
+        weights *= visible[b, n, q] / max(visible[b, :, q].sum(), 1) / weights.sum()
+        first = 0
+        for level, (height, width) in enumerate(case.variant.level_hw):
+            for p in range(P):
+                u, v = reference[b, n, q, p % reference.shape[3]] + offsets[b, q, m, level, p] / (width, height)
+                column, row = u * width - 0.5, v * height - 0.5
+                for r, c in product((math.floor(row), math.floor(row) + 1), (math.floor(column), math.floor(column) + 1)):
+                    if 0 <= r < height and 0 <= c < width:
+                        share = (1 - abs(row - r)) * (1 - abs(column - c))
+                        out[b, q, m] += weights[level, p] * share * value[b, n, first + r * width + c, m]
+            first += height * width
+    return out.reshape(B, Q, -1)
+
+
+@pytest.mark.parametrize("index", range(len(SIZES)))
+def test_a_kernel_equals_the_equation_in_loops(kernels, index):
+    case = draw("", SIZES[index], Generator().manual_seed(5), num_query=4)
+    out, _, _ = answer(kernels, case, "float32")
+    np.testing.assert_allclose(out.numpy(), in_loops(case), atol=1e-5)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_kernel_equals_the_pytorch_operator_on_a_thousand_random_problems(kernels, number):
+    share, name = worst(kernels, list(random_cases(1000)), number)
+    assert share <= 1, f"{name}: {share:.2f} times the tolerance"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_kernel_equals_the_pytorch_operator_on_every_edge(kernels, edges, number):
+    share, name = worst(kernels, edges, number)
+    assert share <= 1, f"{name}: {share:.2f} times the tolerance"
+
+
+def test_positions_in_the_widest_level_of_base_are_exact_to_the_tolerance(kernels):
+    case = draw("", WIDE, Generator().manual_seed(0), num_query=200)
+    share, _ = worst(kernels, [case], "float32")
+    assert share <= 1
+
+
+def test_int8_errs_by_the_rounding_of_its_weights_alone(kernels):
+    for seed in range(20):
+        case = draw("", SIZES[0], Generator().manual_seed(seed), num_query=11)
+        _, value, scale = case.inputs("int8")
+        out = kernels.attend(EXACT, value, scale, case.others())
+        # 64 corners and up to three cameras, each weight rounded by up to 1 / 131070 and times up to 127; rarely all in one direction
+        assert float((out - case.truth(value, scale)).abs().max()) < 0.02 * scale
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_nothing_outside_the_levels_and_of_other_cameras_is_read(kernels, edges, sizes):
+    names = ("points one cell before the first", "points half a cell behind the last", "references at 1e30", "all inside")
+    cases = [case for case in edges if case.variant == sizes and case.name.startswith(names)]
+    assert len(cases) == len(names)
+    for case in [*cases, draw("", sizes, Generator().manual_seed(3), num_query=40)]:
+        truth = case.truth(case.value, 1.0)
+        value = case.value.clone()
+        if case.visible is not None:
+            unseen = case.visible.sum(2) == 0  # (B, N)
+            value[unseen] = torch.nan
+        room = torch.full((value.numel() + 8192,), torch.nan)
+        room[4096:-4096] = value.flatten()
+        out = kernels.attend(sizes, room[4096:-4096].view_as(value), 1.0, case.others())
+        torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=0)
+
+
+def test_a_camera_that_lies_beyond_four_gigabytes_is_read(kernels):
+    N, (height, width) = 3, LARGE.level_hw[0]
+    size = N * LARGE.num_keys * 256
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE) as memory:
+        value = torch.frombuffer(memory, dtype=torch.int8).view(1, N, LARGE.num_keys, 8, 32)
+        last = torch.randint(-128, 128, (8, 32), generator=Generator().manual_seed(0), dtype=torch.int8)
+        value[0, 2, -1] = last
+        points = torch.tensor([1 - 0.5 / width, 1 - 0.5 / height]).expand(1, N, 1, 4, 2)
+        others = [points, torch.tensor([0.0, 0.0, 1.0]).view(1, N, 1), torch.zeros(1, 1, 8, 1, 4, 2), torch.zeros(1, 1, 8, 1, 4)]
+        out = kernels.attend(LARGE, value, 1.0, others)
+        del value
+    # float32 positions in a level this wide are off by up to 1 / 8192 of a cell
+    torch.testing.assert_close(out.view(8, 32), last.float(), atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_the_order_of_computation_changes_no_number(kernels, number):
+    case = draw("", SIZES[2], Generator().manual_seed(8), batch=1, num_query=72)
+    variant, value, scale = case.inputs(number)
+    plain = kernels.attend(variant, value, scale, case.others())
+    for row_length in (1, 6, 8, 9, 36, 72):
+        assert torch.equal(kernels.attend(variant, value, scale, case.others(), row_length), plain)
