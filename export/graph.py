@@ -1,7 +1,7 @@
 """An ONNX graph open for edits: who makes a tensor, who reads it, which tensors are constants."""
 
 from collections import defaultdict
-from collections.abc import MutableSequence
+from collections.abc import Collection, MutableSequence
 
 import numpy as np
 import onnx
@@ -41,11 +41,15 @@ class Graph:
         if old in self.outputs:
             self.producers[old].output[0] = f"{old}_redirected"
             self.rename({new: old})
-            _drop(self.proto.value_info, [info.name != old for info in self.proto.value_info])
+            self.forget([old])
             return
         for reader in self.readers()[old]:
             for index, name in enumerate(reader.input):
                 reader.input[index] = new if name == old else name
+
+    def forget(self, names: Collection[str]) -> None:
+        """Drop what is noted of the shapes of tensors, which hold something else now."""
+        _drop(self.proto.value_info, [info.name not in names for info in self.proto.value_info])
 
     def rename(self, new_names: dict[str, str]) -> None:
         """Rename tensors wherever they are made or read; graph outputs must not be among them."""

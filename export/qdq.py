@@ -47,13 +47,14 @@ def clip_before_pooling(model: onnx.ModelProto) -> int:
     """
     graph = Graph(model)
     readers = graph.readers()
-    moved = 0
+    moved = []
     for pool in [node for node in graph.proto.node if node.op_type == "MaxPool"]:
         after = readers[pool.output[0]]
         if len(after) == 1 and after[0].op_type == "Clip" and pool.output[0] not in graph.outputs:
             _exchange(pool, after[0])
-            moved += 1
-    return moved
+            moved.append(pool.output[0])
+    graph.forget(moved)
+    return len(moved)
 
 
 def float_copies(model: onnx.ModelProto) -> list[str]:
@@ -65,7 +66,7 @@ def float_copies(model: onnx.ModelProto) -> list[str]:
 def pack_int4(model: onnx.ModelProto) -> onnx.ModelProto:
     """The storage form: a copy whose int8 weights between -7 and 7 are INT4 tensors, two values a byte.
 
-    No TensorRT builds convolutions from it; `unpack_int4` gives back the model it was made of.
+    No TensorRT builds convolutions from it. `unpack_int4` gives back the model it was made of, and `to_onnx.arrange` the deployed one.
     """
     packed = _copy(model)
     weights = _weight_names(packed)

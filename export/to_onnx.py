@@ -3,7 +3,8 @@
     python -m export.to_onnx --checkpoint runs/demo/student.pt --onnx runs/demo/student.onnx
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
-written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch.
+written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types what is float, geometry
+excepted, as float16.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import onnx
 
-from export import deform_conv, parity, qdq
+from export import constants, deform_conv, float16, parity, projection, qdq
 from export.graph import opset
 from export.runner import OnnxRunner
 from export.trace import trace
@@ -45,12 +46,13 @@ def main() -> None:
     parser.add_argument(
         "--standard-deform-conv", action="store_true", help="float DCNv2 as ONNX's own DeformConv (opset 19); TensorRT-RTX has none"
     )
+    parser.add_argument("--float16", action="store_true", help="float part in float16; geometry, inputs and outputs stay float32")
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = parity.synthetic_frames(model, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
-    rows, made = export(model, seal, args.onnx, image_hw, frames, args.standard_deform_conv)
+    rows, made = export(model, seal, args.onnx, image_hw, frames, standard_deform_conv=args.standard_deform_conv, half=args.float16)
     facts = made.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
     sys.stdout.write(f"traced in {facts['trace_s']} s\n")
@@ -63,6 +65,7 @@ def export(
     image_hw: tuple[int, int],
     frames: Sequence[Frame],
     standard_deform_conv: bool = False,
+    half: bool = False,
 ) -> tuple[list[parity.Row], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
 
@@ -70,9 +73,10 @@ def export(
         image_hw: Height and width of the padded images.
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
         standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
+        half: What is float becomes float16, geometry excepted (float16.py).
 
     Raises:
-        ValueError: `standard_deform_conv` does not fit the model.
+        ValueError: `standard_deform_conv` or `half` does not fit the model.
         ParityError: They differ; the message holds the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
@@ -84,23 +88,33 @@ def export(
     qdq.clip_before_pooling(proto)
     if standard_deform_conv:
         deform_conv.use_standard_node(proto)
-    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "image_hw": list(image_hw)}
+    stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None
+    arrange(proto, half)
+    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "image_hw": list(image_hw)}
     facts["trace_s"] = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
         temporary = files.enter_context(artifact.atomic(path))
         facts["bytes"] = _save(proto, temporary)
         runner = _open(temporary, path)
-        rows = parity.measure(model, runner, frames, quantized)
+        rows = parity.measure(model, runner, frames, quantized or half)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
-        if quantized and _has_4_bit_weights(config):
-            facts["int4_bytes"] = _save(qdq.pack_int4(proto), files.enter_context(artifact.atomic(storage)))
+        if stored is not None:
+            facts["int4_bytes"] = _save(stored, files.enter_context(artifact.atomic(storage)))
     facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     made = artifact.seal(path, kind="onnx", config=parent.config, parent=parent, facts=facts | parity.facts(rows))
     if storage.is_file() and "int4_bytes" in facts:
         artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})
     return rows, made
+
+
+def arrange(model: onnx.ModelProto, half: bool) -> None:
+    """From the graph as traced and packed, which is also what is stored, to the one that is deployed; in place."""
+    constants.fold(model)
+    projection.write_out(model)
+    if half:
+        float16.convert(model)
 
 
 def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """The operators of qdbev/ops on CUDA tensors: computed by kernels, with a gradient.
 
-`install()` registers both with torch.library. From then on `torch.ops.qdbev`, and the functions of qdbev/ops where no gradient is asked
+`install()` registers both with PyTorch. From then on `torch.ops.qdbev`, and the functions of qdbev/ops where no gradient is asked
 for, run the kernels; training through those functions stays with the PyTorch operators. Without `install()` these compute CUDA tensors,
 too. Nothing falls back: where no kernel exists for the sizes or the GPU, that is an error.
 """

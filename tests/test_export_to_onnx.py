@@ -24,6 +24,14 @@ from qdbev.restore import quantized
 
 IMAGE_HW = (64, 96)
 KINDS = ("float", "w8a8", "w4a6")
+BEFORE_SEEING = {"decoder.reference_points"} | {
+    f"decoder.layers.0.{name}"
+    for name in (
+        *(f"self_attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")),
+        *(f"cross_attention.{part}" for part in ("sampling_offsets", "attention_weights")),
+    )
+}
+"""Layers that depend on no input."""
 
 
 class Exported(NamedTuple):
@@ -81,14 +89,14 @@ def exported(request, exports):
     return exports(request.param)
 
 
-def export_altered(exports, kind, tmp_path, monkeypatch, alter):
-    """Export again with the traced graph altered; returns the path."""
+def export_altered(exports, kind, tmp_path, monkeypatch, alter, half=False):
+    """Export again with the traced graph altered, in float16 if wanted; returns the path."""
     done = exports(kind)
     proto = copy.deepcopy(done.proto)
     alter(proto)
     monkeypatch.setattr(to_onnx, "trace", lambda model, image_hw: proto)
     path = tmp_path / "altered.onnx"
-    to_onnx.export(done.model, done.parent, path, IMAGE_HW, parity.synthetic_frames(done.model, IMAGE_HW))
+    to_onnx.export(done.model, done.parent, path, IMAGE_HW, parity.synthetic_frames(done.model, IMAGE_HW), half=half)
     return path
 
 
@@ -131,7 +139,7 @@ def test_compute_nodes_carry_the_names_of_their_modules_once(exported):
     assert [name for name in names if name not in modules] == []
     unused = {name for name in modules if name.startswith("head.cls_branches.0.")}
     leaves = {name for name, module in modules.items() if type(module) in (torch.nn.Conv2d, torch.nn.Linear, QuantConv2d, QuantLinear)}
-    assert leaves - set(names) <= unused | {"decoder.reference_points"}
+    assert leaves - set(names) - unused == BEFORE_SEEING
 
 
 def test_branches_of_earlier_decoder_layers_are_pruned(exported):
@@ -196,15 +204,17 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     stored = done.path.with_suffix(".int4.onnx")
     packed = onnx.load(stored)
     assert stored.stat().st_size < done.path.stat().st_size
-    assert qdq.unpack_int4(packed) == done.proto
+    deployed = qdq.unpack_int4(packed)
+    to_onnx.arrange(deployed, half=False)
+    assert deployed == done.proto
     four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
     assert "backbone.conv1.weight.int8" not in four_bit
     frame, _ = parity.synthetic_frames(done.model, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
-    for name in schema.OUTPUTS:
-        np.testing.assert_array_equal(found[name], expected[name])
+    for name in schema.OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
+        assert 1 - parity._cosine(found[name], expected[name]) < parity.QUANTIZED_TOLERANCE
 
 
 def test_a_weight_off_its_grid_is_refused(exports):
@@ -216,6 +226,26 @@ def test_a_weight_off_its_grid_is_refused(exports):
     quantize.input[0], quantize.input[1] = "w", "s"
     with pytest.raises(ValueError, match="weight w lies up to 0.45 steps off its grid"):
         qdq.pack_weights(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(exports, kind, tmp_path, monkeypatch):
+    path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, half=True)
+    facts, proto = artifact.unseal(path, "onnx").facts, onnx.load(path)
+    assert (facts["float16"], facts["opset"], exports(kind).made.facts["float16"]) == (True, 19, False)
+    onnx.checker.check_model(proto, full_check=True)
+    graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
+    known = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}
+    known |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert {known[name] for name in (*schema.INPUTS, *schema.OUTPUTS)} == {TensorProto.FLOAT}
+    read = {node.name: (node.op_type, [known[name] for name in node.input if name]) for node in graph.node}
+    for name, (op_type, types) in read.items():
+        if op_type in functions.INPUTS:
+            assert types == [TensorProto.FLOAT16] + [TensorProto.FLOAT] * (len(types) - 1), name
+        if name.startswith("encoder.can_bus"):
+            assert set(types) == {TensorProto.FLOAT}, name
+    assert set(read["encoder.layers.0.ffn.linear1"][1]) == {TensorProto.FLOAT16}
+    assert not [node.name for node in graph.node if node.op_type == "Cast" and node.input[0] == "lidar2img"]
 
 
 def scale_of(proto, name):

@@ -95,11 +95,11 @@ class Encoder(nn.Module):
         views = self._views(features, lidar2img, image_hw)
         rotated = rotate_bev(prev_bev, can_bus[:, YAW_DEG], self.config.bev_hw, self.config.rotate_center)
         reference_points = self._temporal_references(can_bus, has_prev)
-        known = has_prev.view(B, 1, 1, 1) > 0
-        history = torch.stack((rotated, initial), 1)  # (B, 2, K, C)
+        known = has_prev.view(B, 1, 1) > 0
         query = initial
         for layer in self.layers:
-            queue = torch.where(known, history, torch.stack((query, query), 1))
+            # Chosen before they are stacked: an engine does that while it quantizes, and needs no kernel for the stacks.
+            queue = torch.stack((torch.where(known, rotated, query), torch.where(known, initial, query)), 1)  # (B, 2, K, C)
             query = layer(query, query_pos, queue, reference_points, views)
         return query
 
