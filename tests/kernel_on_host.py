@@ -14,6 +14,7 @@ from torch import Tensor
 from plugins.variant import THREADS, Variant
 
 _HEADER = Path(__file__).with_name("kernel_on_host.h")
+_ORDER = 'extern "C" int query_at(int order, int num_query, int row) { return variant_0::query_at(order, num_query, row); }\n'
 _DEFINE = re.compile(r"^#define (\w+)", re.MULTILINE)
 
 
@@ -26,7 +27,8 @@ class HostKernels:
             pytest.skip("needs g++ to compile the kernels for the host")
         self._index = {variant: index for index, variant in enumerate(dict.fromkeys(variants))}
         source, library = folder / "kernels.cpp", folder / "kernels.so"
-        source.write_text(f'#include "{_HEADER}"\n' + "".join(_entry(variant, index) for variant, index in self._index.items()))
+        entries = "".join(_entry(variant, index) for variant, index in self._index.items())
+        source.write_text(f'#include "{_HEADER}"\n{entries}{_ORDER}')
         command = [compiler, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags]
         done = subprocess.run([*command, str(source), "-o", str(library)], capture_output=True, text=True)
         assert done.returncode == 0 and not done.stderr, done.stderr
@@ -40,6 +42,10 @@ class HostKernels:
         numbers = {"num_query": num_query, "num_cameras": value.shape[1], "row_length": row_length}
         self._call(variant, [tensor.data_ptr() for tensor in tensors], variant.grid(num_query, batch), numbers)
         return out
+
+    def query_at(self, order: int, num_query: int, row_length: int) -> int:
+        """The query that the kernels compute `order`-th."""
+        return self._library.query_at(order, num_query, row_length)
 
     def run(
         self,

@@ -153,3 +153,13 @@ def test_the_order_of_computation_changes_no_number(kernels, number):
     plain = kernels.attend(variant, value, scale, case.others())
     for row_length in (1, 6, 8, 9, 36, 72):
         assert torch.equal(kernels.attend(variant, value, scale, case.others(), row_length), plain)
+
+
+@pytest.mark.parametrize(("num_query", "row_length"), [(40000, 200), (625, 25), (72, 9), (5, 5), (7, 1), (900, 0)])
+def test_every_query_has_its_turn(kernels, num_query, row_length):
+    assert sorted(kernels.query_at(order, num_query, row_length) for order in range(num_query)) == list(range(num_query))
+
+
+def test_a_block_of_a_grid_is_a_square_of_neighbours(kernels):
+    rows, columns = zip(*(divmod(kernels.query_at(order, 40000, 200), 200) for order in range(64)), strict=True)
+    assert set(rows) == set(columns) == set(range(8))
