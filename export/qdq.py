@@ -18,6 +18,7 @@ from qdbev import schema
 _STORAGE_OPSET = 21
 """The first operator set with INT4 tensors in DequantizeLinear."""
 _INT4_MAX = 7
+_COMMUTE = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 _GRID_SAMPLE_MODES = {b"bilinear": b"linear"}
 """GridSample's mode was renamed in operator set 20."""
 
@@ -39,20 +40,24 @@ def pack_weights(model: onnx.ModelProto) -> int:
     return len(weights)
 
 
-def clip_before_pooling(model: onnx.ModelProto) -> int:
-    """Clip what a MaxPool reads instead of what it gives, in place, and return the number of such pairs.
+def clip_early(model: onnx.ModelProto) -> int:
+    """Clip what is pooled or only moved before that instead of after it, in place, and return the number of exchanges.
 
-    The values are the same, as a maximum and a clip commute. Engines then fuse the Clip into the kernel before the pooling and pool
-    integers, as they do at 8 bits, where there is no Clip.
+    The values are the same, as a clip commutes with a maximum and with any move. Engines then fuse the Clip into the kernel before, and
+    pool and move integers, as they do at 8 bits, where there is no Clip.
     """
     graph = Graph(model)
     readers = graph.readers()
     moved = []
-    for pool in [node for node in graph.proto.node if node.op_type == "MaxPool"]:
-        after = readers[pool.output[0]]
-        if len(after) == 1 and after[0].op_type == "Clip" and pool.output[0] not in graph.outputs:
-            _exchange(pool, after[0])
-            moved.append(pool.output[0])
+    for node in graph.proto.node:
+        clip = node
+        while clip.op_type == "Clip" and (move := graph.producers.get(clip.input[0])) is not None:
+            between = move.output[0]
+            if move.op_type not in _COMMUTE or len(readers[between]) > 1 or between in graph.outputs:
+                break
+            _exchange(move, clip)
+            clip = move
+            moved.append(between)
     graph.forget(moved)
     return len(moved)
 

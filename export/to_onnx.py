@@ -85,7 +85,7 @@ def export(
     start = time.perf_counter()
     proto = trace(model, image_hw)
     qdq.pack_weights(proto)
-    qdq.clip_before_pooling(proto)
+    qdq.clip_early(proto)
     if standard_deform_conv:
         deform_conv.use_standard_node(proto)
     stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None

@@ -338,19 +338,32 @@ def test_quantized_tolerance_follows_the_network_within_bounds():
     assert not parity._compare(0, "bev", ours, ours * np.float32("nan"), ours, True).passed
 
 
-def test_no_clip_stands_behind_a_pooling_and_the_values_are_the_same():
+def clipped_late(outputs):
+    """Pooling, a move, and a Clip behind them."""
     shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 8, 8])
-    result = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1, 2, 4, 4])
+    results = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in outputs.items()]
     bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -0.5), ("high", 0.7))]
     nodes = [
         helper.make_node("MaxPool", ["x"], ["p"], name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("Clip", ["p", "low", "high"], ["y"], name="clip"),
+        helper.make_node("Transpose", ["p"], ["t"], name="move", perm=[0, 2, 3, 1]),
+        helper.make_node("Clip", ["t", "low", "high"], ["y"], name="clip"),
     ]
-    graph = helper.make_graph(nodes, "g", [shape], [result], bounds)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET)], ir_version=9)
+    infos = [helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, [1, 2, 4, 4])]
+    graph = helper.make_graph(nodes, "g", [shape], results, bounds, value_info=infos)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET)], ir_version=9)
+
+
+def test_a_clip_comes_before_pooling_and_moves_and_the_values_stay():
+    model = clipped_late({"y": [1, 4, 4, 2]})
     x = {"x": np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32)}
     before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0]
-    assert qdq.clip_before_pooling(model) == 1
-    assert [node.name for node in model.graph.node] == ["clip", "pool"]
-    onnx.checker.check_model(model)
+    assert qdq.clip_early(model) == 2
+    assert [node.name for node in model.graph.node] == ["clip", "pool", "move"]
+    onnx.checker.check_model(model, full_check=True)
     np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before)
+
+
+def test_a_clip_stays_behind_what_is_read_without_it():
+    model = clipped_late({"y": [1, 4, 4, 2], "t": [1, 4, 4, 2]})
+    assert qdq.clip_early(model) == 0
+    assert [node.name for node in model.graph.node] == ["pool", "move", "clip"]
