@@ -33,6 +33,8 @@ def test_every_row_that_trains_has_equal_epochs_and_settings_that_exist(tmp_path
         epochs = sum(stage.epochs for config in configs for stage in config.quant.stages)
         assert epochs == pytest.approx(ablation.EPOCHS if cell.row.trains else 0)
         assert {config.seed for config in configs} == {cell.seed}
+        rates = {stage.learning_rate for config in configs for stage in config.quant.stages}
+        assert rates == ({ablation.FINE_RATE if cell.width == "w4a6" else ablation.RATE} if cell.row.trains else set())
         assert len({(config.quant.scale, config.quant.calibration) for config in configs}) == 1, "a row and its start have one policy"
     assert len({cell.folder for cell in found}) == len(found)
 

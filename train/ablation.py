@@ -27,8 +27,8 @@ from qdbev.command import entry_point
 from qdbev.config import GROUPS, QuantConfig, Stage
 from qdbev.recipes import progressive
 
-RATE = 1e-3
-"""At 1e-4 and 4e-4 standard training of W3A3 ended 0.025 and 0.004 NDS lower than at 1.5e-3 (one seed)."""
+RATE, FINE_RATE = 1e-3, 3e-4
+"""Learning rate of a row that trains, and at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
 BEFORE = (0.15, 0.075, 0.15, 0.075)
 """Epochs of the progressive stages."""
 LAST = 0.3
@@ -46,41 +46,41 @@ class AblationError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row: settings of `train.qat`, the progressive row it goes on from, and whether it trains and so has several seeds."""
+    """One row: stages and settings of `train.qat`, and the progressive row it goes on from. Stages get the width's learning rate."""
 
     name: str
+    stages: tuple[Stage, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    trains: bool = True
     mixed: bool = False
     start: str | None = None
     curve: bool = False
 
-
-def _quant(*stages: Stage, **settings: Any) -> dict[str, Any]:
-    return {"quant.stages": [dataclasses.asdict(stage) for stage in stages]} | {f"quant.{name}": value for name, value in settings.items()}
-
-
-def _standard(**settings: Any) -> dict[str, Any]:
-    return _quant(Stage(epochs=EPOCHS, learning_rate=RATE), **settings)
+    @property
+    def trains(self) -> bool:
+        """Whether it does, and so has several seeds."""
+        return bool(self.stages)
 
 
-def _last(**settings: Any) -> dict[str, Any]:
-    return _quant(Stage(epochs=LAST, learning_rate=RATE), **settings)
+def _calibrated(name: str, **settings: Any) -> Row:
+    return Row(name, settings=_quant(**settings))
 
 
 def _distilling(name: str, form: str, **settings: float) -> Row:
     """The paper's way: the last stage learns from the teacher."""
-    return Row(name, _taught(LAST, form=form, **settings), start="progressive", curve=True)
+    return Row(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
 
 
 def _distilling_throughout(name: str, form: str, **settings: float) -> Row:
     """Everything is quantized and learns from the teacher from the first step on."""
-    return Row(name, _taught(EPOCHS, form=form, **settings), curve=True)
+    return Row(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
 
 
-def _taught(epochs: float, **settings: float | str) -> dict[str, Any]:
-    stage = Stage(epochs=epochs, learning_rate=RATE, distill=True)
-    return _quant(stage) | {f"quant.distill.{name}": value for name, value in settings.items()}
+def _quant(**settings: Any) -> dict[str, Any]:
+    return {f"quant.{name}": value for name, value in settings.items()}
+
+
+def _distill(**settings: float | str) -> dict[str, Any]:
+    return {f"quant.distill.{name}": value for name, value in settings.items()}
 
 
 def _alone(*groups: str) -> list[str]:
@@ -91,28 +91,31 @@ def _alone(*groups: str) -> list[str]:
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
 """The four parts of the paper's Table 1; it counts the head with the decoder."""
 
+_PROGRESSIVE = progressive(BEFORE, RATE)
+_STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
+_FIXED = _quant(scale="fixed")
 STARTS = {
-    "progressive": Row("progressive", _quant(*progressive(BEFORE, RATE)), curve=True),
-    "progressive_fixed": Row("progressive_fixed", _quant(*progressive(BEFORE, RATE), scale="fixed")),
+    "progressive": Row("progressive", _PROGRESSIVE, curve=True),
+    "progressive_fixed": Row("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
 """What rows go on from."""
 
 ROWS = (
-    Row("float_more", _quant(Stage(groups=(), epochs=EPOCHS, learning_rate=RATE))),
-    Row("ptq_max_tensor", _quant(calibration="max", per_channel=False), trains=False),
-    Row("ptq_max", _quant(calibration="max"), trains=False),
-    Row("ptq_mse", _quant(), trains=False),
-    *(Row(f"ptq_{name}", _quant(float_layers=_alone(*groups)), trains=False) for name, groups in MODULES.items()),
-    Row("ptq_mixed", _quant(), trains=False, mixed=True),
-    Row("qat_fixed", _standard(scale="fixed")),
-    Row("qat_fixed_progressive", _last(scale="fixed"), start="progressive_fixed"),
-    Row("qat", _standard(), curve=True),
-    Row("qat_progressive", _last(), start="progressive", curve=True),
+    Row("float_more", (Stage(groups=(), epochs=EPOCHS),)),
+    _calibrated("ptq_max_tensor", calibration="max", per_channel=False),
+    _calibrated("ptq_max", calibration="max"),
+    _calibrated("ptq_mse"),
+    *(_calibrated(f"ptq_{name}", float_layers=_alone(*groups)) for name, groups in MODULES.items()),
+    Row("ptq_mixed", mixed=True),
+    Row("qat_fixed", _STANDARD, _FIXED),
+    Row("qat_fixed_progressive", _LAST, _FIXED, start="progressive_fixed"),
+    Row("qat", _STANDARD, curve=True),
+    Row("qat_progressive", _LAST, start="progressive", curve=True),
     _distilling("distill_image", "image", weight=4.0, temperature=4.0),
     _distilling("distill_bev", "bev", weight=4.0, temperature=4.0),
     _distilling("vgd", "product", weight=4.0, temperature=1.0),
     _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0),
-    Row("mixed", _standard(), mixed=True),
+    Row("mixed", _STANDARD, mixed=True),
 )
 
 SEARCH = (
@@ -143,6 +146,12 @@ class Cell:
     def folder(self) -> Path:
         """Of this cell alone."""
         return self.run / self.row.name / self.width / f"seed{self.seed}"
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The row's, with the learning rate of the width."""
+        rate = FINE_RATE if self.width == "w4a6" else RATE
+        return [dataclasses.replace(stage, learning_rate=rate) for stage in self.row.stages]
 
     @property
     def student(self) -> Path:
@@ -203,8 +212,8 @@ def curve_commands(cell: Cell) -> list[list[str]]:
 
 
 def _train(cell: Cell, teacher: Path) -> list[str]:
-    settings = [f"{name}={value!r}" if not isinstance(value, str) else f"{name}={value}" for name, value in cell.row.settings.items()]
-    sets = [part for setting in (*settings, f"seed={cell.seed}") for part in ("--set", setting)]
+    values = {"quant.stages": [dataclasses.asdict(stage) for stage in cell.stages], **cell.row.settings, "seed": cell.seed}
+    sets = [part for name, value in values.items() for part in ("--set", f"{name}={value if isinstance(value, str) else repr(value)}")]
     widths = ["--widths", str(widths_file(cell))] if cell.row.mixed else []
     start = [] if cell.start is None else ["--start", str(cell.start.student)]
     keep = ["--keep-every", str(KEEP_EVERY)] if cell.curve and cell.row.curve else []
@@ -289,7 +298,14 @@ def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
     curves = {cell.row.name: _curve(cell) for cell in cells(run, stress, [], 1) if cell.curve and _curve(cell)}
     search = {cell.row.name: _scores([cell.metrics]) for cell in search_cells(run, stress) if cell.metrics.is_file()}
     seconds = sum(json.loads(path.read_text()) for path in run.glob("*/*/*/seconds.json"))
-    about = {"stress": stress, "epochs": EPOCHS, "stages": [*BEFORE, LAST], "seconds": seconds, "cpu_cores": os.cpu_count()}
+    about = {
+        "stress": stress,
+        "epochs": EPOCHS,
+        "stages": [*BEFORE, LAST],
+        "learning_rates": {"w4a6": FINE_RATE, "other": RATE},
+        "seconds": seconds,
+        "cpu_cores": os.cpu_count(),
+    }
     return {**about, "rows": rows, "curves": curves, "search": search, "made": artifact.provenance()}
 
 
