@@ -31,7 +31,8 @@ def test_every_row_that_trains_has_equal_epochs_and_settings_that_exist(tmp_path
     for cell in [*found, *search_cells(tmp_path, "w3a3")]:
         configs = [config_of(cell, tmp_path, which) for which in range(len(trainings(cell, tmp_path)))]
         epochs = sum(stage.epochs for config in configs for stage in config.quant.stages)
-        assert epochs == pytest.approx(ablation.EPOCHS if cell.row.trains else 0)
+        wanted = ablation.LONGER if cell.row.longer else ablation.EPOCHS if cell.row.trains else 0
+        assert epochs == pytest.approx(wanted)
         assert {config.seed for config in configs} == {cell.seed}
         rates = {stage.learning_rate for config in configs for stage in config.quant.stages}
         assert rates == ({ablation.FINE_RATE if cell.width == "w4a6" else ablation.RATE} if cell.row.trains else set())
@@ -45,6 +46,8 @@ def test_trained_rows_have_all_seeds_at_the_stress_width_and_one_elsewhere(tmp_p
         count[cell.row.name, cell.width] += 1
     assert (count["vgd", "w2a4"], count["vgd", "w4a6"], count["ptq_mse", "w2a4"], count["ptq_mse", "w8a8"]) == (3, 1, 1, 1)
     assert count["float_more", "w8a8"] == 3
+    longer = {(cell.row.name, cell.width, cell.seed) for cell in cells(tmp_path, "w2a4", [], 3) if cell.row.longer}
+    assert longer == {("qat_longer", "w2a4", 0), ("vgd_best_longer", "w2a4", 0)}
 
 
 def test_module_rows_quantize_their_module_alone(tmp_path):

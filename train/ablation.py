@@ -34,6 +34,8 @@ BEFORE = (0.15, 0.075, 0.15, 0.075)
 LAST = 0.3
 """Epochs of the last stage."""
 EPOCHS = sum(BEFORE) + LAST
+LONGER = 3 * EPOCHS
+"""Epochs of the rows that show what a longer training gives."""
 KEEP_EVERY = LAST / 4
 SEARCH_SEED = 100
 """Weights and temperatures are chosen with a seed that no row is judged by."""
@@ -54,6 +56,8 @@ class Row:
     mixed: bool = False
     start: str | None = None
     curve: bool = False
+    longer: bool = False
+    """It trains for LONGER epochs, at the stress width, with one seed."""
 
     @property
     def trains(self) -> bool:
@@ -73,6 +77,12 @@ def _distilling(name: str, form: str, **settings: float) -> Row:
 def _distilling_throughout(name: str, form: str, **settings: float) -> Row:
     """Everything is quantized and learns from the teacher from the first step on."""
     return Row(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
+
+
+def _longer(row: Row) -> Row:
+    """A row of one stage, trained for longer."""
+    stages = tuple(dataclasses.replace(stage, epochs=LONGER) for stage in row.stages)
+    return dataclasses.replace(row, name=f"{row.name}_longer", stages=stages, curve=False, longer=True)
 
 
 def _quant(**settings: Any) -> dict[str, Any]:
@@ -100,6 +110,8 @@ STARTS = {
 }
 """What rows go on from."""
 
+_QAT = Row("qat", _STANDARD, curve=True)
+_BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
 ROWS = (
     Row("float_more", (Stage(groups=(), epochs=EPOCHS),)),
     _calibrated("ptq_max_tensor", calibration="max", per_channel=False),
@@ -109,13 +121,15 @@ ROWS = (
     Row("ptq_mixed", mixed=True),
     Row("qat_fixed", _STANDARD, _FIXED),
     Row("qat_fixed_progressive", _LAST, _FIXED, start="progressive_fixed"),
-    Row("qat", _STANDARD, curve=True),
+    _QAT,
     Row("qat_progressive", _LAST, start="progressive", curve=True),
     _distilling("distill_image", "image", weight=4.0, temperature=4.0),
     _distilling("distill_bev", "bev", weight=4.0, temperature=4.0),
     _distilling("vgd", "product", weight=4.0, temperature=1.0),
-    _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0),
+    _BEST,
     Row("mixed", _STANDARD, mixed=True),
+    _longer(_QAT),
+    _longer(_BEST),
 )
 
 SEARCH = (
@@ -170,7 +184,7 @@ class Cell:
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
-    """All cells of the named rows: 8 bits by calibration only, W4A6 with one seed, the stress width with `seeds`.
+    """All cells of the named rows: 8 bits by calibration only, W4A6 and longer trainings with one seed, the stress width with `seeds`.
 
     Raises:
         AblationError: A row does not exist.
@@ -179,10 +193,18 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
     if unknown:
         raise AblationError(f"no rows {', '.join(unknown)}; there are {', '.join(row.name for row in ROWS)}")
     for row in (row for row in ROWS if not names or row.name in names):
-        widths = (["w8a8"] if row.name == "ptq_mse" else []) + (["w8a8"] if row.name == "float_more" else ["w4a6", stress])
-        for width in widths:
-            for seed in range(seeds if row.trains and width in (stress, "w8a8") else 1):
+        for width in _widths(row, stress):
+            for seed in range(seeds if row.trains and not row.longer and width in (stress, "w8a8") else 1):
                 yield Cell(row, width, seed, run, curve=row.curve and width == stress and seed == 0)
+
+
+def _widths(row: Row, stress: str) -> list[str]:
+    """Where a row is measured; one that quantizes nothing, once."""
+    if row.name == "float_more":
+        return ["w8a8"]
+    if row.longer:
+        return [stress]
+    return ["w8a8", "w4a6", stress] if row.name == "ptq_mse" else ["w4a6", stress]
 
 
 def search_cells(run: Path, stress: str) -> list[Cell]:
