@@ -4,8 +4,9 @@
 
 With TensorRT where there is a GPU (the engine is for that GPU), with TensorRT-RTX where there is none (ahead of time, for the named
 GPUs, or portable). Strongly typed: the ONNX alone decides each tensor's type; TensorRT 8.6, which does not know that, gets a float32 ONNX
-(dialect.py) and the INT8 flag. The engine is audited before it is written; one that lost INT8 is refused. Beside it lie its layer table,
-its audit and its seal.
+(dialect.py) and the INT8 flag. The attentions are plugins where TensorRT keeps their kernels in the plan, from 10.9 on, and their ONNX
+bodies elsewhere (plugins/README.md). The engine is audited before it is written; one that lost INT8 is refused. Beside it lie its layer
+table, its audit and its seal.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import onnx
 from engine import audit, backend, compatibility, dialect, graph, layers, monitor
 from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layers import Layer
+from plugins import tensorrt_ops
 from qdbev import artifact
 from qdbev.command import entry_point
 
@@ -79,6 +81,7 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
         **plan.facts,
         "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
         "inputs": _shapes(model),
+        "plugins": plugin_nodes(model, plugins),
         "plan_bytes": len(plan.content),
         "audit": report.facts(),
         "layer_table_sha256": table_sha256,
@@ -94,6 +97,8 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         EngineError: An option does not fit the backend, or the parser or builder refuses.
     """
     trt = chosen.module
+    failures = _register_ours(chosen)
+    failures.clear()
     messages = monitor.logger(trt)
     builder = trt.Builder(messages)
     kinds = trt.NetworkDefinitionCreationFlag
@@ -115,7 +120,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         serialized = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - started
     if serialized is None:
-        reasons = messages.problems or ["no reason given"]
+        reasons = [*failures, *messages.problems] or ["no reason given"]
         raise EngineError("\n  ".join([f"{chosen.name} {chosen.version} built no engine from {onnx_path}:", *reasons]))
     content = bytes(serialized)
     if cache is not None:
@@ -124,6 +129,16 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     table = layers.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
     facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
     return Plan(content=content, table=table, facts=facts)
+
+
+def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> list[str]:
+    """Operators of the graph that the parser takes from `plugins`, (name, version, namespace), and not from a body; sorted."""
+    taken = set()
+    for node in model.graph.node:
+        named = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name.startswith("plugin_")}
+        if named and (node.op_type, named.get("plugin_version", "1"), named.get("plugin_namespace", "")) in plugins:
+            taken.add(node.op_type)
+    return sorted(taken)
 
 
 def timing_cache_file(chosen: Backend, target: dict[str, Any], wanted: Path | None) -> Path | None:
@@ -194,9 +209,21 @@ def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
     if chosen.name != "tensorrt":
         return frozenset()
     backend.load_builtin_plugins(chosen)
+    _register_ours(chosen)
     registry = chosen.module.get_plugin_registry()
     creators = registry.all_creators if chosen.strongly_typed else registry.plugin_creator_list
     return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)
+
+
+def _register_ours(chosen: Backend) -> list[str]:
+    """Register the attentions where TensorRT keeps a plugin's kernel in the plan; what fails in them while it builds is added to the list.
+
+    That is from 10.9 on; the binding's own module tensorrt.plugin tells it by the same name (`_export.py` of 11.4).
+    """
+    if chosen.name != "tensorrt" or not hasattr(chosen.module, "QuickPluginCreationRequest"):
+        return []
+    capability = backend.require_gpu("TensorRT").compute_capability
+    return tensorrt_ops.register(f"sm_{capability.replace('.', '')}")
 
 
 def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:

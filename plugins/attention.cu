@@ -283,7 +283,7 @@ KERNEL spatial_cross_attention(const void* value,
 KERNEL multi_scale_deformable_attention(const void* value,
 #endif
 #if VALUE == INT8
-                               const float* value_scale,
+                               const OutNumber* value_scale,  // one number
 #endif
                                const float* reference_points,
 #if SPATIAL
@@ -299,7 +299,7 @@ KERNEL multi_scale_deformable_attention(const void* value,
     const int num_cameras = 1;
 #endif
 #if VALUE == INT8
-    const float scale = *value_scale;
+    const float scale = float_of(*value_scale);
 #else
     const float scale = 1;
 #endif

@@ -105,7 +105,7 @@ def report(recipes: list[str], architectures: list[str]) -> dict[str, Any]:
                 code, usage = build(variant.source(), architecture)
                 row = {"recipe": recipe, **dataclasses.asdict(variant), "architecture": architecture}
                 rows.append({**row, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
-            _log.info("%s %s %s", recipe, variant.op, variant.value)
+            _log.info("%s %s %s to %s", recipe, variant.op, variant.value, variant.out)
     spilled = sum(row["spill_store_bytes"] + row["spill_load_bytes"] for row in rows)
     version = ".".join(map(str, _nvrtc_version()))
     return {"threads": THREADS, "nvrtc": version, "spill_bytes": spilled, "rows": rows, "made": artifact.provenance()}

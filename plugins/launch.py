@@ -2,19 +2,18 @@
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from plugins import compile as kernels
-from plugins.variant import MAX_CAMERAS, THREADS, Variant, row_length
+from plugins.variant import THREADS, Number, Out, Variant, input_names, of_shapes
 
-_NUMBERS = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
+_NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
+_OUTS: dict[torch.dtype, Out] = {torch.float32: "float32", torch.float16: "float16"}
 _OPERATORS = {3: "multi_scale_deformable_attention", 4: "spatial_cross_attention"}
-_MAX_BATCH = 65535
-"""Blocks along z."""
 
 
 class LaunchError(ValueError):
@@ -28,76 +27,53 @@ def attention(value: Tensor, others: Sequence[Tensor], level_hw: Sequence[tuple[
         value: float32, float16 or int8, on a GPU; shape as in the operator.
         others: The operator's other inputs in its order; with `visible` it is spatial cross-attention.
         level_hw: Height and width of each level.
-        value_scale: (1,) float32, what a step of an int8 `value` is worth.
+        value_scale: One number, float32 or float16: what a step of an int8 `value` is worth.
 
     Returns:
-        (B, Q, M * C), float32 for a float32 `value`, else float16.
+        (B, Q, M * C), of the type of `value_scale` for an int8 `value`, else of that of `value`.
 
     Raises:
-        LaunchError: The tensors do not fit together or are not all on one GPU, or CUDA refuses.
-        VariantError: There is no kernel of these sizes.
+        LaunchError: A tensor is missing, of a type that no kernel reads, or not on the GPU of the others, or CUDA refuses.
+        VariantError: The shapes do not fit together, or there is no kernel of these sizes.
         CompileError: The kernel cannot be compiled for this GPU.
     """
-    variant = variant_of(value, others, level_hw)
-    tensors = check(variant, value, others, value_scale)
+    tensors = inputs(value, others, value_scale)
+    variant = variant_of(tensors, level_hw)
+    numbers = variant.launch_numbers({name: tensor.shape for name, tensor in tensors.items()})
+    require_one_gpu(tensors)
     B, Q = others[-1].shape[:2]
     out = torch.empty(B, Q, variant.num_heads * variant.channels, dtype=getattr(torch, variant.out), device=value.device)
     if out.numel():
-        run(value.device, _source(variant), variant.op, variant.grid(Q, B), THREADS, *arguments(variant, tensors, out))
+        read = {name: _readable(tensor if name in ("value", "value_scale") else tensor.float()) for name, tensor in tensors.items()}
+        run(value.device, _source(variant), variant.op, variant.grid(Q, B), THREADS, *arguments(variant, numbers, {**read, "out": out}))
     return out
 
 
-def variant_of(value: Tensor, others: Sequence[Tensor], level_hw: Sequence[tuple[int, int]]) -> Variant:
-    """The kernel for these tensors.
+def inputs(value: Tensor, others: Sequence[Tensor], value_scale: Tensor | None) -> dict[str, Tensor]:
+    """The kernel's inputs by name.
 
     Raises:
-        LaunchError: `value` is of another type, or not an operator's number of inputs.
-        VariantError: There is no kernel of these sizes.
+        LaunchError: `value` or its scale is of another type, or there are not as many inputs as an operator has.
     """
     if value.dtype not in _NUMBERS:
         raise LaunchError(f"value is {value.dtype}; kernels exist for float32, float16 and int8")
     if len(others) not in _OPERATORS or others[-1].ndim != 5:
         raise LaunchError(f"{len(others)} inputs behind value, the last of {others[-1].ndim} axes; an operator has 3 or 4, logits last")
-    return Variant(
-        op=_OPERATORS[len(others)],
-        value=_NUMBERS[value.dtype],
-        out="float32" if value.dtype == torch.float32 else "float16",
-        num_heads=value.shape[-2],
-        channels=value.shape[-1],
-        num_points=others[-1].shape[-1],
-        num_pillar_points=others[0].shape[-2] if len(others) == 4 else 1,
-        level_hw=tuple((int(h), int(w)) for h, w in level_hw),
-    )
+    scale = [value_scale] * (value.dtype == torch.int8)
+    if any(tensor is None or tensor.dtype not in _OUTS for tensor in scale):
+        found = "missing" if value_scale is None else f"{value_scale.dtype}"
+        raise LaunchError(f"value is int8; its value_scale is {found}, must be float32 or float16")
+    return dict(zip(input_names(_OPERATORS[len(others)], _NUMBERS[value.dtype]), (value, *scale, *others), strict=True))
 
 
-def check(variant: Variant, value: Tensor, others: Sequence[Tensor], value_scale: Tensor | None) -> dict[str, Tensor]:
-    """The kernel's input tensors by name, contiguous and float32 behind `value`.
+def variant_of(tensors: Mapping[str, Tensor], level_hw: Sequence[tuple[int, int]]) -> Variant:
+    """The kernel for these inputs.
 
     Raises:
-        LaunchError: A shape or device is not what the kernel would read.
+        VariantError: There is none of these sizes.
     """
-    given = [value, *[value_scale] * (variant.value == "int8"), *others]
-    if any(tensor is None for tensor in given):
-        raise LaunchError("value is int8; its value_scale is missing")
-    tensors = dict(zip(variant.parameters, given, strict=False))
-    B, Q = others[-1].shape[:2]
-    M, C, L, P, D = variant.num_heads, variant.channels, len(variant.level_hw), variant.num_points, variant.num_pillar_points
-    cameras = (value.shape[1],) if "visible" in tensors else ()
-    expected = {
-        "value": (B, *cameras, variant.num_keys, M, C),
-        "value_scale": (1,),
-        "reference_points": (B, *cameras, Q, *((D, 2) if cameras else (2,))),
-        "visible": (B, *cameras, Q),
-        "sampling_offsets": (B, Q, M, L, P, 2),
-        "attention_logits": (B, Q, M, L, P),
-    }
-    if B > _MAX_BATCH or (cameras and cameras[0] > MAX_CAMERAS):
-        raise LaunchError(f"batch {B}, {cameras[0] if cameras else 1} cameras; kernels take up to {_MAX_BATCH} and {MAX_CAMERAS}")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise LaunchError(f"{name} is {tuple(tensor.shape)}, must be {expected[name]}")
-    require_one_gpu(tensors)
-    return {name: _readable(tensor if name == "value" else tensor.float()) for name, tensor in tensors.items()}
+    out = _OUTS[tensors.get("value_scale", tensors["value"]).dtype]
+    return of_shapes(_NUMBERS[tensors["value"].dtype], out, {name: tensor.shape for name, tensor in tensors.items()}, level_hw)
 
 
 def require_one_gpu(tensors: dict[str, Tensor]) -> None:
@@ -108,13 +84,10 @@ def require_one_gpu(tensors: dict[str, Tensor]) -> None:
             raise LaunchError(f"{name} is on {tensor.device}, value on {device}; kernels read one GPU")
 
 
-def arguments(variant: Variant, tensors: dict[str, Tensor], out: Tensor) -> tuple[tuple[int, ...], tuple[type, ...]]:
+def arguments(variant: Variant, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[type, ...]]:
     """Values and types of the kernel's parameters, in their order."""
-    num_query = out.shape[1]
-    numbers = {"num_query": num_query, "num_cameras": tensors["value"].shape[1], "row_length": row_length(num_query)}
-    addresses = {name: tensor.data_ptr() for name, tensor in (*tensors.items(), ("out", out))}
-    values = tuple(numbers[name] if name in numbers else addresses[name] for name in variant.parameters)
-    return values, tuple(ctypes.c_int if name in numbers else ctypes.c_void_p for name in variant.parameters)
+    values = tuple(numbers[name] if name in variant.numbers else tensors[name].data_ptr() for name in variant.parameters)
+    return values, tuple(ctypes.c_int if name in variant.numbers else ctypes.c_void_p for name in variant.parameters)
 
 
 def _readable(tensor: Tensor) -> Tensor:

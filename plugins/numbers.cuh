@@ -40,6 +40,15 @@ INLINE int dot_of_bytes(unsigned weights, unsigned numbers, int sum) {  // weigh
 
 #endif
 
+#if OUT == HALF
+using OutNumber = unsigned short;  // the bits
+#else
+using OutNumber = float;
+#endif
+
+INLINE float float_of(float number) { return number; }
+INLINE float float_of(unsigned short half) { return floats_of_halves(half).x; }
+
 template <int COUNT>
 INLINE void load(const void* from, unsigned (&to)[COUNT]) {
     if constexpr (COUNT % 4 == 0) {

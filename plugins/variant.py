@@ -1,7 +1,7 @@
 """What a compiled kernel is fixed to, how it is launched, and which variants the recipes need. The kernel is plugins/attention.cu."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,11 +11,16 @@ from qdbev.config import Config
 Op = Literal["spatial_cross_attention", "multi_scale_deformable_attention"]
 """Also the name of the kernel."""
 Number = Literal["float32", "float16", "int8"]
+Out = Literal["float32", "float16"]
 
+TYPES: tuple[tuple[Number, Out], ...] = (("float32", "float32"), ("float16", "float16"), ("int8", "float16"), ("int8", "float32"))
+"""Of the input `value` and of the output."""
 THREADS = 256
 """A block."""
 MAX_CAMERAS = 32
 """A kernel keeps the cameras that see a query as bits of a word."""
+MAX_BATCH = 65535
+"""Blocks along z."""
 NUSCENES_HW = (900, 1600)
 """Stored images."""
 
@@ -26,7 +31,7 @@ _LOAD_BYTES = 16
 
 
 class VariantError(ValueError):
-    """Sizes that no kernel exists for."""
+    """Sizes that no kernel exists for, or that do not fit together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +40,8 @@ class Variant:
 
     op: Op
     value: Number
-    """Type of the input `value`; all other inputs are float32."""
-    out: Literal["float32", "float16"]
+    """Type of the input `value`; `value_scale` is of the output's type, all other inputs are float32."""
+    out: Out
     num_heads: int
     channels: int
     """Of one head."""
@@ -89,10 +94,36 @@ class Variant:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The kernel's parameters: inputs, then int32 numbers, then the output, as TensorRT passes them."""
-        spatial = self.op == "spatial_cross_attention"
-        scale, visible, cameras = ("value_scale",) * (self.value == "int8"), ("visible",) * spatial, ("num_cameras",) * spatial
-        inputs = ("value", *scale, "reference_points", *visible, "sampling_offsets", "attention_logits")
-        return (*inputs, "num_query", *cameras, "row_length", "out")
+        return (*input_names(self.op, self.value), *self.numbers, "out")
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Its int32 parameters."""
+        return ("num_query", *["num_cameras"] * (self.op == "spatial_cross_attention"), "row_length")
+
+    def launch_numbers(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Values of `numbers`, and `batch`, for inputs of these shapes, by name.
+
+        Raises:
+            VariantError: They do not fit together, or a launch cannot take so many.
+        """
+        B, Q = shapes["attention_logits"][:2]
+        N = shapes["value"][1] if "visible" in shapes else 1
+        cameras = (N,) * ("visible" in shapes)
+        expected = {
+            "value": (B, *cameras, self.num_keys, self.num_heads, self.channels),
+            "reference_points": (B, *cameras, Q, *((self.num_pillar_points, 2) if cameras else (2,))),
+            "visible": (B, *cameras, Q),
+            "sampling_offsets": (B, Q, self.num_heads, len(self.level_hw), self.num_points, 2),
+            "attention_logits": (B, Q, self.num_heads, len(self.level_hw), self.num_points),
+        }
+        for name, found in shapes.items():
+            if name == "value_scale":
+                _require(math.prod(found) == 1, f"value_scale is {tuple(found)}, must be one number")
+            else:
+                _require(tuple(found) == expected[name], f"{name} is {tuple(found)}, must be {expected[name]}")
+        _require(B <= MAX_BATCH and N <= MAX_CAMERAS, f"batch {B}, {N} cameras; kernels take up to {MAX_BATCH} and {MAX_CAMERAS}")
+        return {"batch": B, "num_query": Q, "num_cameras": N, "row_length": row_length(Q)}
 
     def source(self) -> str:
         """CUDA C++ of this variant; also C++ of the host, behind the declarations of tests/kernel_on_host.h."""
@@ -113,6 +144,31 @@ class Variant:
         return defines + "".join(f'#line 1 "{path.name}"\n{path.read_text()}' for path in _SOURCES)
 
 
+def input_names(op: Op, value: Number) -> tuple[str, ...]:
+    """The inputs of an operator, in order."""
+    scale, visible = ("value_scale",) * (value == "int8"), ("visible",) * (op == "spatial_cross_attention")
+    return ("value", *scale, "reference_points", *visible, "sampling_offsets", "attention_logits")
+
+
+def of_shapes(value: Number, out: Out, shapes: Mapping[str, Sequence[int]], level_hw: Sequence[tuple[int, int]]) -> Variant:
+    """The kernel for inputs of these shapes, by name; with `visible` it is spatial cross-attention.
+
+    Raises:
+        VariantError: There is none.
+    """
+    spatial = "visible" in shapes
+    return Variant(
+        op="spatial_cross_attention" if spatial else "multi_scale_deformable_attention",
+        value=value,
+        out=out,
+        num_heads=shapes["value"][-2],
+        channels=shapes["value"][-1],
+        num_points=shapes["attention_logits"][-1],
+        num_pillar_points=shapes["reference_points"][-2] if spatial else 1,
+        level_hw=tuple((int(h), int(w)) for h, w in level_hw),
+    )
+
+
 def row_length(num_query: int) -> int:
     """Queries of a row where so many are taken for a square grid, else 0: only the order of computation depends on it, no number."""
     side = math.isqrt(num_query)
@@ -120,15 +176,15 @@ def row_length(num_query: int) -> int:
 
 
 def of_recipe(config: Config) -> Iterator[Variant]:
-    """Every attention that the recipe's network has, with every type of `value`.
+    """Every attention that the recipe's network has, with all TYPES.
 
     Image sizes are those of nuScenes, and for data/micro those of the synthetic world.
     """
     model = config.model
-    for value in _BYTES:
+    for value, out in TYPES:
         shared = {
             "value": value,
-            "out": "float32" if value == "float32" else "float16",
+            "out": out,
             "num_heads": model.num_heads,
             "channels": model.embed_dim // model.num_heads,
         }

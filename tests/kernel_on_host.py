@@ -37,8 +37,10 @@ class HostKernels:
     def attend(self, variant: Variant, value: Tensor, scale: float, others: Sequence[Tensor], row_length: int = 0) -> Tensor:
         """(B, Q, M * C). `value` and `others` are the operator's inputs, `scale` what a step of an int8 `value` is worth."""
         batch, num_query = others[-1].shape[:2]
-        out = torch.full((batch, num_query, variant.num_heads * variant.channels), torch.nan, dtype=getattr(torch, variant.out))
-        tensors = [value, *[torch.tensor([scale])] * (variant.value == "int8"), *(tensor.contiguous() for tensor in others), out]
+        dtype = getattr(torch, variant.out)
+        out = torch.full((batch, num_query, variant.num_heads * variant.channels), torch.nan, dtype=dtype)
+        value_scale = torch.tensor(scale, dtype=dtype)
+        tensors = [value, *[value_scale] * (variant.value == "int8"), *(tensor.contiguous() for tensor in others), out]
         numbers = {"num_query": num_query, "num_cameras": value.shape[1], "row_length": row_length}
         self._call(variant, [tensor.data_ptr() for tensor in tensors], variant.grid(num_query, batch), numbers)
         return out
@@ -75,7 +77,7 @@ def _entry(variant: Variant, index: int) -> str:
     """The variant's kernel in a namespace, and `run_<index>(addresses, grid x, y, z, queries, cameras, row length)`."""
     numbers = {"num_query": "queries", "num_cameras": "cameras", "row_length": "row"}
     pointers = [name for name in variant.parameters if name not in numbers]
-    types = {"value": "const void*", "out": "void*"}
+    types = {"value": "const void*", "value_scale": f"const variant_{index}::OutNumber*", "out": "void*"}
     numbers |= {name: f"({types.get(name, 'const float*')})a[{index}]" for index, name in enumerate(pointers)}
     arguments = ", ".join(numbers[name] for name in variant.parameters)
     source = variant.source()

@@ -154,6 +154,7 @@ def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, 
     assert seal.facts["plan_bytes"] == built[1].stat().st_size
     assert seal.facts["build"] == {"onnx": "w8a8.onnx", "memory_limit_mb": 256, "allow_float": False}
     assert seal.facts["inputs"]["images"] == [1, 3, 8, 8]
+    assert seal.facts["plugins"] == []
     assert fell_back(seal.facts["audit"]) == []
 
 
@@ -281,6 +282,20 @@ def test_an_interrupted_build_leaves_no_engine(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="no space"):
         build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options(backend="tensorrt-rtx"))
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".engine") or path.name.startswith(".s.engine")]
+
+
+def test_what_failed_in_a_plugin_is_told_first_where_no_engine_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = backend.load("tensorrt-rtx").module
+    failures = ["of the build before"]
+
+    class Builder(trt.Builder):
+        def build_serialized_network(self, *_: object) -> None:
+            failures.append("SpatialCrossAttention: 12 channels a head")
+
+    monkeypatch.setattr(build, "_register_ours", lambda chosen: failures)
+    monkeypatch.setattr(trt, "Builder", Builder)
+    with pytest.raises(EngineError, match=r"built no engine from .*s\.onnx:\n  SpatialCrossAttention: 12 channels a head"):
+        build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options(backend="tensorrt-rtx"))
 
 
 def test_the_command_that_is_given_for_another_gpu_builds_for_both(tmp_path: Path, built: tuple[Path, Path]) -> None:

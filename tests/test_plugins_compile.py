@@ -8,7 +8,7 @@ import pytest
 from plugins import compile as kernels
 from plugins.cases import SIZES
 from plugins.compile import ARCHITECTURES, CompileError, Usage, build, cubin, main
-from plugins.variant import NUSCENES_HW, Variant, VariantError, camera_levels, of_recipe, row_length
+from plugins.variant import NUSCENES_HW, TYPES, Variant, VariantError, camera_levels, of_recipe, row_length
 from qdbev.recipes import RECIPES
 
 SMALL = SIZES[1]
@@ -88,14 +88,15 @@ def test_the_report_has_a_row_for_each_attention_number_and_architecture(tmp_pat
     monkeypatch.setattr("sys.argv", ["compile", "--report", str(report), "--recipes", "micro", "--architectures", "sm_87"])
     main()
     found = json.loads(report.read_text())
-    assert {(row["op"], row["value"]) for row in found["rows"]} == {(v.op, v.value) for v in of_recipe(RECIPES["micro"]())}
+    wanted = {(v.op, v.value, v.out) for v in of_recipe(RECIPES["micro"]())}
+    assert {(row["op"], row["value"], row["out"]) for row in found["rows"]} == wanted and len(wanted) == 8
     assert all(row["architecture"] == "sm_87" and row["registers"] > 0 and row["spill_store_bytes"] == 0 for row in found["rows"])
     assert found["spill_bytes"] == 0
 
 
 def test_the_recipes_need_what_their_networks_have():
     base = list(of_recipe(RECIPES["base"]()))
-    assert [(v.op[:3], v.value) for v in base] == [(op, n) for n in ("float32", "float16", "int8") for op in ("spa", "mul")]
+    assert [(v.op[:3], (v.value, v.out)) for v in base] == [(op, types) for types in TYPES for op in ("spa", "mul")]
     assert base[0].level_hw == ((116, 200), (58, 100), (29, 50), (15, 25)) and base[1].level_hw == ((200, 200),)
     assert (base[0].num_heads, base[0].channels, base[0].num_points, base[0].num_pillar_points) == (8, 32, 8, 4)
     levels = {name: camera_levels(RECIPES[name]()) for name in ("micro", "tiny", "small")}
