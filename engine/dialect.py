@@ -25,20 +25,20 @@ def check(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> N
     if opset > NEWEST_OPSET:
         raise EngineError(
             f"the ONNX is of operator set {opset}; TensorRT 8.6 reads up to {NEWEST_OPSET} and would read newer nodes wrongly without a "
-            f"word. Export it for TensorRT 8.6 (plugins/README.md), {_INSTEAD}"
+            f"word. Export it with --builtin-plugin, {_INSTEAD}"
         )
     names = {name for name, _, _ in plugins}
     for node in model.graph.node:
         if node.domain not in _STANDARD_DOMAINS and node.op_type not in names:
             raise EngineError(
                 f"node {graph.node_name(node)} is a {node.domain}::{node.op_type}; TensorRT 8.6 reads no local functions and has no plugin "
-                f"of that name. Export it with TensorRT's own MultiscaleDeformableAttnPlugin (plugins/README.md), {_INSTEAD}"
+                f"of that name. Export it with --builtin-plugin, {_INSTEAD}"
             )
     half = _float16(model)
     if half:
         raise EngineError(
-            f"{half} is float16; TensorRT 8.6 has no strong typing and would compute the geometry in float16 too. Export it without "
-            f"--float16, {_INSTEAD}"
+            f"{half} is float16; TensorRT 8.6 has no strong typing and would compute the geometry in float16 too. Export it with "
+            f"--builtin-plugin instead of --float16, {_INSTEAD}"
         )
 
 

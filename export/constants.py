@@ -11,17 +11,17 @@ from onnx import NodeProto, helper
 
 from export.graph import Graph
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
-def fold(model: onnx.ModelProto) -> int:
-    """Put constants where a network reads what products of constants lead to, in place, and return the number of products that go.
+def fold(model: onnx.ModelProto, of: tuple[str, ...] = PRODUCTS) -> int:
+    """Put constants where a network reads what nodes `of` constants lead to, in place, and return the number of such nodes that go.
 
     onnxruntime computes them, Q/DQ executed as it stands, so that the numbers are those of the whole graph there. Constants that no
-    product made stay as they are: integer weights behind a DequantizeLinear would grow.
+    node `of` them made stay as they are: integer weights behind a DequantizeLinear would grow.
     """
     graph = Graph(model)
-    nodes, made = _constant_nodes(graph)
+    nodes, made = _constant_nodes(graph, of)
     inside = {node.output[0] for node in nodes}
     read = {name for node in graph.proto.node if node.output[0] not in inside for name in node.input}
     wanted = sorted(made & read)
@@ -29,20 +29,20 @@ def fold(model: onnx.ModelProto) -> int:
         return 0
     for name, value in zip(wanted, _computed(model, nodes, wanted), strict=True):
         graph.redirect(name, graph.add_constant(f"{graph.producers[name].name}.constant", value))
-    before = _num_products(graph)
+    before = _count(graph, of)
     graph.prune()
-    return before - _num_products(graph)
+    return before - _count(graph, of)
 
 
-def _constant_nodes(graph: Graph) -> tuple[list[NodeProto], set[str]]:
-    """Nodes that depend on no input, in order, and those of their results that a product had a part in."""
+def _constant_nodes(graph: Graph, of: tuple[str, ...]) -> tuple[list[NodeProto], set[str]]:
+    """Nodes that depend on no input, in order, and those of their results that a node `of` them had a part in."""
     constant, made, nodes = {"", *graph.initializers}, set(), []
     for node in graph.proto.node:
         if node.domain or not constant.issuperset(node.input):
             continue
         nodes.append(node)
         constant.update(node.output)
-        if node.op_type in _PRODUCTS or made.intersection(node.input):
+        if node.op_type in of or made.intersection(node.input):
             made.update(node.output)
     return nodes, made
 
@@ -62,5 +62,5 @@ def _computed(model: onnx.ModelProto, nodes: list[NodeProto], wanted: list[str])
     return session.run(wanted, {})
 
 
-def _num_products(graph: Graph) -> int:
-    return sum(node.op_type in _PRODUCTS for node in graph.proto.node)
+def _count(graph: Graph, op_types: tuple[str, ...]) -> int:
+    return sum(node.op_type in op_types for node in graph.proto.node)

@@ -7,14 +7,15 @@ Strongly typed engines take the type of every tensor from the ONNX. These stay f
     coordinates and logits of the custom operators and the box code, from the product on that gives them; an integer product included
     the inside of the operators' bodies: the value they read is widened, what they give is rounded
 
-An integer product has the type of its scales. The scales themselves have few enough significant bits to be the same in float16
-(qdbev/quant/quantizer.py), down to 5e-7.
+An integer product has the type of its scales, and an operator with an integer value that of `value_scale`. The scales themselves have few
+enough significant bits to be the same in float16 (qdbev/quant/quantizer.py), down to 5e-7.
 """
 
 import numpy as np
 import onnx
 from onnx import FunctionProto, NodeProto, TensorProto, helper
 
+from export import functions
 from export.graph import Graph, declare_opset, unused
 
 OPSET = 19
@@ -49,8 +50,7 @@ def convert(model: onnx.ModelProto) -> None:
     _retype_infos(graph, typing.half)
     graph.prune()
     for function in model.functions:
-        if function.name in typing.narrowed:
-            _widen_inside(function)
+        _widen_inside(function)
     declare_opset(model, OPSET)
 
 
@@ -66,8 +66,6 @@ class _Typing:
         self.nodes: list[NodeProto] = []
         self.half: dict[str, str] = {}
         """What tensors are called in float16."""
-        self.narrowed: set[str] = set()
-        """Custom operators that read a float16 value."""
         self._graph, self._floats, self._wide = graph, floats, wide
         self._made = {(name, _WIDE): name for name in (*graph.initializers, *(entry.name for entry in graph.proto.input))}
         self._taken = {name for node in graph.proto.node for name in node.output} | graph.initializers.keys()
@@ -78,7 +76,7 @@ class _Typing:
             return
         kind = self._kind(node)
         for index, name in enumerate(node.input):
-            wanted = _WIDE if node.domain and index else kind
+            wanted = _WIDE if node.domain and index >= _num_typed(node) else kind
             fixed = node.op_type == "Resize" and index > 0
             if name in self._floats and not fixed:
                 node.input[index] = self.typed(name, wanted)
@@ -88,8 +86,6 @@ class _Typing:
         for index, name in enumerate(node.output):
             if name in self._floats:
                 node.output[index] = self._name(name, kind)
-        if node.domain and kind == _HALF:
-            self.narrowed.add(node.op_type)
         self.nodes.append(node)
 
     def typed(self, name: str, kind: int) -> str:
@@ -113,7 +109,7 @@ class _Typing:
 
     def _kind(self, node: NodeProto) -> int:
         if node.domain:
-            return _HALF if node.input[0] in self._floats else _WIDE
+            return _HALF
         if node.output[0] in self._wide:
             return _WIDE
         moves = node.op_type in _MOVES or node.op_type == "QuantizeLinear"
@@ -176,7 +172,7 @@ def _geometry(graph: Graph) -> set[str]:
 
 def _coordinates(graph: Graph) -> set[str]:
     """First outputs of the nodes from products to the box code, and to the custom operators' inputs but their value."""
-    found, left = set(), [name for node in graph.proto.node if node.domain for name in node.input[1:]]
+    found, left = set(), [name for node in graph.proto.node if node.domain for name in node.input[_num_typed(node) :]]
     left.append(_BOX_CODE)
     while left:
         node = graph.producers.get(left.pop())
@@ -188,6 +184,11 @@ def _coordinates(graph: Graph) -> set[str]:
             continue
         found.add(node.output[0])
     return found
+
+
+def _num_typed(node: NodeProto) -> int:
+    """How many inputs of a custom operator say what there is, in the operator's type; the others say where."""
+    return 2 if node.op_type in functions.INTEGER_VALUE.values() else 1
 
 
 def _of_integers(graph: Graph, product: NodeProto) -> bool:
@@ -216,13 +217,14 @@ def _halved(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _widen_inside(function: FunctionProto) -> None:
-    """Let a body compute in float32 whatever the type of its first input, and give float16."""
+    """Let a body compute in float32 whatever the type of its value, and give float16. An integer value is float32 there in any case."""
     value, output = function.input[0], function.output[0]
+    widened = value if function.name in functions.INTEGER_VALUE.values() else f"{value}_float32"
     nodes = list(function.node)
     for node in nodes:
-        node.input[:] = [f"{name}_float32" if name == value else name for name in node.input]
+        node.input[:] = [widened if name == value else name for name in node.input]
         node.output[:] = [f"{name}_float32" if name == output else name for name in node.output]
-    before = helper.make_node("Cast", [value], [f"{value}_float32"], to=_WIDE)
+    before = [helper.make_node("Cast", [value], [widened], to=_WIDE)] if widened != value else []
     after = helper.make_node("Cast", [f"{output}_float32"], [output], to=_HALF)
     del function.node[:]
-    function.node.extend([before, *nodes, after])
+    function.node.extend([*before, *nodes, after])

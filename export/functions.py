@@ -22,28 +22,36 @@ from qdbev import schema
 MSDA = "MultiScaleDeformableAttention"
 SCA = "SpatialCrossAttention"
 IM2COL = "ModulatedDeformableIm2col"
+INTEGER_VALUE = {MSDA: f"{MSDA}Int8", SCA: f"{SCA}Int8"}
+"""The operators whose value is int8, with its scale () as the input behind it, by the name of those that read floats."""
+BUILTIN = "MultiscaleDeformableAttnPlugin_TRT"
+"""TensorRT's own plugin, which builtin_plugin.py calls. spatial_shapes is (L, 2) int32 heights and widths, level_start_index (L,) int32;
+the output (B, Q, M, C)."""
 INPUTS = {
     MSDA: ("value", "reference_points", "sampling_offsets", "attention_logits"),
     SCA: ("value", "reference_points", "visible", "sampling_offsets", "attention_logits"),
     IM2COL: ("x", "offsets", "mask"),
+    BUILTIN: ("value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"),
 }
 """Input names of each operator, in order."""
+INPUTS |= {integer: ("value", "value_scale", *INPUTS[op_type][1:]) for op_type, integer in INTEGER_VALUE.items()}
 PLUGIN = {"plugin_namespace": schema.OP_DOMAIN, "plugin_version": str(schema.OP_VERSION)}
 """Attributes that make TensorRT take a registered plugin before the body."""
 _LEVELS = {"level_hw": AttributeProto.INTS}
-ATTRIBUTES = {MSDA: _LEVELS, SCA: _LEVELS, IM2COL: {"stride": AttributeProto.INT}}
+ATTRIBUTES = dict.fromkeys((MSDA, SCA, *INTEGER_VALUE.values()), _LEVELS) | {IM2COL: {"stride": AttributeProto.INT}, BUILTIN: {}}
 """Each operator's own attributes and their types; level_hw is h0, w0, h1, w1, ..."""
 
 _OUTPUT = "output"
 
 
 def attach(model: onnx.ModelProto) -> None:
-    """Give `model` a body for each custom operator it uses.
+    """Give `model` a body for each custom operator it uses, and no other.
 
     Raises:
         ValueError: A node of the domain is no operator of ours, or one operator is used with different numbers of levels.
     """
     levels: dict[str, set[int]] = {}
+    del model.functions[:]
     for node in model.graph.node:
         if node.domain != schema.OP_DOMAIN:
             continue
@@ -65,7 +73,7 @@ def _num_levels(node: NodeProto) -> int:
 
 def body(op_type: str, levels: int) -> FunctionProto:
     """The local function of an operator for a number of levels."""
-    nodes = _Nodes()
+    nodes = _Nodes(integer_value=op_type in INTEGER_VALUE.values())
     _BODIES[op_type](nodes, levels)
     return helper.make_function(
         schema.OP_DOMAIN,
@@ -81,8 +89,10 @@ def body(op_type: str, levels: int) -> FunctionProto:
 class _Nodes:
     """The nodes of a body, in order. Calling it adds one and returns its output's name; integers become constant tensors."""
 
-    def __init__(self) -> None:
+    def __init__(self, integer_value: bool) -> None:
         self.list: list[NodeProto] = []
+        self.integer_value = integer_value
+        """Whether the body begins with an int8 value and its scale."""
 
     def __call__(self, op_type: str, *inputs: str | list[int], output: str = "", **attributes: Any) -> str:
         names = [self.constant(given) if isinstance(given, list) else given for given in inputs]
@@ -152,6 +162,12 @@ def _spatial_cross_attention(nodes: _Nodes, levels: int) -> None:
     _finish(nodes, nodes("Div", total, nodes("Unsqueeze", count, [1, 2])))
 
 
+def _builtin(nodes: _Nodes, levels: int) -> None:
+    value, level_hw = nodes("Unsqueeze", "value", [1]), nodes("Cast", "spatial_shapes", to=TensorProto.INT64)
+    read = _weighted_sum(nodes, value, "sampling_locations", "attention_weights", level_hw, levels)  # (B, 1, M, C, Q)
+    nodes("Transpose", nodes("Squeeze", read, [1]), perm=[0, 3, 1, 2], output=_OUTPUT)  # (B, Q, M, C)
+
+
 def _modulated_deformable_im2col(nodes: _Nodes, _: int) -> None:
     out_hw = nodes.size("offsets", 2, 4)  # h, w
     shift = nodes("Reshape", "offsets", nodes.join([0, 9, 2], out_hw))  # (B, 9, 2, h, w)
@@ -182,7 +198,9 @@ _BODIES: dict[str, Callable[[_Nodes, int], None]] = {
     MSDA: _multi_scale_deformable_attention,
     SCA: _spatial_cross_attention,
     IM2COL: _modulated_deformable_im2col,
+    BUILTIN: _builtin,
 }
+_BODIES |= {integer: _BODIES[op_type] for op_type, integer in INTEGER_VALUE.items()}
 
 
 def _offsets(nodes: _Nodes, level_hw: str) -> str:
@@ -195,10 +213,17 @@ def _read(nodes: _Nodes, value: str, locations: str, level_hw: str, levels: int)
     """Read value (B, N, S, M, C) at locations (B*N, Q, M, L, P, 2) and sum with the softmaxed logits: (B, N, M, C, Q)."""
     flat = nodes("Softmax", nodes("Reshape", "attention_logits", [0, 0, 0, -1]), axis=-1)  # (B, Q, M, L*P)
     weights = nodes("Reshape", flat, nodes.sizes_from("attention_logits", 0))
+    return _weighted_sum(nodes, value, locations, weights, level_hw, levels)
+
+
+def _weighted_sum(nodes: _Nodes, value: str, locations: str, weights: str, level_hw: str, levels: int) -> str:
+    """The same with weights (B, Q, M, L, P)."""
     weights = nodes("Transpose", weights, perm=[0, 2, 1, 3, 4])  # (B, M, Q, L, P)
     grid = nodes("Sub", nodes("Mul", locations, nodes.scalar(2.0)), nodes.scalar(1.0))
     grid = nodes("Transpose", grid, perm=[0, 2, 1, 3, 4, 5])  # (B*N, M, Q, L, P, 2)
     images = nodes("Transpose", value, perm=[0, 1, 3, 4, 2])  # (B, N, M, C, S)
+    if nodes.integer_value:
+        images = _dequantized(nodes, images)
     channels, cameras = nodes.size(images, 3), nodes.size(images, 0, 3)  # C; B, N, M
     start, total = nodes.constant([0]), ""
     for index in range(levels):
@@ -214,6 +239,16 @@ def _read(nodes: _Nodes, value: str, locations: str, level_hw: str, levels: int)
         total = nodes("Add", total, level_sum) if total else level_sum
         start = end
     return total
+
+
+def _dequantized(nodes: _Nodes, integers: str) -> str:
+    """int8 times `value_scale`, in float32.
+
+    Not by a DequantizeLinear: parsers call that layer after the node and refuse the second body of one model (seen in TensorRT-RTX 1.7.1,
+    which makes the same two operations of it). Moved as integers first, it costs no kernel more than a DequantizeLinear before.
+    """
+    scale = nodes("Cast", "value_scale", to=TensorProto.FLOAT)
+    return nodes("Mul", nodes("Cast", integers, to=TensorProto.FLOAT), scale)
 
 
 def _finish(nodes: _Nodes, read: str) -> None:

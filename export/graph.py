@@ -89,6 +89,14 @@ def declare_opset(model: onnx.ModelProto, version: int) -> None:
                 entry.version = version
 
 
+def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor; the deployed graph's are all fixed."""
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    infos = (*inferred.input, *inferred.output, *inferred.value_info)
+    found = {info.name: tuple(size.dim_value for size in info.type.tensor_type.shape.dim) for info in infos}
+    return found | {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+
+
 def unused(name: str, taken: set[str]) -> str:
     """`name`, with a number behind it if it is taken."""
     candidate, count = name, 1

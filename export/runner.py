@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
+from export import builtin_plugin
 from qdbev import artifact, schema
 from qdbev.artifact import ArtifactError
 
@@ -17,7 +18,9 @@ _STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 class OnnxRunner:
-    """A sealed ONNX of the deployed graph, on the CPU. Q/DQ are executed as they stand, not fused into integer kernels of other rounding.
+    """A sealed ONNX of the deployed graph, on the CPU, TensorRT's own plugin by its body (builtin_plugin.py).
+
+    Q/DQ are executed as they stand, not fused into integer kernels of other rounding.
 
     Args:
         path: The ONNX; its seal lies beside it.
@@ -49,7 +52,9 @@ class OnnxRunner:
         return dict(zip(schema.OUTPUTS, values, strict=True))
 
     def _open(self, path: Path) -> None:
-        check(path, _load(path))
+        model = _load(path)
+        source = model.SerializeToString() if builtin_plugin.with_bodies(model) else path
+        check(path, model)
         options = onnxruntime.SessionOptions()
         # Otherwise onnxruntime (seen in 1.31) rounds biases to int32 and runs Q/DQ groups in integer kernels, which moves numbers.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -60,7 +65,7 @@ class OnnxRunner:
         # Of a 3-D MatMul and its bias; with Q/DQ around and operator set 21 (the INT4 form) it makes a graph that does not load.
         without = ["MatMulAddFusion"]
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
         except Exception as error:
             raise ArtifactError(f"onnxruntime cannot open {path}: {_first_line(error)}") from error
         self.shapes: dict[str, tuple[int, ...]] = {found.name: tuple(found.shape) for found in self._session.get_inputs()}

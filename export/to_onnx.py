@@ -4,7 +4,7 @@
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
 written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types what is float, geometry
-excepted, as float16.
+excepted, as float16. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx
 
-from export import constants, deform_conv, float16, parity, projection, qdq
+from export import builtin_plugin, constants, deform_conv, float16, integer_value, parity, projection, qdq, tensorrt_8
 from export.graph import opset
 from export.runner import OnnxRunner
 from export.trace import trace
@@ -47,12 +47,16 @@ def main() -> None:
         "--standard-deform-conv", action="store_true", help="float DCNv2 as ONNX's own DeformConv (opset 19); TensorRT-RTX has none"
     )
     parser.add_argument("--float16", action="store_true", help="float part in float16; geometry, inputs and outputs stay float32")
+    parser.add_argument(
+        "--builtin-plugin", action="store_true", help="attention by TensorRT's own plugin, in operator set 17: for TensorRT 8.6 to 10.6"
+    )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = parity.synthetic_frames(model, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
-    rows, made = export(model, seal, args.onnx, image_hw, frames, standard_deform_conv=args.standard_deform_conv, half=args.float16)
+    forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
+    rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
     sys.stdout.write(f"traced in {facts['trace_s']} s\n")
@@ -66,6 +70,7 @@ def export(
     frames: Sequence[Frame],
     standard_deform_conv: bool = False,
     half: bool = False,
+    builtin: bool = False,
 ) -> tuple[list[parity.Row], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
 
@@ -74,12 +79,18 @@ def export(
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
         standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
         half: What is float becomes float16, geometry excepted (float16.py).
+        builtin: The attentions become TensorRT's own plugin, all else what TensorRT 8.6 reads (builtin_plugin.py, tensorrt_8.py).
 
     Raises:
-        ValueError: `standard_deform_conv` or `half` does not fit the model.
+        ValueError: `standard_deform_conv` or `half` does not fit the model, or `builtin` is not alone.
         ParityError: They differ; the message holds the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
+    if builtin and (half or standard_deform_conv):
+        raise ValueError(
+            "--builtin-plugin goes with neither --float16, since that plugin has one type for values and locations, nor "
+            "--standard-deform-conv, which TensorRT 8.6 does not know; leave them out"
+        )
     config = from_dict(parent.config)
     quantized = parent.kind != "teacher"
     start = time.perf_counter()
@@ -89,8 +100,8 @@ def export(
     if standard_deform_conv:
         deform_conv.use_standard_node(proto)
     stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None
-    arrange(proto, half)
-    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "image_hw": list(image_hw)}
+    arrange(proto, half, builtin)
+    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "builtin_plugin": builtin, "image_hw": list(image_hw)}
     facts["trace_s"] = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
@@ -109,10 +120,15 @@ def export(
     return rows, made
 
 
-def arrange(model: onnx.ModelProto, half: bool) -> None:
+def arrange(model: onnx.ModelProto, half: bool = False, builtin: bool = False) -> None:
     """From the graph as traced and packed, which is also what is stored, to the one that is deployed; in place."""
     constants.fold(model)
     projection.write_out(model)
+    if builtin:
+        builtin_plugin.use(model)
+        tensorrt_8.convert(model)
+        return
+    integer_value.pass_on(model)
     if half:
         float16.convert(model)
 

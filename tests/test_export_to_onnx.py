@@ -117,11 +117,12 @@ def test_the_graph_has_the_names_and_shapes_of_the_schema(exported):
 
 def test_custom_operators_are_single_nodes_with_a_body_and_plugin_attributes(exported):
     nodes = {node.name: node for node in exported.proto.graph.node if node.domain == schema.OP_DOMAIN}
+    msda, sca = (op if exported.kind == "float" else functions.INTEGER_VALUE[op] for op in (functions.MSDA, functions.SCA))
     assert {name: node.op_type for name, node in nodes.items()} == {
-        "encoder.layers.0.temporal.attention": functions.MSDA,
-        "encoder.layers.0.spatial.attention": functions.SCA,
-        "decoder.layers.0.cross_attention.attention": functions.MSDA,
-        "decoder.layers.1.cross_attention.attention": functions.MSDA,
+        "encoder.layers.0.temporal.attention": msda,
+        "encoder.layers.0.spatial.attention": sca,
+        "decoder.layers.0.cross_attention.attention": msda,
+        "decoder.layers.1.cross_attention.attention": msda,
     }
     spatial = nodes["encoder.layers.0.spatial.attention"]
     assert {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in spatial.attribute} == {
@@ -129,7 +130,7 @@ def test_custom_operators_are_single_nodes_with_a_body_and_plugin_attributes(exp
         "plugin_namespace": b"qdbev",
         "plugin_version": b"1",
     }
-    assert {function.name for function in exported.proto.functions} == {functions.MSDA, functions.SCA}
+    assert {function.name for function in exported.proto.functions} == {msda, sca}
 
 
 def test_compute_nodes_carry_the_names_of_their_modules_once(exported):
@@ -205,7 +206,7 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     packed = onnx.load(stored)
     assert stored.stat().st_size < done.path.stat().st_size
     deployed = qdq.unpack_int4(packed)
-    to_onnx.arrange(deployed, half=False)
+    to_onnx.arrange(deployed)
     assert deployed == done.proto
     four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
@@ -215,6 +216,20 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
     for name in schema.OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
         assert 1 - parity._cosine(found[name], expected[name]) < parity.QUANTIZED_TOLERANCE
+
+
+def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
+    done = exports("w4a6")
+    floats = qdq.unpack_int4(onnx.load(done.path.with_suffix(".int4.onnx")))
+    with monkeypatch.context() as patch:
+        patch.setattr(to_onnx.integer_value, "pass_on", lambda model: 0)
+        to_onnx.arrange(floats)
+    onnx.save(floats, tmp_path / "floats.onnx")
+    frame, _ = parity.synthetic_frames(done.model, IMAGE_HW)
+    feeds = temporal.deployed_inputs(frame, None, done.model.config)
+    expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
+    for name in schema.OUTPUTS:
+        np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_a_weight_off_its_grid_is_refused(exports):
@@ -241,7 +256,8 @@ def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(expor
     read = {node.name: (node.op_type, [known[name] for name in node.input if name]) for node in graph.node}
     for name, (op_type, types) in read.items():
         if op_type in functions.INPUTS:
-            assert types == [TensorProto.FLOAT16] + [TensorProto.FLOAT] * (len(types) - 1), name
+            value = [TensorProto.FLOAT16] if kind == "float" else [TensorProto.INT8, TensorProto.FLOAT16]
+            assert types == value + [TensorProto.FLOAT] * (len(types) - len(value)), name
         if name.startswith("encoder.can_bus"):
             assert set(types) == {TensorProto.FLOAT}, name
     assert set(read["encoder.layers.0.ffn.linear1"][1]) == {TensorProto.FLOAT16}
