@@ -9,9 +9,10 @@
 #   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
 #   make eval                    MODEL=runs/demo/w4a6.onnx
 #   make engine-eval             MODEL=runs/demo/w4a6.engine: beside its .onnx and .pt, metric by metric, tensor by tensor
+#   make gpu-check               RUN=runs/demo: all that only a GPU shows, in under ten minutes, in results/<gpu>_<date>.json
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
-#   make report lint step-cost image-cost attention-cost deform-cost results
+#   make report lint step-cost image-cost attention-cost deform-cost kernel-bench results
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
 export GOMP_SPINCOUNT ?= 20000
@@ -36,8 +37,8 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train ablation export-onnx pack engine audit bench eval engine-eval report views sizes size-files step-cost image-cost attention-cost deform-cost results \
-	lint setup clean
+.PHONY: demo test data train ablation export-onnx pack engine audit bench kernel-bench gpu-check eval engine-eval report views sizes size-files \
+	step-cost image-cost attention-cost deform-cost results lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
 	$(PY) -m eval.report --run $(RUN)
@@ -116,6 +117,13 @@ bench: MODEL ?= $(RUN)/w4a6.engine
 bench: .venv/.ok
 	$(PY) -m engine.bench --engine $(MODEL)
 
+kernel-bench: .venv/.ok
+	$(PY) -m plugins.bench --out runs/kernel_bench.json
+
+# A check that lacks something, as TensorRT, is skipped and says so.
+gpu-check: .venv/.ok
+	$(PY) -m eval.gpu_check --run $(RUN) --out results
+
 eval: MODEL ?= $(RUN)/w4a6.pt
 eval: .venv/.ok
 	$(PY) -m eval.run --model $(MODEL) --out $(dir $(MODEL))eval/$(NAME)_$(patsubst .%,%,$(suffix $(MODEL)))
@@ -174,6 +182,7 @@ results:
 	keep runs/ablation/curves.png ablation_curves.png; \
 	keep $(RUN)/image_cost.json image_cost_cpu.json; \
 	keep $(RUN)/attention.json attention_cpu.json; \
+	keep runs/kernel_bench.json kernel_bench.json; \
 	keep runs/sizes/sizes.json sizes_cpu.json; \
 	keep runs/sizes/deform_conv.json deform_conv_cpu.json
 

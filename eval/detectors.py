@@ -12,7 +12,6 @@ from qdbev import artifact, command
 from qdbev.artifact import Seal
 from qdbev.config import Config, from_dict
 from qdbev.model.bevformer import Deployed
-from qdbev.restore import restore
 from qdbev.schema import INPUTS, OUTPUTS
 
 Infer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -60,7 +59,13 @@ def open_detector(path: Path, device: str | None = None) -> Iterator[Detector]:
 
 @contextmanager
 def _open_checkpoint(path: Path, device: str | None) -> Iterator[Detector]:
+    from qdbev.restore import restore  # takes pytorch-quantization along, which other files need not
+
     target = command.device(device or "cpu")
+    if target.type == "cuda":
+        from plugins import torch_ops
+
+        torch_ops.install()
     seal, model = restore(path)
     deployed = Deployed(model).to(target).eval()
 

@@ -10,20 +10,19 @@ of, on the same inputs, that file's history among them: what differs is then of 
 import argparse
 import json
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval import run
-from eval.detectors import Detector, Infer, open_detector
-from eval.loop import Frames, steps
+from eval import comparison, run
+from eval.comparison import TOLERANCE, ComparisonError, Row, compare
+from eval.detectors import open_detector
+from eval.loop import Frames
 from eval.nds import EvaluationError
 from qdbev import artifact
 from qdbev.command import entry_point
@@ -31,36 +30,13 @@ from qdbev.config import DataConfig
 from qdbev.data.dataset import FrameDataset
 from qdbev.schema import Frame
 
-TOLERANCE = 0.999
-"""Cosine below which a tensor counts as different."""
-_DISTANCE = math.sqrt(2 * (1 - TOLERANCE))
-"""Length of the difference over that of the reference at which two tensors of one length have that cosine: a wrong scale, which the
-cosine does not see, counts as well."""
-_TENSORS = ("bev", "cls_logits", "box_code")
-"""In the order in which the network makes them."""
+NDS_TOLERANCE = 0.002
+"""By how much an engine's score may differ from that of its ONNX."""
 _COMPARED_FRAMES = 40
 """A scene of nuScenes."""
 _STAGES = (".pt", ".onnx", ".engine")
 _METRICS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
 _log = logging.getLogger(__name__)
-
-
-class Row(NamedTuple):
-    """One tensor of one frame of `model` against `reference`, the file it was made of."""
-
-    model: str
-    reference: str
-    frame: int
-    token: str
-    tensor: str
-    cosine: float
-    distance: float
-    max_abs: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the tensors count as the same."""
-        return self.cosine >= TOLERANCE and self.distance <= _DISTANCE
 
 
 class _First:
@@ -92,32 +68,6 @@ def family(model: Path) -> list[Path]:
     return paths
 
 
-def compare(models: Sequence[tuple[str, Detector]], dataset: Frames) -> Iterator[Row]:
-    """Rows of the first frames: each model against the one before it, on that one's inputs.
-
-    Raises:
-        EvaluationError: A model gives NaN.
-    """
-    for (reference, source), (name, detector) in pairwise(models):
-        seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
-        both = Detector(source.seal, source.config, _both(source, detector, seen))
-        for step in steps(both, _First(dataset, _COMPARED_FRAMES)):
-            wanted, found = seen.pop()
-            for tensor in _TENSORS:
-                _require_finite({reference: wanted[tensor], name: found[tensor]}, tensor, step.index)
-                yield Row(name, reference, step.index, step.frame.token, tensor, *figures(wanted[tensor], found[tensor]))
-
-
-def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
-    """Cosine, length of the difference over that of `wanted`, and largest difference. Arrays of zeros agree with each other only."""
-    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
-    lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-    apart, largest = float(np.linalg.norm(a - b)), float(np.abs(a - b).max())
-    if 0.0 in lengths:
-        return (1.0, 0.0, 0.0) if lengths == (0.0, 0.0) else (0.0, 1.0, largest)
-    return float(a @ b) / (lengths[0] * lengths[1]), apart / lengths[0], largest
-
-
 def evaluate(paths: Sequence[Path], data: DataConfig, split: str, out: Path, device: str | None) -> dict[str, Any]:
     """Compare and score models made of each other, the checkpoint first; metrics go into a folder of `out` each.
 
@@ -134,7 +84,7 @@ def evaluate(paths: Sequence[Path], data: DataConfig, split: str, out: Path, dev
             artifact.expect_parent(child, detector.seal, parent, source.seal)
         config = models[0][1].config
         dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
-        rows = list(compare(models, dataset))
+        rows = list(compare(models, _First(dataset, _COMPARED_FRAMES)))
         scores = [
             run.evaluate(path, detector, data, split, out / path.name.replace(".", "_"))
             for path, (_, detector) in zip(paths, models, strict=True)
@@ -176,42 +126,23 @@ def tensor_table(content: dict[str, Any]) -> Table:
 
 
 def require_same(content: dict[str, Any]) -> None:
-    """Raise EvaluationError, naming the first tensor out of tolerance, if there is one."""
-    first = content["first_difference"]
-    if first is not None:
-        row = Row(**first)
-        raise EvaluationError(
-            f"{row.model} does not compute what {row.reference} computes: first in {row.tensor} of frame {row.frame} ({row.token}), cosine "
-            f"{row.cosine:.6f} (at least {TOLERANCE}), distance {row.distance:.4f} (at most {_DISTANCE:.4f}), max abs {row.max_abs:.2e}"
-        )
-
-
-def _both(source: Detector, detector: Detector, seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> Infer:
-    """Both on the same inputs; the first one's outputs go on."""
-
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen.append((source(inputs), detector(inputs)))
-        return seen[-1][0]
-
-    return infer
-
-
-def _require_finite(outputs: dict[str, np.ndarray], tensor: str, frame: int) -> None:
-    for model, value in outputs.items():
-        wrong = int(value.size - np.isfinite(value).sum())
-        if wrong:
-            raise EvaluationError(f"{model}: {wrong} of {value.size} values of {tensor} in frame {frame} are NaN or infinite")
+    """Raise ComparisonError if a tensor or the score of an engine is out of tolerance; the first such tensor is named."""
+    comparison.require_same(Row(**row) for row in content["rows"])
+    for (reference, wanted), (name, found) in pairwise(content["models"].items()):
+        apart = abs(found["nds"] - wanted["nds"])
+        if name.endswith(".engine") and apart > NDS_TOLERANCE:
+            raise ComparisonError(
+                f"{name} scores NDS {found['nds']:.4f}, {reference} {wanted['nds']:.4f}: {apart:.4f} apart (at most {NDS_TOLERANCE}), "
+                "although every compared tensor is within its tolerance"
+            )
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.engine_eval", description="Score and compare an engine, its ONNX and checkpoint.")
     parser.add_argument("--model", type=Path, required=True, help=".engine or .onnx file; what it was made of lies beside it")
-    parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
-    parser.add_argument("--version", help="version of the dataset, as v1.0-mini (default: the one in the model's config)")
-    parser.add_argument("--split", help="val, mini_val, ... or one of splits.json (default: the model's data.val_split)")
     parser.add_argument("--out", type=Path, help="folder for the results (default: eval beside the model)")
-    parser.add_argument("--device", help="where the .pt runs: cpu, cuda (default: cpu)")
+    run.add_data(parser)
     return parser.parse_args()
 
 

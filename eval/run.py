@@ -121,12 +121,17 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a model on nuScenes with the official metric.")
     parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: eval/<model's name> beside the model)")
+    add_data(parser)
+    return parser.parse_args()
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that say what a model is scored on, read with `data_of`, and where a checkpoint runs."""
     parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
     parser.add_argument("--version", help="version of the dataset, as v1.0-mini (default: the one in the model's config)")
     parser.add_argument("--split", help="val, mini_val, ... or one of splits.json (default: the model's data.val_split)")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: eval/<model's name> beside the model)")
     parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
-    return parser.parse_args()
 
 
 def data_of(config: DataConfig, args: argparse.Namespace) -> tuple[DataConfig, str]:

@@ -15,7 +15,8 @@ from small_networks import exported_network
 
 from engine import backend
 from engine.backend import Backend, Gpu
-from eval import engine_eval
+from eval import comparison, engine_eval
+from eval.comparison import ComparisonError
 from eval.detectors import Detector
 from eval.nds import EvaluationError
 from export import parity, to_onnx
@@ -148,7 +149,7 @@ def recorder(config: Config, seen: list[dict[str, np.ndarray]], bev: float, pois
 def test_models_are_compared_on_the_inputs_and_the_history_of_the_one_before(config: Config, dataset: FrameDataset) -> None:
     first, second = [], []
     models = [("a", recorder(config, first, 1.0)), ("b", recorder(config, second, 1.01))]
-    rows = list(engine_eval.compare(models, dataset))
+    rows = list(comparison.compare(models, dataset))
     assert len(first) == len(second) == 4
     for ours, theirs in zip(first, second, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -158,15 +159,34 @@ def test_models_are_compared_on_the_inputs_and_the_history_of_the_one_before(con
 
 def test_a_wrong_scale_and_a_difference_count_and_nan_is_told(config: Config, dataset: FrameDataset) -> None:
     one, scaled = (recorder(config, [], bev) for bev in (1.0, 1.5))
-    rows = list(engine_eval.compare([("a", one), ("b", scaled)], dataset))
+    rows = list(comparison.compare([("a", one), ("b", scaled)], dataset))
     assert (rows[0].cosine, rows[0].distance, rows[0].max_abs) == (pytest.approx(1.0), pytest.approx(0.5), 0.5)
     assert not rows[0].passed
-    with pytest.raises(EvaluationError, match=r"^b: 1 of 120 values of box_code in frame 1 are NaN or infinite"):
-        list(engine_eval.compare([("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0, poison=True))], dataset))
+    with pytest.raises(ComparisonError, match=r"^b: 1 of 120 values of box_code in frame 1 are NaN or infinite"):
+        list(comparison.compare([("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0, poison=True))], dataset))
     zero, ones = np.zeros(3), np.ones(3)
-    assert engine_eval.figures(zero, zero) == (1.0, 0.0, 0.0)
-    assert engine_eval.figures(zero, ones) == engine_eval.figures(ones, zero) == (0.0, 1.0, 1.0)
-    assert engine_eval.figures(ones, -ones)[0] == pytest.approx(-1.0)
+    assert comparison.figures(zero, zero) == (1.0, 0.0, 0.0)
+    assert comparison.figures(zero, ones) == comparison.figures(ones, zero) == (0.0, 1.0, 1.0)
+    assert comparison.figures(ones, -ones)[0] == pytest.approx(-1.0)
+
+
+def scored(**nds: float) -> dict[str, object]:
+    return {"rows": [], "models": {name.replace("_", "."): {"nds": value} for name, value in nds.items()}}
+
+
+def test_an_engine_must_score_what_its_onnx_scores() -> None:
+    engine_eval.require_same(scored(net_pt=0.4, net_onnx=0.41, net_engine=0.4081))  # an ONNX was compared when it was exported
+    with pytest.raises(ComparisonError, match=r"net\.engine scores NDS 0\.4121, net\.onnx 0\.4100: 0\.0021 apart \(at most 0\.002\)"):
+        engine_eval.require_same(scored(net_pt=0.4, net_onnx=0.41, net_engine=0.4121))
+
+
+def test_the_allowed_distance_is_the_callers(config: Config, dataset: FrameDataset) -> None:
+    def passed(bev: float, **allowed: float) -> bool:
+        models = [("a", recorder(config, [], 1.0)), ("b", recorder(config, [], bev))]
+        return next(comparison.compare(models, dataset, **allowed)).passed
+
+    assert passed(1.04) and not passed(1.05)
+    assert passed(1.009, allowed=0.01) and not passed(1.011, allowed=0.01)
 
 
 def test_files_that_do_not_belong_together_are_refused_before_any_frame(run: Path) -> None:

@@ -25,12 +25,12 @@ MAY_IMPORT = {
     "export": CORE,
     "plugins": CORE,
     "engine": (*CORE, "plugins"),
-    "eval": (*CORE, "export.runner", "engine.session"),
+    "eval": (*CORE, "export.runner", "engine.session", "plugins.torch_ops"),
 }
 """Every room may also import itself."""
 
-INSIDE_FUNCTIONS = ("export.runner", "engine.session")
-"""What eval imports only where such a file is opened."""
+INSIDE_FUNCTIONS = ("export.runner", "engine.session", "plugins.torch_ops")
+"""What eval imports only where such a file is opened, or a GPU is computed on."""
 
 OWNERS = {
     "cv2": ("qdbev.data", "eval"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdbev.data.synthetic.frames import quaternion_product, rotation_z, yaw_quaternion
+from qdbev.geometry import inverse, rigid
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 LIDAR = "LIDAR_TOP"
@@ -76,6 +77,18 @@ def make_sensor(channel: str, image_width: int) -> Sensor:
     intrinsic = np.array([[focal * scale, 0, cx * scale], [0, focal * scale, cy * scale], [0, 0, 1]])
     quaternion = quaternion_product(yaw_quaternion(yaw), _LEVEL_CAM_QUATERNION)
     return Sensor(channel, rotation_z(yaw) @ _LEVEL_CAM, np.array(translation), quaternion, intrinsic, delay_us)
+
+
+def lidar2img(num_cameras: int, image_width: int) -> np.ndarray:
+    """(num_cameras, 4, 4) float64 from the lidar frame to pixels of images of that width; more cameras than the rig has repeat it."""
+    lidar = make_sensor(LIDAR, image_width)
+    ego_from_lidar = rigid(lidar.ego_from_sensor, lidar.translation)
+    matrices = []
+    for index in range(num_cameras):
+        camera = make_sensor(CAMERAS[index % len(CAMERAS)], image_width)
+        cam_from_lidar = inverse(rigid(camera.ego_from_sensor, camera.translation)) @ ego_from_lidar
+        matrices.append(rigid(camera.intrinsic, np.zeros(3)) @ cam_from_lidar)
+    return np.stack(matrices)
 
 
 def view_from(sensor: Sensor, ego_position: np.ndarray, ego_yaw: float) -> View:

@@ -1,0 +1,105 @@
+"""Models on the same frames, tensor by tensor: how far each is from the one before it.
+
+Each pair runs on the inputs of the first of the two, that one's history among them: what differs is then of this frame.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+
+from eval.detectors import Detector, Infer
+from eval.loop import Frames, steps
+
+TOLERANCE = 0.999
+"""Cosine below which a tensor counts as different."""
+DISTANCE = math.sqrt(2 * (1 - TOLERANCE))
+"""Length of the difference over that of the reference at which two tensors of one length have that cosine: a wrong scale, which the
+cosine does not see, counts as well."""
+_TENSORS = ("bev", "cls_logits", "box_code")
+"""In the order in which the network makes them."""
+
+
+class ComparisonError(ValueError):
+    """Models that differ, or that cannot be compared."""
+
+
+class Row(NamedTuple):
+    """One tensor of one frame of `model` against `reference`, the file it was made of."""
+
+    model: str
+    reference: str
+    frame: int
+    token: str
+    tensor: str
+    cosine: float
+    distance: float
+    max_abs: float
+    allowed: float
+    """The largest distance at which they count as the same; the cosine must be that of two tensors of one length so far apart."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tensors count as the same."""
+        return self.cosine >= self.least_cosine and self.distance <= self.allowed
+
+    @property
+    def least_cosine(self) -> float:
+        """Of tensors that count as the same."""
+        return 1 - self.allowed**2 / 2
+
+
+def compare(models: Sequence[tuple[str, Detector]], frames: Frames, allowed: float = DISTANCE) -> Iterator[Row]:
+    """Rows of all frames: each model against the one before it, on that one's inputs.
+
+    Raises:
+        ComparisonError: A model gives NaN.
+    """
+    for (reference, source), (name, detector) in pairwise(models):
+        seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
+        both = Detector(source.seal, source.config, _both(source, detector, seen))
+        for step in steps(both, frames):
+            wanted, found = seen.pop()
+            for tensor in _TENSORS:
+                _require_finite({reference: wanted[tensor], name: found[tensor]}, tensor, step.index)
+                yield Row(name, reference, step.index, step.frame.token, tensor, *figures(wanted[tensor], found[tensor]), allowed)
+
+
+def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
+    """Cosine, length of the difference over that of `wanted`, and largest difference. Arrays of zeros agree with each other only."""
+    a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
+    lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    apart, largest = float(np.linalg.norm(a - b)), float(np.abs(a - b).max())
+    if 0.0 in lengths:
+        return (1.0, 0.0, 0.0) if lengths == (0.0, 0.0) else (0.0, 1.0, largest)
+    return float(a @ b) / (lengths[0] * lengths[1]), apart / lengths[0], largest
+
+
+def require_same(rows: Iterable[Row]) -> None:
+    """Raise ComparisonError, naming the first tensor out of tolerance, if there is one."""
+    for row in rows:
+        if not row.passed:
+            raise ComparisonError(
+                f"{row.model} does not compute what {row.reference} computes: first in {row.tensor} of frame {row.frame} ({row.token}), "
+                f"cosine {row.cosine:.6f} (at least {row.least_cosine:.6g}), distance {row.distance:.4g} (at most {row.allowed:.4g}), "
+                f"max abs {row.max_abs:.2e}"
+            )
+
+
+def _both(source: Detector, detector: Detector, seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> Infer:
+    """Both on the same inputs; the first one's outputs go on."""
+
+    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append((source(inputs), detector(inputs)))
+        return seen[-1][0]
+
+    return infer
+
+
+def _require_finite(outputs: dict[str, np.ndarray], tensor: str, frame: int) -> None:
+    for model, value in outputs.items():
+        wrong = int(value.size - np.isfinite(value).sum())
+        if wrong:
+            raise ComparisonError(f"{model}: {wrong} of {value.size} values of {tensor} in frame {frame} are NaN or infinite")
