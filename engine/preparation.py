@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qdbev.config import DataConfig
-from qdbev.data.transforms import image_transform, prepare_image, scale_lidar2img
+from qdbev.data.image_transform import image_transform, scale_lidar2img
+from qdbev.data.transforms import prepare_image
 from qdbev.schema import CAMERAS, Frame
 
 

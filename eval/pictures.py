@@ -14,7 +14,7 @@ from eval import draw
 from eval.detectors import open_detector
 from eval.draw import Scene
 from eval.loop import Step, steps
-from eval.run import data_of
+from eval.run import add_data, data_of
 from qdbev import geometry
 from qdbev.artifact import atomic
 from qdbev.command import entry_point
@@ -56,10 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
-    parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
-    parser.add_argument("--version", help="version of the dataset (default: the one in the model's config)")
-    parser.add_argument("--split", help="split of the dataset (default: the model's data.val_split)")
-    parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
+    add_data(parser)
     args = parser.parse_args()
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from eval import draw_views
 from eval.draw_views import Views
-from eval.run import data_of
+from eval.run import add_data, data_of
 from qdbev import command, geometry, temporal
 from qdbev.artifact import atomic
 from qdbev.command import entry_point
 from qdbev.config import from_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.data.image_transform import ImageTransform
 from qdbev.data.infos import DatasetError
-from qdbev.data.transforms import ImageTransform
 from qdbev.model.bevformer import BEVFormer
 from qdbev.restore import restore
 from qdbev.schema import BevOutput, Frame
@@ -79,10 +79,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help=".pt file with its seal")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
-    parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
-    parser.add_argument("--version", help="version of the dataset (default: the one in the model's config)")
-    parser.add_argument("--split", help="split of the dataset (default: the model's data.val_split)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add_data(parser)
     return parser.parse_args()
 
 
@@ -90,7 +87,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Model and frame in, two pictures out."""
     args = parse_args()
-    device = command.device(args.device)
+    device = command.device(args.device or "cpu")
     seal, model = restore(args.model)
     config = from_dict(seal.config)
     data, split = data_of(config.data, args)

@@ -49,14 +49,14 @@ def use(model: onnx.ModelProto) -> int:
 def with_bodies(model: onnx.ModelProto) -> bool:
     """Let a model that calls the plugin call local functions instead, in place; False where it calls none.
 
-    There is one for each number of levels, which is part of its name.
+    There is one for each number of levels and points, which are part of its name.
     """
-    graph, bodies = Graph(model), {}
-    for node in graph.proto.node:
-        if node.op_type == functions.BUILTIN:
-            levels = graph.initializers[node.input[1]].dims[0]
-            node.op_type = f"{functions.BUILTIN}_{levels}"
-            bodies[node.op_type] = functions.body(functions.BUILTIN, levels)
+    nodes = [node for node in model.graph.node if node.op_type == functions.BUILTIN]
+    known, bodies = shapes(model) if nodes else {}, {}
+    for node in nodes:
+        sizes = functions.Sizes(*known[node.input[4]][-2:])
+        node.op_type = f"{functions.BUILTIN}_{sizes.levels}_{sizes.points}"
+        bodies[node.op_type] = functions.body(functions.BUILTIN, sizes)
     for name, body in bodies.items():
         body.name = name
         model.functions.append(body)

@@ -2,21 +2,24 @@
 
 The contracts are those of qdbev/ops/{msda,sca,deform_conv}.py. Both attentions share one reading core, in which
 MultiScaleDeformableAttention is the case of one camera that sees every query. Bodies take `level_hw` and `stride` from the node's
-attributes; only the number of levels is fixed when a body is made.
+attributes; only the numbers of levels and points are fixed when a body is made.
 
 Every camera is read for every query and masked afterwards: shapes stay static, which is what TensorRT needs. All shape arithmetic
-starts at Shape nodes, which fold to constants because the deployed graph has static shapes.
+starts at Shape nodes, which fold to constants because the deployed graph has static shapes. TensorRT-RTX (1.7.1) makes one kernel of
+reading and summing where a sum has at most four terms and is the last thing done, so points are read four at a time and axes are
+exchanged before the last sum; otherwise every sample goes through memory.
 
 B batch, N cameras, S keys of all levels, M heads, C channels a head, Q queries, D pillar points, L levels, P points.
 In deformable convolution: C channels, H W the input's size, h w the output's.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
+from export.graph import shapes
 from qdbev import schema
 
 MSDA = "MultiScaleDeformableAttention"
@@ -42,39 +45,55 @@ ATTRIBUTES = dict.fromkeys((MSDA, SCA, *INTEGER_VALUE.values()), _LEVELS) | {IM2
 """Each operator's own attributes and their types; level_hw is h0, w0, h1, w1, ..."""
 
 _OUTPUT = "output"
+_TOGETHER = 4
+"""Points read together."""
+
+
+class Sizes(NamedTuple):
+    """What a body is made for: levels, and points a level; zero where the operator has none."""
+
+    levels: int = 0
+    points: int = 0
 
 
 def attach(model: onnx.ModelProto) -> None:
     """Give `model` a body for each custom operator it uses, and no other.
 
     Raises:
-        ValueError: A node of the domain is no operator of ours, or one operator is used with different numbers of levels.
+        ValueError: A node of the domain is no operator of ours, or one operator is used with different numbers of levels or points.
     """
-    levels: dict[str, set[int]] = {}
+    sizes: dict[str, set[Sizes]] = {}
     del model.functions[:]
-    for node in model.graph.node:
-        if node.domain != schema.OP_DOMAIN:
-            continue
+    custom = [node for node in model.graph.node if node.domain == schema.OP_DOMAIN]
+    if custom and schema.OP_DOMAIN not in {opset.domain for opset in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION))
+    known = shapes(model) if custom else {}
+    for node in custom:
         if node.op_type not in _BODIES:
             raise ValueError(f"node {node.name} is a {node.domain}::{node.op_type}; bodies exist for {', '.join(_BODIES)}")
-        levels.setdefault(node.op_type, set()).add(_num_levels(node))
-    for op_type, counts in levels.items():
-        if len(counts) > 1:
-            raise ValueError(f"{op_type} is used with {sorted(counts)} levels; one ONNX function has one number of levels")
-        model.functions.append(body(op_type, counts.pop()))
-    if levels and schema.OP_DOMAIN not in {opset.domain for opset in model.opset_import}:
-        model.opset_import.append(helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION))
+        sizes.setdefault(node.op_type, set()).add(_sizes(node, known))
+    for op_type, found in sizes.items():
+        if len(found) > 1:
+            levels, points = (sorted(set(counts)) for counts in zip(*found, strict=True))
+            raise ValueError(f"{op_type} is used with {levels} levels and {points} points; one ONNX function has one number of each")
+        model.functions.append(body(op_type, found.pop()))
 
 
-def _num_levels(node: NodeProto) -> int:
-    """Levels that a custom node reads; zero where it knows none."""
-    return sum(len(attribute.ints) // 2 for attribute in node.attribute if attribute.name == "level_hw")
+def _sizes(node: NodeProto, shapes_of: dict[str, tuple[int, ...]]) -> Sizes:
+    """Those of a custom node, from the shape of its offsets."""
+    offsets = dict(zip(INPUTS[node.op_type], node.input, strict=True)).get("sampling_offsets")
+    if offsets is None:
+        return Sizes()
+    if min(shapes_of.get(offsets, (0,))) < 1:
+        raise ValueError(f"the shape of {offsets}, the sampling offsets of node {node.name}, does not follow from the graph")
+    levels, points, _ = shapes_of[offsets][-3:]
+    return Sizes(levels, points)
 
 
-def body(op_type: str, levels: int) -> FunctionProto:
-    """The local function of an operator for a number of levels."""
-    nodes = _Nodes(integer_value=op_type in INTEGER_VALUE.values())
-    _BODIES[op_type](nodes, levels)
+def body(op_type: str, sizes: Sizes) -> FunctionProto:
+    """The local function of an operator."""
+    nodes = _Nodes(sizes, integer_value=op_type in INTEGER_VALUE.values())
+    _BODIES[op_type](nodes)
     return helper.make_function(
         schema.OP_DOMAIN,
         op_type,
@@ -89,8 +108,9 @@ def body(op_type: str, levels: int) -> FunctionProto:
 class _Nodes:
     """The nodes of a body, in order. Calling it adds one and returns its output's name; integers become constant tensors."""
 
-    def __init__(self, integer_value: bool) -> None:
+    def __init__(self, sizes: Sizes, integer_value: bool) -> None:
         self.list: list[NodeProto] = []
+        self.sizes = sizes
         self.integer_value = integer_value
         """Whether the body begins with an int8 value and its scale."""
 
@@ -141,34 +161,35 @@ class _Nodes:
         return self("Constant", value_floats=values)
 
 
-def _multi_scale_deformable_attention(nodes: _Nodes, levels: int) -> None:
+def _multi_scale_deformable_attention(nodes: _Nodes) -> None:
     level_hw = nodes.level_hw()
     reference = nodes("Unsqueeze", "reference_points", [2, 3, 4])  # (B, Q, 1, 1, 1, 2)
     locations = nodes("Add", reference, _offsets(nodes, level_hw))  # (B, Q, M, L, P, 2)
-    read = _read(nodes, nodes("Unsqueeze", "value", [1]), locations, level_hw, levels)  # (B, 1, M, C, Q)
-    _finish(nodes, nodes("Squeeze", read, [1]))
+    read = _read_one_image(nodes, locations, _softmax(nodes), level_hw)
+    nodes("Reshape", read, [0, 0, -1], output=_OUTPUT)
 
 
-def _spatial_cross_attention(nodes: _Nodes, levels: int) -> None:
+def _spatial_cross_attention(nodes: _Nodes) -> None:
     level_hw = nodes.level_hw()
     num_queries, pillar = nodes.size("sampling_offsets", 1), nodes.sizes_from("reference_points", 3)  # Q; D, 2
     offsets = nodes("Reshape", _offsets(nodes, level_hw), nodes.join([0, 1], num_queries, [-1], pillar))  # (B, 1, Q, M*L*P/D, D, 2)
     locations = nodes("Add", nodes("Unsqueeze", "reference_points", [3]), offsets)  # (B, N, Q, M*L*P/D, D, 2)
     locations = nodes("Reshape", locations, nodes.join([-1], nodes.sizes_from("sampling_offsets", 1)))  # (B*N, Q, M, L, P, 2)
-    read = _read(nodes, "value", locations, level_hw, levels)  # (B, N, M, C, Q)
-    masked = nodes("Mul", read, nodes("Unsqueeze", "visible", [2, 3]))
-    total = nodes("ReduceSum", masked, [1], keepdims=0)  # (B, M, C, Q)
-    count = nodes("Max", nodes("ReduceSum", "visible", [1], keepdims=0), nodes.scalar(1.0))  # (B, Q)
-    _finish(nodes, nodes("Div", total, nodes("Unsqueeze", count, [1, 2])))
+    read = _sum(nodes, _samples(nodes, "value", locations, _softmax(nodes), level_hw))  # (B, N, M, C, Q)
+    read = nodes("Transpose", read, perm=[0, 1, 4, 2, 3])  # (B, N, Q, M, C)
+    count = nodes("Max", nodes("ReduceSum", "visible", [1], keepdims=1), nodes.scalar(1.0))  # (B, 1, Q)
+    share = nodes("Unsqueeze", nodes("Div", "visible", count), [3, 4])  # (B, N, Q, 1, 1)
+    mean = nodes("ReduceSum", nodes("Mul", read, share), [1], keepdims=0)  # (B, Q, M, C)
+    nodes("Reshape", mean, [0, 0, -1], output=_OUTPUT)
 
 
-def _builtin(nodes: _Nodes, levels: int) -> None:
-    value, level_hw = nodes("Unsqueeze", "value", [1]), nodes("Cast", "spatial_shapes", to=TensorProto.INT64)
-    read = _weighted_sum(nodes, value, "sampling_locations", "attention_weights", level_hw, levels)  # (B, 1, M, C, Q)
-    nodes("Transpose", nodes("Squeeze", read, [1]), perm=[0, 3, 1, 2], output=_OUTPUT)  # (B, Q, M, C)
+def _builtin(nodes: _Nodes) -> None:
+    level_hw = nodes("Cast", "spatial_shapes", to=TensorProto.INT64)
+    read = _read_one_image(nodes, "sampling_locations", "attention_weights", level_hw)
+    nodes("Identity", read, output=_OUTPUT)
 
 
-def _modulated_deformable_im2col(nodes: _Nodes, _: int) -> None:
+def _modulated_deformable_im2col(nodes: _Nodes) -> None:
     out_hw = nodes.size("offsets", 2, 4)  # h, w
     shift = nodes("Reshape", "offsets", nodes.join([0, 9, 2], out_hw))  # (B, 9, 2, h, w)
     stride = nodes("Cast", nodes.attribute("stride", AttributeProto.INT), to=TensorProto.FLOAT)
@@ -194,7 +215,7 @@ def _positions(nodes: _Nodes, shift: str, stride: str, axis: int) -> str:
     return nodes("Sub", nodes("Div", doubled, size), nodes.scalar(1.0))
 
 
-_BODIES: dict[str, Callable[[_Nodes, int], None]] = {
+_BODIES: dict[str, Callable[[_Nodes], None]] = {
     MSDA: _multi_scale_deformable_attention,
     SCA: _spatial_cross_attention,
     IM2COL: _modulated_deformable_im2col,
@@ -209,35 +230,54 @@ def _offsets(nodes: _Nodes, level_hw: str) -> str:
     return nodes("Div", "sampling_offsets", nodes("Unsqueeze", level_wh, [1]))
 
 
-def _read(nodes: _Nodes, value: str, locations: str, level_hw: str, levels: int) -> str:
-    """Read value (B, N, S, M, C) at locations (B*N, Q, M, L, P, 2) and sum with the softmaxed logits: (B, N, M, C, Q)."""
+def _softmax(nodes: _Nodes) -> str:
+    """The logits' softmax over levels and points together, in their shape (B, Q, M, L, P)."""
     flat = nodes("Softmax", nodes("Reshape", "attention_logits", [0, 0, 0, -1]), axis=-1)  # (B, Q, M, L*P)
-    weights = nodes("Reshape", flat, nodes.sizes_from("attention_logits", 0))
-    return _weighted_sum(nodes, value, locations, weights, level_hw, levels)
+    return nodes("Reshape", flat, nodes.sizes_from("attention_logits", 0))
 
 
-def _weighted_sum(nodes: _Nodes, value: str, locations: str, weights: str, level_hw: str, levels: int) -> str:
-    """The same with weights (B, Q, M, L, P)."""
+def _read_one_image(nodes: _Nodes, locations: str, weights: str, level_hw: str) -> str:
+    """`value` (B, S, M, C) read at locations (B, Q, M, L, P, 2) and summed with weights (B, Q, M, L, P): (B, Q, M, C)."""
+    samples = _samples(nodes, nodes("Unsqueeze", "value", [1]), locations, weights, level_hw)
+    samples = [nodes("Transpose", sample, perm=[0, 1, 4, 2, 3, 5]) for sample in samples]  # (B, 1, Q, M, C, P)
+    return nodes("Squeeze", _sum(nodes, samples), [1])
+
+
+def _samples(nodes: _Nodes, value: str, locations: str, weights: str, level_hw: str) -> list[str]:
+    """What is read of value (B, N, S, M, C) at locations (B*N, Q, M, L, P, 2), times weights (B, Q, M, L, P).
+
+    A part for some points of each level: (B, N, M, C, Q, at most `_TOGETHER`).
+    """
     weights = nodes("Transpose", weights, perm=[0, 2, 1, 3, 4])  # (B, M, Q, L, P)
     grid = nodes("Sub", nodes("Mul", locations, nodes.scalar(2.0)), nodes.scalar(1.0))
     grid = nodes("Transpose", grid, perm=[0, 2, 1, 3, 4, 5])  # (B*N, M, Q, L, P, 2)
     images = nodes("Transpose", value, perm=[0, 1, 3, 4, 2])  # (B, N, M, C, S)
-    if nodes.integer_value:
-        images = _dequantized(nodes, images)
     channels, cameras = nodes.size(images, 3), nodes.size(images, 0, 3)  # C; B, N, M
-    start, total = nodes.constant([0]), ""
-    for index in range(levels):
+    start, parts = nodes.constant([0]), []
+    for index in range(nodes.sizes.levels):
         hw = nodes.level(level_hw, index, axis=0)  # h, w
         end = nodes("Add", start, nodes("ReduceProd", hw, keepdims=1))
         image = nodes("Reshape", nodes("Slice", images, start, end, [4]), nodes.join([-1], channels, hw))  # (B*N*M, C, h, w)
+        if nodes.integer_value:
+            image = _dequantized(nodes, image)
         points = nodes.level(grid, index, axis=3)  # (B*N, M, Q, P, 2)
         points = nodes("Reshape", points, nodes.join([-1], nodes.sizes_from(points, 2)))  # (B*N*M, Q, P, 2)
-        sample = nodes("GridSample", image, points, mode="bilinear", padding_mode="zeros", align_corners=0)  # (B*N*M, C, Q, P)
-        sample = nodes("Reshape", sample, nodes.join(cameras, nodes.sizes_from(sample, 1)))  # (B, N, M, C, Q, P)
-        share = nodes("Unsqueeze", nodes.level(weights, index, axis=3), [1, 3])  # (B, 1, M, 1, Q, P)
-        level_sum = nodes("ReduceSum", nodes("Mul", sample, share), [5], keepdims=0)  # (B, N, M, C, Q)
-        total = nodes("Add", total, level_sum) if total else level_sum
+        shares = nodes("Unsqueeze", nodes.level(weights, index, axis=3), [1, 3])  # (B, 1, M, 1, Q, P)
+        for first in range(0, nodes.sizes.points, _TOGETHER):
+            last = [first + _TOGETHER]
+            some = nodes("Slice", points, [first], last, [2])
+            sample = nodes("GridSample", image, some, mode="bilinear", padding_mode="zeros", align_corners=0)  # (B*N*M, C, Q, P)
+            sample = nodes("Reshape", sample, nodes.join(cameras, nodes.sizes_from(sample, 1)))  # (B, N, M, C, Q, P)
+            parts.append(nodes("Mul", sample, nodes("Slice", shares, [first], last, [5])))
         start = end
+    return parts
+
+
+def _sum(nodes: _Nodes, parts: list[str]) -> str:
+    """Sum of the last axis of all parts."""
+    total, *others = [nodes("ReduceSum", part, [-1], keepdims=0) for part in parts]
+    for other in others:
+        total = nodes("Add", total, other)
     return total
 
 
@@ -245,12 +285,7 @@ def _dequantized(nodes: _Nodes, integers: str) -> str:
     """int8 times `value_scale`, in float32.
 
     Not by a DequantizeLinear: parsers call that layer after the node and refuse the second body of one model (seen in TensorRT-RTX 1.7.1,
-    which makes the same two operations of it). Moved as integers first, it costs no kernel more than a DequantizeLinear before.
+    which makes the same two operations of it). Moved as integers until here, it costs that no kernel more than a DequantizeLinear before.
     """
     scale = nodes("Cast", "value_scale", to=TensorProto.FLOAT)
     return nodes("Mul", nodes("Cast", integers, to=TensorProto.FLOAT), scale)
-
-
-def _finish(nodes: _Nodes, read: str) -> None:
-    """(B, M, C, Q) to the output (B, Q, M*C)."""
-    nodes("Reshape", nodes("Transpose", read, perm=[0, 3, 1, 2]), [0, 0, -1], output=_OUTPUT)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export import parity
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import from_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer, Deployed
 from qdbev.quant.cost import bops, costs, float_bops
 from qdbev.quant.pack import pack
@@ -52,7 +52,7 @@ def write(student: BEVFormer, parent: Seal, path: Path) -> dict[str, Any]:
     config = from_dict(parent.config)
     if "image_hw" not in parent.facts:
         raise ArtifactError(f"the student of {path} does not say its image size (fact image_hw); train it with this version")
-    frames = parity.synthetic_frames(student, tuple(parent.facts["image_hw"]), _GREY_STD / statistics.mean(config.data.std))
+    frames = noise_frames(student.config.num_cameras, tuple(parent.facts["image_hw"]), _GREY_STD / statistics.mean(config.data.std))
     layers = costs(student, lambda: _outputs(student, frames[:1]))
     measured = {
         "parts": packed_parts(student),

@@ -26,6 +26,7 @@ from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import GROUPS, PIXEL_STD, Config, from_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 from qdbev.restore import restore
 from qdbev.schema import Frame
@@ -54,7 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    frames = parity.synthetic_frames(model, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
+    frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
     forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts
@@ -108,7 +109,7 @@ def export(
         temporary = files.enter_context(artifact.atomic(path))
         facts["bytes"] = _save(proto, temporary)
         runner = _open(temporary, path)
-        rows = parity.measure(model, runner, frames, quantized or half)
+        rows = parity.measure(model, runner, frames, parity.HALF if half else parity.ORDER if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:

@@ -16,20 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from plugins import launch
 from plugins.cases import Case, edge_cases, excess, random_cases
 from plugins.counts import corners_inside, cost
-from plugins.variant import NUSCENES_HW, TYPES, Number, Out, Variant, camera_levels
+from plugins.variant import TYPES, Number, Out, Variant, camera_levels
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
-from qdbev.data.synthetic.rig import CAMERAS, LIDAR, make_sensor
-from qdbev.data.transforms import image_transform, scale_lidar2img
-from qdbev.geometry import inverse, pillar_points, project, rigid
+from qdbev.data.synthetic.rig import CAMERAS, network_rig
+from qdbev.geometry import pillar_points, project
 from qdbev.ops.msda import joint_softmax
 from qdbev.ops.sca import gathered_spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
@@ -49,11 +47,11 @@ _log = logging.getLogger(__name__)
 
 
 class BenchError(ValueError):
-    """There is nothing to measure on."""
+    """There is nothing to measure on, or the kernels are wrong."""
 
 
-def bench() -> dict[str, Any]:
-    """Check, then measure.
+def check() -> dict[str, Any]:
+    """The GPU, and how far its kernels are from the truth.
 
     Raises:
         BenchError: There is no GPU that torch can use.
@@ -65,17 +63,12 @@ def bench() -> dict[str, Any]:
         )
     torch.manual_seed(0)
     properties = torch.cuda.get_device_properties(0)
-    correct = {f"{number} to {out}": correctness(number, out) for number, out in TYPES}
-    case = base_case(base())
-    figures = measure(case)
     return {
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
-        "correctness": correct,
-        **figures,
-        "goals": goals(figures),
+        "correctness": {f"{number} to {out}": correctness(number, out) for number, out in TYPES},
         "made": artifact.provenance(),
     }
 
@@ -128,14 +121,8 @@ def base_case(config: Config) -> Case:
 
 def rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
     """lidar2img (1, N, 4, 4) of the synthetic cameras, and the padded image size, for images of nuScenes."""
-    transform = image_transform(config.data, NUSCENES_HW)
-    lidar = make_sensor(LIDAR, NUSCENES_HW[1])
-    ego_from_lidar = rigid(lidar.ego_from_sensor, lidar.translation)
-    matrices = []
-    for camera in (make_sensor(channel, NUSCENES_HW[1]) for channel in CAMERAS):
-        img_from_cam = rigid(camera.intrinsic, np.zeros(3))
-        matrices.append(img_from_cam @ inverse(rigid(camera.ego_from_sensor, camera.translation)) @ ego_from_lidar)
-    return torch.from_numpy(scale_lidar2img(np.stack(matrices), transform.scale)).float()[None], transform.padded_hw
+    lidar2img, padded_hw = network_rig(config.data)
+    return torch.from_numpy(lidar2img).float()[None], padded_hw
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -265,15 +252,21 @@ def goals(figures: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Check the kernels on this machine's GPU and measure them."""
     parser = argparse.ArgumentParser(prog="python -m plugins.bench", description=main.__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures; else they are printed")
-    args = parser.parse_args()
-    text = json.dumps(bench(), indent=1) + "\n"
-    if args.out is None:
-        sys.stdout.write(text)
-        return
-    with artifact.atomic(args.out) as temporary:
-        temporary.write_text(text)
-    sys.stdout.write(f"{args.out}\n")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    out = parser.parse_args().out
+    content = check()
+    _save(out, content)  # before anything is measured, which may take the process down
+    figures = measure(base_case(base()))
+    _save(out, {**content, **figures, "goals": goals(figures)})
+    wrong = [name for name, found in content["correctness"].items() if not found["passed"]]
+    if wrong:
+        raise BenchError(f"the kernels are wrong in {', '.join(wrong)}; {out}")
+    sys.stdout.write(f"{out}\n")
+
+
+def _save(out: Path, content: dict[str, Any]) -> None:
+    with artifact.atomic(out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from qdbev.config import Config
+from qdbev.data.image_transform import NUSCENES_HW, image_transform
+from qdbev.data.synthetic.config import WORLDS
 
 Op = Literal["spatial_cross_attention", "multi_scale_deformable_attention"]
 """Also the name of the kernel."""
@@ -21,8 +23,6 @@ MAX_CAMERAS = 32
 """A kernel keeps the cameras that see a query as bits of a word."""
 MAX_BATCH = 65535
 """Blocks along z."""
-NUSCENES_HW = (900, 1600)
-"""Stored images."""
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("numbers.cuh", "attention.cu")]
 _BYTES: dict[Number, int] = {"float32": 4, "float16": 2, "int8": 1}
@@ -206,14 +206,8 @@ def of_recipe(config: Config) -> Iterator[Variant]:
 
 def camera_levels(config: Config) -> tuple[tuple[int, int], ...]:
     """Sizes of the levels that the recipe's neck gives for its images."""
-    from qdbev.data.synthetic.config import WORLDS
-    from qdbev.data.transforms import image_transform  # takes cv2 along
-
     stored_hw = WORLDS[config.name]().image_hw if config.name in WORLDS else NUSCENES_HW
-    height, width = image_transform(config.data, stored_hw).padded_hw
-    first = config.model.backbone.out_stages[0]
-    strides = [4 * 2 ** (first + level) for level in range(config.model.num_levels)]
-    return tuple((-(-height // stride), -(-width // stride)) for stride in strides)
+    return tuple(config.model.level_hw(image_transform(config.data, stored_hw).padded_hw))
 
 
 def _require(condition: bool, message: str) -> None:

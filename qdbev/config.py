@@ -131,6 +131,11 @@ class ModelConfig:
         _require(len(self.pc_range) == 6 and len(self.post_center_range) == 6, "model.pc_range and post_center_range need six values")
         _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}, must be in [0, 1)")
 
+    def level_hw(self, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Sizes of the neck's outputs for padded images: those of the backbone's stages, then halves."""
+        strides = [4 * 2 ** (self.backbone.out_stages[0] + level) for level in range(self.num_levels)]
+        return [(-(-image_hw[0] // stride), -(-image_hw[1] // stride)) for stride in strides]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -12,11 +12,12 @@ from engine.detector import Detector
 from engine.preparation import FrameError, Preparation
 from eval.detectors import Detector as Evaluated
 from eval.loop import steps
-from export import parity, to_onnx
+from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.data.transforms import read_image
 from qdbev.model.bevformer import BEVFormer
 from qdbev.schema import Detections, Frame
@@ -38,7 +39,7 @@ def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> O
     model = BEVFormer(config.model).eval()
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    to_onnx.export(model, parent, path, dataset.padded_hw, parity.synthetic_frames(model, dataset.padded_hw))
+    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(model.config.num_cameras, dataset.padded_hw))
     return OnnxRunner(path)
 
 

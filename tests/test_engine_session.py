@@ -23,11 +23,12 @@ from engine.detector import Detector, open_engine
 from engine.memory import Buffers
 from engine.preparation import FrameError
 from engine.session import Session
-from export import parity, to_onnx
+from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 from qdbev.schema import Frame
 
@@ -59,7 +60,7 @@ class Rig:
 
 def drive(model: BEVFormer, count: int) -> list[Frame]:
     """Consecutive frames of noise of one scene, by a vehicle that drives and turns."""
-    first, second = parity.synthetic_frames(model, IMAGE_HW)
+    first, second = noise_frames(model.config.num_cameras, IMAGE_HW)
     step = second.can_bus - first.can_bus
     return [
         dataclasses.replace(
@@ -80,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, li
     model = BEVFormer(config.model).eval()
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    to_onnx.export(model, parent, path, IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW))
+    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
     return path, config, drive(model, 5)
 
 

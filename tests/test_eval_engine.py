@@ -19,11 +19,12 @@ from eval import comparison, engine_eval
 from eval.comparison import ComparisonError
 from eval.detectors import Detector
 from eval.nds import EvaluationError
-from export import parity, to_onnx
+from export import to_onnx
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 
 
@@ -47,7 +48,7 @@ def made(config: Config, dataset: FrameDataset, tmp_path_factory: pytest.TempPat
     weights = model.state_dict()
     artifact.save_checkpoint(folder / "net.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
     parent, *_ = artifact.load_checkpoint(folder / "net.pt", "teacher")
-    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, parity.synthetic_frames(model, dataset.padded_hw))
+    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, noise_frames(model.config.num_cameras, dataset.padded_hw))
     return folder
 
 

@@ -15,7 +15,8 @@ from eval.draw_views import Views
 from qdbev import artifact, geometry
 from qdbev.config import DataConfig, to_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.transforms import image_transform, prepare_image
+from qdbev.data.image_transform import image_transform
+from qdbev.data.transforms import prepare_image
 from qdbev.model.bevformer import BEVFormer
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS, BevOutput

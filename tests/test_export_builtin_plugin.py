@@ -18,6 +18,7 @@ from export.trace import trace
 from qdbev import schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import BackboneConfig, to_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
@@ -106,7 +107,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
         if isinstance(module, DeformConv2d):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
     model = quantized(config, model).eval()
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)

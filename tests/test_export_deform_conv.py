@@ -16,6 +16,7 @@ from export import functions, parity, to_onnx
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import BackboneConfig, Config, to_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
 from qdbev.quant.calibrate import calibrate
@@ -49,7 +50,7 @@ def seal(kind: str) -> Seal:
 def exports(tmp_path_factory):
     """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
     folder, model = tmp_path_factory.mktemp("export"), small_model()
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     made = {}
     for standard in (False, True):
         path = folder / f"{standard}.onnx"
@@ -110,7 +111,7 @@ def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
 
 def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(tmp_path):
     model = quantized(small_config(), small_model()).eval()
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     path = tmp_path / "w8a8.onnx"
@@ -132,7 +133,7 @@ def test_a_model_without_deformable_convolution_has_nothing_to_replace(tmp_path)
     )
     model = BEVFormer(config.model).eval()
     with pytest.raises(ValueError, match="no deformable convolution"):
-        to_onnx.export(model, seal("teacher"), tmp_path / "x.onnx", IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW), True)
+        to_onnx.export(model, seal("teacher"), tmp_path / "x.onnx", IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW), True)
     assert not list(tmp_path.iterdir())
 
 

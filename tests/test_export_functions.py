@@ -56,9 +56,9 @@ def sca_inputs(level_hw, B=2, N=3, Q=5, M=2, C=3, D=4, P=8):
 
 
 @pytest.mark.parametrize("level_hw", [ONE_LEVEL, TWO_LEVELS])
-@pytest.mark.parametrize("num_query", [1, 5])
-def test_msda_body_equals_the_operator(level_hw, num_query):
-    tensors = msda_inputs(level_hw, Q=num_query)
+@pytest.mark.parametrize(("num_query", "P"), [(1, 4), (5, 4), (5, 1), (5, 7)])
+def test_msda_body_equals_the_operator(level_hw, num_query, P):
+    tensors = msda_inputs(level_hw, Q=num_query, P=P)
     expected = multi_scale_deformable_attention(*tensors, level_hw)
     np.testing.assert_allclose(run_body(functions.MSDA, tensors, level_hw), expected.numpy(), atol=ATOL)
 
@@ -94,8 +94,17 @@ def test_all_cameras_blind_reads_zero():
 def test_one_operator_with_two_numbers_of_levels_is_refused():
     model = custom_model(functions.MSDA, msda_inputs(ONE_LEVEL), ONE_LEVEL)
     other = custom_model(functions.MSDA, msda_inputs(TWO_LEVELS), TWO_LEVELS)
+    other.graph.node[0].input[2] = other.graph.input[2].name = "others"
+    model.graph.input.append(other.graph.input[2])
     model.graph.node.extend(other.graph.node)
-    with pytest.raises(ValueError, match=r"used with \[1, 2\] levels"):
+    with pytest.raises(ValueError, match=r"used with \[1, 2\] levels and \[4\] points"):
+        functions.attach(model)
+
+
+def test_offsets_of_unknown_shape_are_refused():
+    model = custom_model(functions.MSDA, msda_inputs(ONE_LEVEL), ONE_LEVEL)
+    model.graph.node[0].input[2] = "others"
+    with pytest.raises(ValueError, match="shape of others, the sampling offsets of node op, does not follow"):
         functions.attach(model)
 
 

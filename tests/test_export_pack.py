@@ -17,6 +17,7 @@ from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict, to_dict
+from qdbev.data.synthetic.noise import noise_frames
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
@@ -42,7 +43,7 @@ def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             torch.nn.init.normal_(parameter, std=0.05)
     model = quantized(config, model)
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     calibrate(model, lambda: packing._outputs(model, frames), "max")
     settle(model)
     facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
@@ -61,7 +62,7 @@ def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_cha
     seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
     packing.write(model, seal, tmp_path / "student.packed.pt")
     _, restored = restore(tmp_path / "student.packed.pt")
-    frames = parity.synthetic_frames(model, IMAGE_HW, 2.0)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW, 2.0)
     ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
     assert len(ours) == 2 * len(schema.OUTPUTS)
     assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
@@ -146,7 +147,7 @@ def test_a_packed_student_exports_to_the_same_graph(student, tmp_path):
     seal, model, _ = student
     packing.write(model, seal, tmp_path / "w4a6.packed.pt")
     _, restored = restore(tmp_path / "w4a6.packed.pt")
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     files = [tmp_path / "student.onnx", tmp_path / "packed.onnx"]
     for path, network in zip(files, (model, restored), strict=True):
         to_onnx.export(network, seal, path, IMAGE_HW, frames)
@@ -157,7 +158,7 @@ def test_a_packed_student_exports_to_the_same_graph(student, tmp_path):
 def test_tables_become_integer_constants_of_the_graph(bits, tmp_path):
     seal, model = saved_student(tmp_path / "student.pt", embedding_bits=bits)
     path = tmp_path / "student.onnx"
-    frames = parity.synthetic_frames(model, IMAGE_HW)
+    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     rows, _ = to_onnx.export(model, seal, path, IMAGE_HW, frames)
     assert all(row.passed for row in rows), parity.table(rows)
     proto, stored = onnx.load(path), onnx.load(path.with_suffix(".int4.onnx"))
@@ -184,7 +185,7 @@ def test_tables_become_integer_constants_of_the_graph(bits, tmp_path):
 @pytest.mark.parametrize(("scale", "per_channel"), [("clip", True), ("fixed", False)])
 def test_every_mode_passes_the_whole_export(scale, per_channel, tmp_path):
     seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
-    rows, made = to_onnx.export(model, seal, tmp_path / "student.onnx", IMAGE_HW, parity.synthetic_frames(model, IMAGE_HW))
+    rows, made = to_onnx.export(model, seal, tmp_path / "student.onnx", IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
     assert all(row.passed for row in rows), parity.table(rows)
     proto = onnx.load(tmp_path / "student.onnx")
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}

@@ -191,12 +191,25 @@ def test_sizes_without_a_kernel_are_refused():
         attention(case.value[..., :31], case.others(), SIZES[0].level_hw)
 
 
-def test_the_benchmark_needs_a_gpu(monkeypatch, capsys):
+def test_the_benchmark_needs_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["bench"])
+    monkeypatch.setattr("sys.argv", ["bench", "--out", str(tmp_path / "kernels.json")])
     with pytest.raises(SystemExit, match="error: measuring the kernels needs an NVIDIA GPU"):
         bench.main()
-    assert not capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_kernels_fail_the_benchmark_after_all_is_written(monkeypatch, tmp_path):
+    found = {"float32 to float32": {"passed": True}, "int8 to float16": {"passed": False}}
+    monkeypatch.setattr(bench, "check", lambda: {"correctness": found})
+    monkeypatch.setattr(bench, "base_case", lambda config: None)
+    monkeypatch.setattr(bench, "measure", lambda case: {"times_ms": {}})
+    monkeypatch.setattr(bench, "goals", lambda figures: {})
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["bench", "--out", str(out)])
+    with pytest.raises(SystemExit, match="the kernels are wrong in int8 to float16; .*kernels.json"):
+        bench.main()
+    assert json.loads(out.read_text()) == {"correctness": found, "times_ms": {}, "goals": {}}
 
 
 def test_the_rig_of_the_benchmark_sees_most_cells_once():

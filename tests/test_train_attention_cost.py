@@ -51,7 +51,7 @@ def test_the_front_camera_of_the_measured_rig_looks_ahead_and_levels_have_the_si
     lidar2img, image_hw = attention_cost._rig(RECIPES["tiny"]())
     assert image_hw == (480, 800)
     assert lidar2img.shape == (1, 6, 4, 4)
-    assert attention_cost._level_hw(RECIPES["base"](), (928, 1600)) == [(116, 200), (58, 100), (29, 50), (15, 25)]
+    assert RECIPES["base"]().model.level_hw((928, 1600)) == [(116, 200), (58, 100), (29, 50), (15, 25)]
     ahead = lidar2img[0, 0] @ torch.tensor([0.0, 20.0, 0.0, 1.0])  # lidar frame: y is ahead
     u, v = (ahead[:2] / ahead[2]).tolist()
     assert ahead[2] > 0

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
-from qdbev.data.synthetic.rig import CAMERAS, LIDAR, make_sensor
-from qdbev.data.transforms import image_transform, scale_lidar2img
-from qdbev.geometry import inverse, pillar_points, project, rigid
+from qdbev.data.synthetic.rig import CAMERAS, network_rig
+from qdbev.geometry import pillar_points, project
 from qdbev.model.bevformer import BEVFormer
 from qdbev.model.encoder import Encoder
 from qdbev.ops.sca import spatial_cross_attention
@@ -38,7 +37,6 @@ from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
 from train.padded_attention import pad_attention
 
-STORED_HW = (900, 1600)
 """nuScenes images."""
 ATOL = 1e-4
 """Of outputs and gradients, in float32."""
@@ -199,7 +197,7 @@ def _operator(config: Config, form: str, backward: bool) -> Work:
     model, lidar2img, image_hw = config.model, *_rig(config)
     pillars = pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range)
     reference_points, hit = project(pillars, lidar2img, image_hw)
-    level_hw, Q, M = _level_hw(config, image_hw), reference_points.shape[2], model.num_heads
+    level_hw, Q, M = model.level_hw(image_hw), reference_points.shape[2], model.num_heads
     keys, samples = sum(h * w for h, w in level_hw), (1, Q, M, model.num_levels, model.num_spatial_points)
     learned = [
         torch.randn(1, len(CAMERAS), keys, M, model.embed_dim // M),
@@ -220,7 +218,7 @@ def _operator(config: Config, form: str, backward: bool) -> Work:
 
 def _encoder(config: Config, form: str, _: bool) -> Work:
     lidar2img, image_hw = _rig(config)
-    features = [torch.randn(1, len(CAMERAS), config.model.embed_dim, h, w) for h, w in _level_hw(config, image_hw)]
+    features = [torch.randn(1, len(CAMERAS), config.model.embed_dim, h, w) for h, w in config.model.level_hw(image_hw)]
     motion = _motion(config)
     encoder = _with_form(Encoder(config.model), config, form)
     given = (features, lidar2img, motion[0], image_hw, motion[1], torch.ones(1))
@@ -282,20 +280,8 @@ def _motion(config: Config) -> tuple[Tensor, Tensor]:
 
 def _rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
     """lidar2img (1, N, 4, 4) and padded image size."""
-    transform = image_transform(config.data, STORED_HW)
-    lidar = make_sensor(LIDAR, STORED_HW[1])
-    ego_from_lidar = rigid(lidar.ego_from_sensor, lidar.translation)
-    matrices = []
-    for camera in (make_sensor(channel, STORED_HW[1]) for channel in CAMERAS):
-        img_from_cam = rigid(camera.intrinsic, np.zeros(3))
-        matrices.append(img_from_cam @ inverse(rigid(camera.ego_from_sensor, camera.translation)) @ ego_from_lidar)
-    return torch.from_numpy(scale_lidar2img(np.stack(matrices), transform.scale)).float()[None], transform.padded_hw
-
-
-def _level_hw(config: Config, image_hw: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes of the neck's outputs: those of the backbone's stages, then halves."""
-    strides = [4 * 2 ** (config.model.backbone.out_stages[0] + level) for level in range(config.model.num_levels)]
-    return [(-(-image_hw[0] // stride), -(-image_hw[1] // stride)) for stride in strides]
+    lidar2img, padded_hw = network_rig(config.data)
+    return torch.from_numpy(lidar2img).float()[None], padded_hw
 
 
 @entry_point

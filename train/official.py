@@ -10,13 +10,10 @@ from pathlib import Path
 from qdbev import artifact
 from qdbev.command import add_settings, entry_point
 from qdbev.config import override, to_dict
-from qdbev.data.transforms import image_transform
+from qdbev.data.image_transform import NUSCENES_HW, image_transform
 from qdbev.model.bevformer import BEVFormer
 from qdbev.model.weights import fitting_recipe, load_official, read_official
 from qdbev.recipes import RECIPES
-
-NUSCENES_HW = (900, 1600)
-"""Size of the images the official models were trained on."""
 
 
 def convert(checkpoint: Path, teacher: Path, settings: list[str]) -> str:

@@ -14,12 +14,11 @@ from torch import nn
 from qdbev import artifact
 from qdbev.command import add_settings, entry_point
 from qdbev.config import PIXEL_STD, Config, override, to_dict
-from qdbev.data.transforms import image_transform
+from qdbev.data.image_transform import NUSCENES_HW, image_transform
 from qdbev.model.bevformer import BEVFormer
 from qdbev.model.image_encoder import Bottleneck
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
-from train.official import NUSCENES_HW
 
 _RESIDUAL_GAIN = 0.3
 """Of each residual branch: 33 of them then widen the activations a few times and not ten thousand times."""

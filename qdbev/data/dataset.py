@@ -11,8 +11,9 @@ from torch.utils.data import Dataset
 
 from qdbev import temporal
 from qdbev.config import DataConfig
+from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.infos import DatasetError, Info, Infos, load_or_build
-from qdbev.data.transforms import image_transform, load_images, scale_lidar2img
+from qdbev.data.transforms import load_images
 from qdbev.schema import Frame
 
 _MAX_DRAWS = 1000

@@ -16,8 +16,9 @@ import cv2
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import DataConfig
+from qdbev.data.image_transform import image_transform
 from qdbev.data.infos import Infos, load_or_build
-from qdbev.data.transforms import image_transform, load_images, read_image
+from qdbev.data.transforms import load_images, read_image
 
 
 def measure(root: Path, infos: Infos, scale: float, num_frames: int) -> dict[str, float]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qdbev.config import DataConfig
+from qdbev.data.image_transform import NUSCENES_HW, image_transform, scale_lidar2img
 from qdbev.data.synthetic.frames import quaternion_product, rotation_z, yaw_quaternion
 from qdbev.geometry import inverse, rigid
 
@@ -89,6 +91,12 @@ def lidar2img(num_cameras: int, image_width: int) -> np.ndarray:
         cam_from_lidar = inverse(rigid(camera.ego_from_sensor, camera.translation)) @ ego_from_lidar
         matrices.append(rigid(camera.intrinsic, np.zeros(3)) @ cam_from_lidar)
     return np.stack(matrices)
+
+
+def network_rig(config: DataConfig) -> tuple[np.ndarray, tuple[int, int]]:
+    """lidar2img (N, 4, 4) into the network's images, and their padded size, where stored images are nuScenes'."""
+    transform = image_transform(config, NUSCENES_HW)
+    return scale_lidar2img(lidar2img(len(CAMERAS), NUSCENES_HW[1]), transform.scale), transform.padded_hw
 
 
 def view_from(sensor: Sensor, ego_position: np.ndarray, ego_yaw: float) -> View:
