@@ -1,6 +1,7 @@
 """Deformable convolution in ONNX: gather and product, or the standard node; both give what PyTorch gives."""
 
-import dataclasses
+import copy
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ from small_networks import exported_network
 
 from engine import backend, build
 from engine.backend import EngineError
-from export import functions, parity, to_onnx
+from export import deform_conv, functions, parity, to_onnx
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import BackboneConfig, Config, to_dict
@@ -52,11 +53,21 @@ def exports(tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("export"), small_model()
     frames = noise_frames(model.config.num_cameras, IMAGE_HW)
     made = {}
-    for standard in (False, True):
-        path = folder / f"{standard}.onnx"
-        rows, sealed = to_onnx.export(model, seal("teacher"), path, IMAGE_HW, frames, standard)
-        made[standard] = onnx.load(path), rows, sealed
+    with traced_once(model):
+        for standard in (False, True):
+            path = folder / f"{standard}.onnx"
+            rows, sealed = to_onnx.export(model, seal("teacher"), path, IMAGE_HW, frames, standard)
+            made[standard] = onnx.load(path), rows, sealed
     return made
+
+
+@contextmanager
+def traced_once(model):
+    """Exports of `model` begin with copies of one graph."""
+    traced = to_onnx.trace(model, IMAGE_HW)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "trace", lambda *_: copy.deepcopy(traced))
+        yield
 
 
 def im2col_model(x, offsets, mask, stride):
@@ -115,26 +126,21 @@ def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     path = tmp_path / "w8a8.onnx"
-    rows, _ = to_onnx.export(model, seal("student"), path, IMAGE_HW, frames)
+    with traced_once(model):
+        rows, _ = to_onnx.export(model, seal("student"), path, IMAGE_HW, frames)
+        with pytest.raises(ValueError, match="no integer form: leave --standard-deform-conv out"):
+            to_onnx.export(model, seal("student"), tmp_path / "standard.onnx", IMAGE_HW, frames, True)
     assert all(row.passed for row in rows), parity.table(rows)
     proto = onnx.load(path)
     producers = {output: node for node in proto.graph.node for output in node.output}
     product = next(node for node in proto.graph.node if node.name == "backbone.layer3.0.conv2.product")
     assert [producers[name].op_type for name in product.input[:2]] == ["DequantizeLinear", "DequantizeLinear"]
-    with pytest.raises(ValueError, match="no integer form: leave --standard-deform-conv out"):
-        to_onnx.export(model, seal("student"), tmp_path / "standard.onnx", IMAGE_HW, frames, True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["w8a8.onnx", artifact.seal_path(path).name]
 
 
-def test_a_model_without_deformable_convolution_has_nothing_to_replace(tmp_path):
-    config = small_config()
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, backbone=dataclasses.replace(config.model.backbone, deformable_stages=()))
-    )
-    model = BEVFormer(config.model).eval()
+def test_a_model_without_deformable_convolution_has_nothing_to_replace(exports):
     with pytest.raises(ValueError, match="no deformable convolution"):
-        to_onnx.export(model, seal("teacher"), tmp_path / "x.onnx", IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW), True)
-    assert not list(tmp_path.iterdir())
+        deform_conv.use_standard_node(exports[True][0])
 
 
 @pytest.mark.trt

@@ -143,24 +143,35 @@ def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
         restore(path)
 
 
-def test_a_packed_student_exports_to_the_same_graph(student, tmp_path):
+@pytest.fixture(scope="module")
+def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
+    """Three students and their ONNX files: with 4-bit tables, with 8-bit tables and clipped ranges, with one step a weight."""
+    folder, (seal, model, _) = tmp_path_factory.mktemp("exports"), student
+    students = {
+        "tables 4": (seal, model),
+        "tables 8": saved_student(folder / "8.pt", embedding_bits=8, scale="clip"),
+        "fixed": saved_student(folder / "fixed.pt", scale="fixed", per_channel=False),
+    }
+    made = {}
+    for name, (parent, network) in students.items():
+        made[name] = network, folder / f"{name}.onnx"
+        rows, _ = to_onnx.export(network, parent, made[name][1], IMAGE_HW, noise_frames(network.config.num_cameras, IMAGE_HW))
+        assert all(row.passed for row in rows), parity.table(rows)
+    return made
+
+
+def test_a_packed_student_exports_to_the_same_graph(student, exports, tmp_path):
     seal, model, _ = student
     packing.write(model, seal, tmp_path / "w4a6.packed.pt")
     _, restored = restore(tmp_path / "w4a6.packed.pt")
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
-    files = [tmp_path / "student.onnx", tmp_path / "packed.onnx"]
-    for path, network in zip(files, (model, restored), strict=True):
-        to_onnx.export(network, seal, path, IMAGE_HW, frames)
-    assert files[0].read_bytes() == files[1].read_bytes()
+    path = tmp_path / "packed.onnx"
+    to_onnx.export(restored, seal, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    assert path.read_bytes() == exports["tables 4"][1].read_bytes()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_tables_become_integer_constants_of_the_graph(bits, tmp_path):
-    seal, model = saved_student(tmp_path / "student.pt", embedding_bits=bits)
-    path = tmp_path / "student.onnx"
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
-    rows, _ = to_onnx.export(model, seal, path, IMAGE_HW, frames)
-    assert all(row.passed for row in rows), parity.table(rows)
+def test_tables_become_integer_constants_of_the_graph(exports, bits):
+    model, path = exports[f"tables {bits}"]
     proto, stored = onnx.load(path), onnx.load(path.with_suffix(".int4.onnx"))
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     four_bit = {tensor.name: tensor for tensor in stored.graph.initializer if tensor.data_type == TensorProto.INT4}
@@ -176,19 +187,17 @@ def test_tables_become_integer_constants_of_the_graph(bits, tmp_path):
         np.testing.assert_array_equal(integers * scale[:, None], layer.weight.detach().numpy())
         if bits == 4:
             assert len(four_bit[f"{name}.weight.int8"].raw_data) == integers.size / 2
-    feeds = temporal.deployed_inputs(frames[0], None, model.config)
+    frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
+    feeds = temporal.deployed_inputs(frame, None, model.config)
     first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
     assert all(np.array_equal(first[name], second[name]) for name in schema.OUTPUTS)
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize(("scale", "per_channel"), [("clip", True), ("fixed", False)])
-def test_every_mode_passes_the_whole_export(scale, per_channel, tmp_path):
-    seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
-    rows, made = to_onnx.export(model, seal, tmp_path / "student.onnx", IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
-    assert all(row.passed for row in rows), parity.table(rows)
-    proto = onnx.load(tmp_path / "student.onnx")
+@pytest.mark.parametrize(("name", "per_channel"), [("tables 8", True), ("fixed", False)])
+def test_every_mode_passes_the_whole_export(exports, name, per_channel):
+    proto = onnx.load(exports[name][1])
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     weights = [node for node in proto.graph.node if node.input and node.input[0].endswith("linear1.weight.int8")]
     assert {len(constants[node.input[1]].dims) for node in weights} == {1 if per_channel else 0}
-    assert "int4_bytes" in made.facts
+    assert "int4_bytes" in artifact.unseal(exports[name][1], "onnx").facts

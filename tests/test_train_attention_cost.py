@@ -87,7 +87,7 @@ def test_forms_that_differ_are_refused():
 
 
 def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 2),))
+    monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 1),))
     monkeypatch.setattr("sys.argv", ["attention_cost", "--out", str(tmp_path / "cost.json")])
     attention_cost.main()
     written = json.loads((tmp_path / "cost.json").read_text())
@@ -102,6 +102,6 @@ def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
 
 
 def test_forms_that_do_not_fit_are_reported_without_ratios():
-    row = attention_cost.compare(Case("tiny", "operator", False, ("gathered", "dense"), 2), limit=1 << 28)
+    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 2), limit=1 << 28)
     assert row["gathered"].keys() == row["dense"].keys() == {"failed"}
     assert "time_ratio" not in row
