@@ -102,6 +102,6 @@ def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
 
 
 def test_forms_that_do_not_fit_are_reported_without_ratios():
-    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 2), limit=1 << 28)
+    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 28)
     assert row["gathered"].keys() == row["dense"].keys() == {"failed"}
     assert "time_ratio" not in row
