@@ -12,6 +12,7 @@
 #   make gpu-check               RUN=runs/demo: all that only a GPU shows, in under ten minutes, in results/<gpu>_<date>.json
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
+#   make audit-tiny              tiny with random weights at W8A8 and W4A6: which layer of the engines runs in which precision
 #   make report lint step-cost image-cost attention-cost deform-cost kernel-bench results
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
@@ -37,7 +38,7 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train ablation export-onnx pack engine audit bench kernel-bench gpu-check eval engine-eval report views sizes size-files \
+.PHONY: demo test data train ablation export-onnx pack engine audit bench kernel-bench gpu-check eval engine-eval report views sizes audit-tiny size-files \
 	step-cost image-cost attention-cost deform-cost results lint setup clean
 
 demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
@@ -146,10 +147,17 @@ sizes: | data/street/world.json
 size-files: $(foreach size,$(SIZES),$(RUN)/$(size).onnx $(RUN)/$(size)_w8a8.onnx $(RUN)/$(size)_w8a8.engine)
 	$(PY) -m export.sizes --run $(RUN)
 
+# Minutes.
+audit-tiny: | data/street/world.json
+	$(MAKE) runs/sizes/tiny_w8a8.engine runs/sizes/tiny_w4a6.engine RUN=runs/sizes
+	for bits in w8a8 w4a6; do cp runs/sizes/tiny_$$bits.engine.audit.json results/audit_tiny_$$bits.json; done
+
 $(SIZES:%=$(RUN)/%.pt): $(RUN)/%.pt: | .venv/.ok
 	$(PY) -m train.untrained --recipe $* --teacher $@ --set data.root=data/street
 $(SIZES:%=$(RUN)/%_w8a8.pt): $(RUN)/%_w8a8.pt: $(RUN)/%.pt
 	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.calibration_samples=2 --device cpu
+$(RUN)/tiny_w4a6.pt: $(RUN)/tiny.pt
+	$(PY) -m train.qat --teacher $< --student $@ --bits w4a6 --set 'quant.stages=()' --set quant.calibration_samples=2 --device cpu
 
 deform-cost: | data/street/world.json
 	$(MAKE) runs/sizes/small.onnx runs/sizes/small_standard.onnx RUN=runs/sizes

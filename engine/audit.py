@@ -131,7 +131,7 @@ def is_integer_product(layer: Layer) -> bool:
 def save(path: Path, report: Report) -> None:
     """Write the report as JSON."""
     rows = [dataclasses.asdict(row) for row in (*report.rows, *report.float_rows)]
-    content = {"summary": report.summary, **report.facts(), "rows": rows}
+    content = {"summary": report.summary, **report.facts(), "rows": rows, "made": artifact.provenance()}
     with artifact.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
 
