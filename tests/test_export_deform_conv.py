@@ -40,6 +40,8 @@ def small_model() -> BEVFormer:
         if isinstance(module, DeformConv2d):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
             torch.nn.init.normal_(module.offset.bias)
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.bias, std=0.1)  # what the folded convolution adds
     return model
 
 
