@@ -15,6 +15,7 @@ import torch
 
 from qdbev import geometry, recipes
 from qdbev.data import transforms
+from qdbev.data.image_transform import ImageTransform, image_transform, scale_lidar2img
 from qdbev.model.bevformer import BEVFormer
 from qdbev.schema import CAMERAS
 
@@ -40,12 +41,12 @@ def frame() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def transform() -> transforms.ImageTransform:
-    return transforms.image_transform(recipes.tiny().data, IMAGE_HW)
+def transform() -> ImageTransform:
+    return image_transform(recipes.tiny().data, IMAGE_HW)
 
 
 @pytest.fixture(scope="module")
-def images(frame: dict[str, Any], transform: transforms.ImageTransform) -> np.ndarray:
+def images(frame: dict[str, Any], transform: ImageTransform) -> np.ndarray:
     return transforms.load_images([FOLDER / frame["images"][camera]["img_path"] for camera in CAMERAS], transform)
 
 
@@ -56,7 +57,7 @@ def scaled_lidar2img(frame: dict[str, Any], scale: float) -> np.ndarray:
         calibration = frame["images"][camera]
         img_from_cam = geometry.rigid(np.array(calibration["cam2img"]), np.zeros(3))
         matrices.append(img_from_cam @ np.array(calibration["lidar2cam"]))
-    return transforms.scale_lidar2img(np.stack(matrices), scale)
+    return scale_lidar2img(np.stack(matrices), scale)
 
 
 def corners(box: list[float]) -> np.ndarray:
@@ -65,7 +66,7 @@ def corners(box: list[float]) -> np.ndarray:
     return unit * box[3:6] @ geometry.rotation_z(box[6]).T + box[:3]
 
 
-def draw(images: np.ndarray, lidar2img: np.ndarray, boxes: list[list[float]], transform: transforms.ImageTransform, path: Path) -> None:
+def draw(images: np.ndarray, lidar2img: np.ndarray, boxes: list[list[float]], transform: ImageTransform, path: Path) -> None:
     """Write the six network inputs, back in colours, with the boxes in front of each camera."""
     pictures = []
     for planes, matrix in zip(images, lidar2img, strict=True):
@@ -82,7 +83,7 @@ def draw(images: np.ndarray, lidar2img: np.ndarray, boxes: list[list[float]], tr
     assert cv2.imwrite(str(path), np.concatenate([np.concatenate(front, 1), np.concatenate(back, 1)]))
 
 
-def test_real_images_are_normalised_and_padded(images: np.ndarray, transform: transforms.ImageTransform) -> None:
+def test_real_images_are_normalised_and_padded(images: np.ndarray, transform: ImageTransform) -> None:
     assert images.shape == (6, 3, 480, 800)
     assert (images[:, :, 450:] == 0).all()
     for planes in images:
@@ -92,7 +93,7 @@ def test_real_images_are_normalised_and_padded(images: np.ndarray, transform: tr
     assert sky > road
 
 
-def test_measured_objects_in_front_of_a_camera_appear_in_an_image(frame: dict[str, Any], transform: transforms.ImageTransform) -> None:
+def test_measured_objects_in_front_of_a_camera_appear_in_an_image(frame: dict[str, Any], transform: ImageTransform) -> None:
     measured = [instance["bbox_3d"] for instance in frame["instances"] if instance["num_lidar_pts"] > 0]
     assert len(measured) > 50
     lidar2img = torch.from_numpy(scaled_lidar2img(frame, transform.scale))[None].float()
@@ -105,7 +106,7 @@ def test_measured_objects_in_front_of_a_camera_appear_in_an_image(frame: dict[st
 
 
 def test_the_red_barriers_are_red_where_their_boxes_project(
-    frame: dict[str, Any], images: np.ndarray, transform: transforms.ImageTransform, tmp_path: Path
+    frame: dict[str, Any], images: np.ndarray, transform: ImageTransform, tmp_path: Path
 ) -> None:
     lidar2img = scaled_lidar2img(frame, transform.scale)
     barriers = [i["bbox_3d"] for i in frame["instances"] if i["bbox_label"] == frame["categories"]["barrier"] and i["num_lidar_pts"] > 0]
@@ -137,7 +138,7 @@ def base_cells() -> torch.Tensor:
     return geometry.pillar_points(BASE.bev_hw, BASE.num_pillar_points, BASE.pc_range)[0]
 
 
-def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: dict[str, Any], transform: transforms.ImageTransform) -> None:
+def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: dict[str, Any], transform: ImageTransform) -> None:
     """The outline is projected here, in float64 from the stored matrices; half a cell is added to each side of the box."""
     boxes = measured_boxes(frame)
     column, row = ((boxes[:, :2] + 51.2) / CELL).astype(int).T
@@ -160,7 +161,7 @@ def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: di
 
 
 def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
-    frame: dict[str, Any], images: np.ndarray, transform: transforms.ImageTransform
+    frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
     is_barrier = np.array([i["bbox_label"] == frame["categories"]["barrier"] and i["num_lidar_pts"] > 0 for i in frame["instances"]])
     boxes = np.array([instance["bbox_3d"] for instance in frame["instances"]])[is_barrier]
@@ -202,7 +203,7 @@ def tiny() -> BEVFormer:
 
 @torch.no_grad()
 def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_it_sees(
-    tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: transforms.ImageTransform
+    tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
     """Temporal attention, which spreads between cells, comes first in a layer: only from the second on does it carry the news further."""
     matrices = scaled_lidar2img(frame, transform.scale)

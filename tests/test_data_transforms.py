@@ -15,6 +15,7 @@ from torch.nn import functional
 from qdbev import recipes
 from qdbev.config import DataConfig
 from qdbev.data import image_cost, transforms
+from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.infos import DatasetError
 
 
@@ -33,7 +34,7 @@ def config(**changes: object) -> DataConfig:
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_images_and_matrices_match_the_official_pipeline(size: str, golden_modules: dict[str, np.ndarray]) -> None:
     data = recipes.RECIPES[size]().data
-    transform = transforms.image_transform(data, (90, 160))
+    transform = image_transform(data, (90, 160))
     images = np.stack([transforms.prepare_image(image, transform) for image in make_raw_images()[:2]])
     assert images.dtype == np.float32
     assert [(*transform.padded_hw, 3)] * 6 == [tuple(shape) for shape in golden_modules[f"pre_{size}_img_shape"]]
@@ -42,14 +43,14 @@ def test_images_and_matrices_match_the_official_pipeline(size: str, golden_modul
         np.block([[k[:3, :3], np.zeros((3, 1))], [np.zeros((1, 3)), 1]]) @ np.linalg.inv(m)
         for k, m in zip(make_intrinsics(), make_lidar_from_cam(), strict=True)
     ]
-    scaled = transforms.scale_lidar2img(np.stack(stored), data.image_scale)
+    scaled = scale_lidar2img(np.stack(stored), data.image_scale)
     np.testing.assert_allclose(scaled, golden_modules[f"pre_{size}_lidar2img"], atol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 0.37])
 def test_scaling_is_half_pixel_bilinear_without_antialias_after_normalisation(scale: float) -> None:
     data = config(image_scale=scale, std=(1.0, 2.0, 4.0))
-    transform = transforms.image_transform(data, (90, 160))
+    transform = image_transform(data, (90, 160))
     image = make_raw_images()[0]
     normalised = (torch.from_numpy(image[..., ::-1].astype(np.float32)) - torch.tensor(data.mean)) / torch.tensor(data.std)
     height, width = transform.scaled_hw
@@ -63,7 +64,7 @@ def test_scaling_is_half_pixel_bilinear_without_antialias_after_normalisation(sc
 
 
 def test_files_give_the_same_numbers_as_their_pixels(photo: Path) -> None:
-    transform = transforms.image_transform(config(), (90, 160))
+    transform = image_transform(config(), (90, 160))
     loaded = transforms.load_images([photo, photo], transform)
     assert loaded.shape == (2, 3, 64, 96)
     np.testing.assert_array_equal(loaded[1], transforms.prepare_image(cv2.imread(str(photo)), transform))
@@ -74,7 +75,7 @@ def test_unreadable_files_are_named(photo: Path) -> None:
 
     def refuses(message: str, path: Path = photo) -> None:
         with pytest.raises(DatasetError, match=f"{path.name}.*{message}"):
-            transforms.load_images([path], transforms.image_transform(config(), (90, 160)))
+            transforms.load_images([path], image_transform(config(), (90, 160)))
 
     photo.write_bytes(content[: len(content) * 2 // 3])
     refuses("is cut short at")
@@ -89,7 +90,7 @@ def test_unreadable_files_are_named(photo: Path) -> None:
 
 def test_a_scale_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(DatasetError, match="leaves nothing of images of 90 x 160"):
-        transforms.image_transform(config(image_scale=0.01), (90, 160))
+        image_transform(config(image_scale=0.01), (90, 160))
 
 
 def distorted_by_loops(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, set[str]]:
@@ -126,7 +127,7 @@ def test_distortion_agrees_with_a_loop_over_pixels() -> None:
 
 
 def test_each_image_is_distorted_on_its_own_and_repeatably(photo: Path) -> None:
-    transform = transforms.image_transform(config(), (90, 160))
+    transform = image_transform(config(), (90, 160))
     first, again = (transforms.load_images([photo] * 3, transform, np.random.default_rng(1)) for _ in range(2))
     plain = transforms.load_images([photo], transform)[0]
     np.testing.assert_array_equal(first, again)

@@ -233,6 +233,17 @@ def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[name], expected[name])
 
 
+def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_path):
+    done = exports("w4a6")
+    half = qdq.unpack_int4(onnx.load(done.path.with_suffix(".int4.onnx")))
+    to_onnx.arrange(half, half=True)
+    onnx.save(half, tmp_path / "half.onnx")
+    frames = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.HALF)
+    for row in rows:
+        assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
+
+
 def test_a_weight_off_its_grid_is_refused(exports):
     model = copy.deepcopy(exports("w8a8").proto)
     graph = model.graph
@@ -246,7 +257,10 @@ def test_a_weight_off_its_grid_is_refused(exports):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(exports, kind, tmp_path, monkeypatch):
+    measure, changes = parity.measure, []
+    monkeypatch.setattr(parity, "measure", lambda *given: changes.append(given[3]) or measure(*given))
     path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, half=True)
+    assert changes[-1] == parity.HALF
     facts, proto = artifact.unseal(path, "onnx").facts, onnx.load(path)
     assert (facts["float16"], facts["opset"], exports(kind).made.facts["float16"]) == (True, 19, False)
     onnx.checker.check_model(proto, full_check=True)

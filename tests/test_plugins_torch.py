@@ -207,6 +207,10 @@ def test_wrong_kernels_fail_the_benchmark_after_all_is_written(monkeypatch, tmp_
     monkeypatch.setattr(bench, "goals", lambda figures: {})
     out = tmp_path / "kernels.json"
     monkeypatch.setattr("sys.argv", ["bench", "--out", str(out)])
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(bench, "measure", lambda case: 1 / 0)
+        bench.main()
+    assert json.loads(out.read_text()) == {"correctness": found}, "what was found before is kept"
     with pytest.raises(SystemExit, match="the kernels are wrong in int8 to float16; .*kernels.json"):
         bench.main()
     assert json.loads(out.read_text()) == {"correctness": found, "times_ms": {}, "goals": {}}
