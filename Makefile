@@ -140,7 +140,7 @@ views: MODEL ?= $(RUN)/teacher.pt
 views: .venv/.ok
 	$(PY) -m eval.views --model $(MODEL) --out $(dir $(MODEL))views
 
-# About 40 minutes and 14 GB of memory on two cores, most of it for comparing base with PyTorch.
+# About half an hour and 11 GB of memory on two cores, most of it for comparing base with PyTorch.
 sizes: | data/street/world.json
 	$(MAKE) size-files RUN=runs/sizes
 
