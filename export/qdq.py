@@ -62,12 +62,6 @@ def clip_early(model: onnx.ModelProto) -> int:
     return len(moved)
 
 
-def float_copies(model: onnx.ModelProto) -> list[str]:
-    """Names of float constants that go through QuantizeLinear; empty after `pack_weights`."""
-    constants = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    return [node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] in constants]
-
-
 def pack_int4(model: onnx.ModelProto) -> onnx.ModelProto:
     """The storage form: a copy whose int8 weights between -7 and 7 are INT4 tensors, two values a byte.
 

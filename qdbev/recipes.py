@@ -31,7 +31,7 @@ _PAPER_DEFORMABLE = dataclasses.replace(_PAPER, edge_layers=(*_PAPER.edge_layers
 def micro() -> Config:
     """A detector that trains in minutes on two cores, on the synthetic `micro` world.
 
-    Command: make demo; about 9 minutes on two cores. Seen: NDS 0.444 and 0.474, mAP 0.397 and 0.442 (results/demo_micro_cpu.json).
+    Command: make demo; about 9 minutes on two cores. Seen: NDS 0.444 to 0.474, mAP 0.397 to 0.442 (results/demo_micro_cpu.json: one run).
     """
     return Config(
         name="micro",

@@ -106,7 +106,7 @@ LACKING = ("cv2", "nuscenes", "pyquaternion", "pytorch_quantization", "scipy", "
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_there_is_one_error_and_nothing_is_written_and_a_bare_machine_gets_so_far(tmp_path):
     text = (
-        f"import runpy, sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\nimport eval.gpu_network\n"
+        f"import runpy, sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\nimport eval.gpu_network, plugins.bench\n"
         "runpy.run_module('eval.gpu_check', run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -11,7 +11,7 @@ from qdbev.config import Bits, ConfigError, QuantConfig
 from qdbev.model.bevformer import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers, step_parameters, weight_of
-from qdbev.quant.prepare import describe, enable, prepare, set_enabled, table
+from qdbev.quant.prepare import describe, enable, prepare, table
 from qdbev.quant.quantizer import fake_quantize
 from qdbev.recipes import micro
 
@@ -90,7 +90,7 @@ def test_a_table_is_switched_with_its_group():
     enable(net, ("encoder",))
     assert net.encoder.weight is not weight_of(net.encoder)
     assert torch.equal(net.decoder.weight, weight_of(net.decoder))
-    set_enabled(net, ("encoder",), False)
+    enable(net, ())
     assert torch.equal(net.encoder.weight, weight_of(net.encoder))
 
 

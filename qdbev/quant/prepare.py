@@ -117,20 +117,6 @@ def enable(model: nn.Module, groups: Iterable[str]) -> None:
     _switch(layers, {name for name in layers if name.partition(".")[0] in groups})
 
 
-def set_enabled(model: nn.Module, patterns: Iterable[str], enabled: bool) -> None:
-    """Switch the quantized layers whose names match one of the shell globs `patterns`; the others stay as they are.
-
-    Raises:
-        ValueError: A pattern matches no quantized layer, or a layer has no range yet.
-    """
-    patterns = tuple(patterns)
-    layers = dict(quant_layers(model))
-    _refuse_unmatched("patterns", patterns, layers)
-    matched = {name for name in layers if _matches(name, patterns)}
-    on = {name for name, layer in layers.items() if all(quantizer.enabled for quantizer in quantizers(layer))}
-    _switch(layers, on | matched if enabled else on - matched)
-
-
 def describe(model: nn.Module) -> list[Row]:
     """One row for every leaf, float or quantized, in the model's order."""
     inside = {id(layer.op) for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
