@@ -102,6 +102,12 @@ def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
 
 
 def test_forms_that_do_not_fit_are_reported_without_ratios():
-    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 28)
-    assert row["gathered"].keys() == row["dense"].keys() == {"failed"}
+    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 26)
+    assert row["gathered"] == row["dense"] == {"failed": "took more than 0.06 GiB of memory"}
     assert "time_ratio" not in row
+
+
+def test_a_form_that_never_answers_is_ended(monkeypatch):
+    monkeypatch.setattr(attention_cost, "TURN_LIMIT_S", 0.0)
+    row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 36)
+    assert row["gathered"] == row["dense"] == {"failed": "took more than 0 s"}

@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 import os
 import re
-import resource
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +37,14 @@ from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
 from train.padded_attention import pad_attention
 
-"""nuScenes images."""
 ATOL = 1e-4
 """Of outputs and gradients, in float32."""
 SHARE_OF_MEMORY = 0.75
-"""Of the machine's, which one form may take; one that needs more is reported as such."""
+"""Of the machine's memory, which the process of one form may take; one that takes more is ended and reported as such."""
+TURN_LIMIT_S = 1800.0
+"""Seconds that one run of one form may take before its process is ended."""
+_POLL_S = 0.02
+"""Seconds between two looks at a running form's memory."""
 
 _MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
@@ -83,7 +86,7 @@ def compare(case: Case, limit: int) -> dict[str, object]:
 
     Args:
         case: What to run.
-        limit: Bytes of address space that each form may take.
+        limit: Bytes of memory that the process of each form may take.
 
     Raises:
         ValueError: The two forms differ by more than ATOL.
@@ -118,33 +121,51 @@ def _freed_memory_returned() -> Iterator[None]:
 def _answers(case: Case, turns: int, limit: int) -> dict[str, list[dict]]:
     """What both forms answer in `turns` turns, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
+    workers: dict[str, tuple[BaseProcess, Connection]] = {}
     for form in case.forms:
-        pipes[form], theirs = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(theirs, case, form, limit), daemon=True))
-        processes[-1].start()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, case, form), daemon=True)
+        process.start()
         theirs.close()
-    answers = _take_turns(pipes, turns)
-    for process in processes:
-        process.join()
-    return answers
+        workers[form] = process, ours
+    try:
+        return _take_turns(workers, turns, limit)
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.kill()
+            process.join()
 
 
-def _take_turns(pipes: dict[str, Connection], turns: int) -> dict[str, list[dict]]:
+def _take_turns(workers: dict[str, tuple[BaseProcess, Connection]], turns: int, limit: int) -> dict[str, list[dict]]:
     """What every form answered, turn by turn; the order within a turn alternates."""
-    answers: dict[str, list[dict]] = {form: [] for form in pipes}
+    answers: dict[str, list[dict]] = {form: [] for form in workers}
     for turn in range(turns):
-        for form in sorted(pipes, reverse=bool(turn % 2)):
-            if answers[form] and "failed" in answers[form][-1]:
-                continue
-            try:
-                pipes[form].send("run")
-                answers[form].append(pipes[form].recv())
-            except (EOFError, OSError):
-                answers[form].append({"failed": "the process was ended, most likely for want of memory"})
-    for pipe in pipes.values():
-        pipe.close()
+        for form in sorted(workers, reverse=bool(turn % 2)):
+            if not (answers[form] and "failed" in answers[form][-1]):
+                answers[form].append(_answer(*workers[form], limit))
     return answers
+
+
+def _answer(process: BaseProcess, pipe: Connection, limit: int) -> dict:
+    """One run of a form. Its process is ended when it takes more than `limit` bytes of memory or TURN_LIMIT_S seconds.
+
+    Memory is watched from outside: under a limit of its address space OpenBLAS waits for memory in a matrix product without end.
+    """
+    deadline = time.monotonic() + TURN_LIMIT_S
+    failed = {"failed": "the process was ended, most likely for want of memory"}
+    try:
+        pipe.send("run")
+        while not pipe.poll(_POLL_S):
+            if _status_kib("VmRSS", process.pid) * 1024 > limit:
+                failed = {"failed": f"took more than {limit / 2**30:.2f} GiB of memory"}
+                process.kill()
+            elif time.monotonic() > deadline:
+                failed = {"failed": f"took more than {TURN_LIMIT_S:.0f} s"}
+                process.kill()
+        return pipe.recv()
+    except (EOFError, OSError):
+        return failed
 
 
 def _summary(alone: dict, turns: list[dict]) -> dict[str, object]:
@@ -163,9 +184,8 @@ def _largest_difference(case: Case, first: list[np.ndarray], second: list[np.nda
     return largest
 
 
-def _serve(pipe: Connection, case: Case, form: str, limit: int) -> None:
+def _serve(pipe: Connection, case: Case, form: str) -> None:
     """Build the form, then run it whenever asked, until the other end closes."""
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.manual_seed(0)
     config = RECIPES[case.recipe]()
     # Inputs are drawn before the network: a swapped module draws numbers of its own.
@@ -183,14 +203,16 @@ def _serve(pipe: Connection, case: Case, form: str, limit: int) -> None:
             outputs, parts = work()
             seconds = time.perf_counter() - start
         except (RuntimeError, MemoryError) as error:
-            pipe.send({"failed": f"{type(error).__name__} within {limit / 2**30:.1f} GiB: {str(error).partition(chr(10))[0][:120]}"})
+            pipe.send({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"})
             return
         peak_mib = (_status_kib("VmHWM") - start_kib) / 1024
         pipe.send({"seconds": seconds, "peak_mib": peak_mib, "parts": parts, "outputs": [x.detach().numpy() for x in outputs]})
 
 
-def _status_kib(name: str) -> int:
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def _status_kib(name: str, pid: int | str | None = "self") -> int:
+    """A figure of a process as Linux reports it in /proc; 0 for a process that has ended."""
+    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) if found else 0
 
 
 def _operator(config: Config, form: str, backward: bool) -> Work:
