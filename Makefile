@@ -62,10 +62,10 @@ data: $(WORLD)/world.json
 endif
 
 $(WORLD)/world.json: | .venv/.ok
-	$(PY) -m qdbev.data.synthetic.generate --world micro --out $(WORLD)
+	$(PY) -m synthetic.generate --world micro --out $(WORLD)
 
 $(RUN)/teacher.pt: | $(WORLD)/world.json
-	$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) --set data.root=$(WORLD)
+	$(PY) -m train.teacher --recipe $(RECIPE) --run $(RUN) --set data.root=$(WORLD)
 
 $(RUN)/w8a8.pt: $(RUN)/teacher.pt
 	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8
@@ -88,15 +88,15 @@ $(RUN)/pictures: $(RUN)/w4a6.pt
 
 train: TEACHER ?= $(RUN)/teacher.pt
 train: .venv/.ok
-	$(if $(filter $(RUN)/teacher.pt,$(TEACHER)),$(PY) -m train.float --recipe $(RECIPE) --run $(RUN) $(if $(PRETRAINED),--pretrained $(PRETRAINED)))
+	$(if $(filter $(RUN)/teacher.pt,$(TEACHER)),$(PY) -m train.teacher --recipe $(RECIPE) --run $(RUN) $(if $(PRETRAINED),--pretrained $(PRETRAINED)))
 	$(PY) -m train.qat --teacher $(TEACHER) --student $(RUN)/student.pt --bits $(BITS)
 
 # Hours; cells that are done are skipped. ROWS="vgd vgd_best" SEEDS=1 runs some, SEARCH=1 the trials of weight and temperature instead.
 ablation: TEACHER ?= runs/demo/teacher.pt
 ablation: .venv/.ok
-	$(PY) -m train.ablation --teacher $(TEACHER) $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STRESS),--stress $(STRESS)) \
+	$(PY) -m bench.ablation --teacher $(TEACHER) $(if $(ROWS),--rows $(ROWS)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STRESS),--stress $(STRESS)) \
 		$(if $(SEARCH),--search) $(if $(JOBS),--jobs $(JOBS))
-	$(PY) -m eval.ablation --results runs/ablation/ablation.json --out runs/ablation
+	$(PY) -m bench.ablation_report --results runs/ablation/ablation.json --out runs/ablation
 
 export-onnx: MODEL ?= $(RUN)/w4a6.pt
 export-onnx: .venv/.ok
@@ -119,11 +119,11 @@ bench: .venv/.ok
 	$(PY) -m engine.bench --engine $(MODEL)
 
 kernel-bench: .venv/.ok
-	$(PY) -m plugins.bench --out runs/kernel_bench.json
+	$(PY) -m bench.kernels --out runs/kernel_bench.json
 
 # A check that lacks something, as TensorRT, is skipped and says so.
 gpu-check: .venv/.ok
-	$(PY) -m eval.gpu_check --run $(RUN) --out results
+	$(PY) -m bench.gpu_check --run $(RUN) --out results
 
 eval: MODEL ?= $(RUN)/w4a6.pt
 eval: .venv/.ok
@@ -145,7 +145,7 @@ sizes: | data/street/world.json
 	$(MAKE) size-files RUN=runs/sizes
 
 size-files: $(foreach size,$(SIZES),$(RUN)/$(size).onnx $(RUN)/$(size)_w8a8.onnx $(RUN)/$(size)_w8a8.engine)
-	$(PY) -m export.sizes --run $(RUN)
+	$(PY) -m bench.sizes --run $(RUN)
 
 # Minutes.
 audit-tiny: | data/street/world.json
@@ -153,7 +153,7 @@ audit-tiny: | data/street/world.json
 	for bits in w8a8 w4a6; do cp runs/sizes/tiny_$$bits.engine.audit.json results/audit_tiny_$$bits.json; done
 
 $(SIZES:%=$(RUN)/%.pt): $(RUN)/%.pt: | .venv/.ok
-	$(PY) -m train.untrained --recipe $* --teacher $@ --set data.root=data/street
+	$(PY) -m bench.untrained --recipe $* --teacher $@ --set data.root=data/street
 $(SIZES:%=$(RUN)/%_w8a8.pt): $(RUN)/%_w8a8.pt: $(RUN)/%.pt
 	$(PY) -m train.qat --teacher $< --student $@ --bits w8a8 --set quant.calibration_samples=2 --device cpu
 $(RUN)/tiny_w4a6.pt: $(RUN)/tiny.pt
@@ -161,23 +161,23 @@ $(RUN)/tiny_w4a6.pt: $(RUN)/tiny.pt
 
 deform-cost: | data/street/world.json
 	$(MAKE) runs/sizes/small.onnx runs/sizes/small_standard.onnx RUN=runs/sizes
-	$(PY) -m export.run_cost --onnx runs/sizes/small.onnx runs/sizes/small_standard.onnx --out runs/sizes/deform_conv.json
+	$(PY) -m bench.run_cost --onnx runs/sizes/small.onnx runs/sizes/small_standard.onnx --out runs/sizes/deform_conv.json
 
 $(RUN)/small_standard.onnx: $(RUN)/small.pt
 	$(PY) -m export.to_onnx --checkpoint $< --onnx $@ --standard-deform-conv
 
 data/street/world.json: | .venv/.ok
-	$(PY) -m qdbev.data.synthetic.generate --world street --scenes 1 1 --out data/street
+	$(PY) -m synthetic.generate --world street --scenes 1 1 --out data/street
 
 step-cost: .venv/.ok
-	$(PY) -m train.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
+	$(PY) -m bench.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
 
 # Memory is the system's to give and take here: kept pages would hide a peak.
 attention-cost: .venv/.ok
-	env -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_MMAP_THRESHOLD_ $(PY) -m train.attention_cost --out $(RUN)/attention.json
+	env -u MALLOC_TRIM_THRESHOLD_ -u MALLOC_MMAP_THRESHOLD_ $(PY) -m bench.attention_cost --out $(RUN)/attention.json
 
 image-cost: data/street/world.json
-	$(PY) -m qdbev.data.image_cost --root data/street --out $(RUN)/image_cost.json
+	$(PY) -m bench.image_cost --root data/street --out $(RUN)/image_cost.json
 
 # Keeps what was measured.
 results:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine import graph, layers
+from engine import layer_table, onnx_products
 from engine.backend import EngineError
-from engine.graph import Product, Role
-from engine.layers import Layer
+from engine.layer_table import Layer
+from engine.onnx_products import Product, Role
 from qdbev import artifact
 from qdbev.command import entry_point
 
@@ -137,7 +137,7 @@ def save(path: Path, report: Report) -> None:
 
 
 def require_int8(report: Report) -> None:
-    """Raise EngineError, naming the layers, if a quantized layer runs in float."""
+    """Raise EngineError, naming the layer_table, if a quantized layer runs in float."""
     if not report.offenders:
         return
     lines = [f"  {row.name} ({row.op}): {row.got} in {row.engine_layer or 'no kernel'}: {row.reason}" for row in report.offenders[:_SHOWN]]
@@ -155,8 +155,8 @@ def of_files(engine: Path, onnx_path: Path) -> Report:
     """
     engine_seal = artifact.unseal(engine, "engine")
     artifact.expect_parent(engine, engine_seal, onnx_path, artifact.unseal(onnx_path, "onnx"))
-    table = layers.load(layers.table_path(engine), engine_seal.facts["layer_table_sha256"])
-    return audit(graph.products(graph.load(onnx_path)), table)
+    table = layer_table.load(layer_table.table_path(engine), engine_seal.facts["layer_table_sha256"])
+    return audit(onnx_products.products(onnx_products.load(onnx_path)), table)
 
 
 def report_path(engine: Path) -> Path:

@@ -4,7 +4,7 @@
 
 With TensorRT where there is a GPU (the engine is for that GPU), with TensorRT-RTX where there is none (ahead of time, for the named
 GPUs, or portable). Strongly typed: the ONNX alone decides each tensor's type; TensorRT 8.6, which does not know that, gets a float32 ONNX
-(dialect.py) and the INT8 flag. The attentions are plugins where TensorRT keeps their kernels in the plan, from 10.9 on, and their ONNX
+(trt86_check.py) and the INT8 flag. The attentions are plugins where TensorRT keeps their kernels in the plan, from 10.9 on, and their ONNX
 bodies elsewhere (plugins/README.md). The engine is audited before it is written; one that lost INT8 is refused. Beside it lie its layer
 table, its audit and its seal.
 """
@@ -19,9 +19,9 @@ from typing import Any
 
 import onnx
 
-from engine import audit, backend, compatibility, dialect, graph, layers, monitor
+from engine import audit, backend, compatibility, layer_table, onnx_products, trt86_check, trt_callbacks
 from engine.backend import Backend, BackendName, EngineError, Gpu
-from engine.layers import Layer
+from engine.layer_table import Layer
 from plugins import tensorrt_ops
 from qdbev import artifact
 from qdbev.command import entry_point
@@ -62,21 +62,21 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
         EngineError: The ONNX or an option does not fit, TensorRT refuses, or a quantized layer lost INT8.
     """
     parent = artifact.unseal(onnx_path, "onnx")
-    model = graph.load(onnx_path)
+    model = onnx_products.load(onnx_path)
     chosen = backend.select(options.backend)
     plugins = _plugins(chosen)
-    graph.check(model, plugins)
+    onnx_products.check(model, plugins)
     if not chosen.strongly_typed:
-        dialect.check(model, plugins)
+        trt86_check.check(model, plugins)
     plan = build_plan(chosen, onnx_path, options)
-    report = audit.audit(graph.products(model), plan.table)
+    report = audit.audit(onnx_products.products(model), plan.table)
     audit.save(audit.report_path(engine_path), report)
     if not options.allow_float:
         audit.require_int8(report)
-    layers.save(layers.table_path(engine_path), plan.table)
+    layer_table.save(layer_table.table_path(engine_path), plan.table)
     with artifact.atomic(engine_path) as temporary:
         temporary.write_bytes(plan.content)
-    table_sha256 = artifact.sha256(layers.table_path(engine_path))
+    table_sha256 = artifact.sha256(layer_table.table_path(engine_path))
     facts = {
         **plan.facts,
         "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
@@ -99,7 +99,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     trt = chosen.module
     failures = _register_ours(chosen)
     failures.clear()
-    messages = monitor.logger(trt)
+    messages = trt_callbacks.logger(trt)
     builder = trt.Builder(messages)
     kinds = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(kinds.STRONGLY_TYPED if chosen.strongly_typed else kinds.EXPLICIT_BATCH))
@@ -114,7 +114,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     cache_path = timing_cache_file(chosen, target, options.timing_cache)
     cache = _open_timing_cache(chosen, config, cache_path)
     started = time.monotonic()
-    with monitor.progress(trt, f"{chosen.name} {chosen.version}") as shown:
+    with trt_callbacks.progress(trt, f"{chosen.name} {chosen.version}") as shown:
         if shown is not None:
             config.progress_monitor = shown
         serialized = builder.build_serialized_network(network, config)
@@ -126,7 +126,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     if cache is not None:
         with artifact.atomic(cache_path) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    table = layers.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
+    table = layer_table.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
     facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
     return Plan(content=content, table=table, facts=facts)
 
@@ -165,7 +165,7 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
     """Name and operator of the node that a parser error is about; TensorRT 8.6 tells its position only."""
     if hasattr(error, "node_name"):
         return error.node_name(), error.node_operator()
-    nodes, index = graph.load(onnx_path).graph.node, error.node()
+    nodes, index = onnx_products.load(onnx_path).graph.node, error.node()
     return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
@@ -230,7 +230,7 @@ def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
     engine = trt.Runtime(messages).deserialize_cuda_engine(content)
     if engine is None:
         raise EngineError("the engine just built cannot be opened:\n  " + "\n  ".join(messages.problems))
-    return layers.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return layer_table.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:

@@ -1,4 +1,4 @@
-"""What a frame costs on the host, around the engine: camera images to the network's input, and its outputs to boxes."""
+"""What a frame costs on the host, around the engine: camera images to the network's input, and its outputs to box_code."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.preparation import Preparation
-from qdbev import boxes
+from engine.preprocess import Preparation
 from qdbev.config import Config
+from qdbev.nn import box_code
 
 _RUNS = 100
 _WARM_UP = 5
@@ -33,7 +33,7 @@ def measure(config: Config, images_shape: tuple[int, ...]) -> dict[str, Any]:
     code = torch.from_numpy(rng.standard_normal((1, model.num_query, 10), dtype=np.float32))
     return {
         "before": _times(lambda: preparation.frame(images, lidar2img, can_bus, 0)),
-        "after": _times(lambda: boxes.decode(logits, code, model)),
+        "after": _times(lambda: box_code.decode(logits, code, model)),
         "camera_hw": [height, width],
     }
 

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from engine import backend, compatibility, monitor
+from engine import backend, compatibility, trt_callbacks
 from engine.backend import EngineError, check
-from engine.lane import Lane, create_context, intermediate_bytes
+from engine.captured_context import Lane, create_context, intermediate_bytes
 from engine.memory import Buffers
 from qdbev import artifact, schema
 
@@ -99,7 +99,7 @@ class Session:
         for _ in range(2):
             self._events.append(check(self._runtime.cudaEventCreate()))
             stack.callback(self._runtime.cudaEventDestroy, self._events[-1])
-        self._messages = monitor.logger(trt)
+        self._messages = trt_callbacks.logger(trt)
         stack.callback(self._close_engine)
         self._deserialize(trt)
         self._describe(trt)

@@ -7,7 +7,7 @@ import numpy as np
 
 from qdbev import temporal
 from qdbev.config import ModelConfig
-from qdbev.data.synthetic import rig
+from qdbev.data import rig
 
 _STEP = 2.5
 """Metres since the frame before: half a second at 5 m/s."""

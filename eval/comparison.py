@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.detectors import Detector, Infer
 from eval.loop import Frames, steps
+from eval.open_model import Detector, Infer
 
 TOLERANCE = 0.999
 """Cosine below which a tensor counts as different."""

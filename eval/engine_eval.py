@@ -21,9 +21,9 @@ from rich.table import Table
 
 from eval import comparison, run
 from eval.comparison import TOLERANCE, ComparisonError, Row, compare
-from eval.detectors import open_detector
 from eval.loop import Frames
 from eval.nds import EvaluationError
+from eval.open_model import open_detector
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import DataConfig

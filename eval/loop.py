@@ -9,8 +9,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from eval.detectors import Detector
-from qdbev import boxes, temporal
+from eval.open_model import Detector
+from qdbev import temporal
+from qdbev.nn import box_code
 from qdbev.schema import Detections, Frame
 from qdbev.temporal import Memory
 
@@ -49,5 +50,5 @@ def steps(detector: Detector, dataset: Frames) -> Iterator[Step]:
         outputs = detector(inputs)
         seconds = time.perf_counter() - started
         memory = temporal.remember(frame, outputs["bev"])
-        found = boxes.decode(torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"]), model)[0]
+        found = box_code.decode(torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"]), model)[0]
         yield Step(index, frame, found, seconds)

@@ -11,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import draw
-from eval.detectors import open_detector
 from eval.draw import Scene
 from eval.loop import Step, steps
+from eval.open_model import open_detector
 from eval.run import add_data, data_of
 from qdbev import geometry
 from qdbev.artifact import atomic

@@ -21,8 +21,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 from eval import nds, submission
-from eval.detectors import Detector, open_detector
 from eval.loop import steps
+from eval.open_model import Detector, open_detector
 from eval.submission import Record
 from qdbev import artifact
 from qdbev.command import entry_point

@@ -23,7 +23,7 @@ from qdbev.config import from_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.image_transform import ImageTransform
 from qdbev.data.infos import DatasetError
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.restore import restore
 from qdbev.schema import BevOutput, Frame
 

@@ -19,9 +19,9 @@ from qdbev import artifact, schema, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import from_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer, Deployed
-from qdbev.quant.cost import bops, costs, float_bops
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer, Deployed
+from qdbev.quant.bops import bops, costs, float_bops
 from qdbev.quant.pack import pack
 from qdbev.quant.size import packed_parts, paper_bytes
 from qdbev.restore import PACKED, restore

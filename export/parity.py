@@ -22,7 +22,7 @@ import torch
 
 from export.runner import OnnxRunner
 from qdbev import schema, temporal
-from qdbev.model.bevformer import BEVFormer, Deployed
+from qdbev.detectors.bevformer.model import BEVFormer, Deployed
 from qdbev.schema import Frame
 
 FLOAT_TOLERANCE = 1e-3

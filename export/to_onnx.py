@@ -26,8 +26,8 @@ from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import GROUPS, PIXEL_STD, Config, from_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.restore import restore
 from qdbev.schema import Frame
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from export import functions
 from export.graph import Graph, integers, unused
 from qdbev import schema
-from qdbev.model.bevformer import BEVFormer, Deployed
+from qdbev.detectors.bevformer.model import BEVFormer, Deployed
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
 

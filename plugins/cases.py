@@ -1,6 +1,6 @@
 """What every build of the kernels is checked on: random problems and all edges of plugins/README.md, with the PyTorch truth's answer.
 
-The host build runs them in tests/test_plugins_kernels.py, the device build in plugins/bench.py. Letters as in qdbev/ops/sca.py.
+The host build runs them in tests/test_plugins_kernels.py, the device build in bench/kernels.py. Letters as in qdbev/ops/sca.py.
 """
 
 import dataclasses

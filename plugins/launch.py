@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins import compile as kernels
+from plugins import nvrtc as kernels
 from plugins.variant import THREADS, Number, Out, Variant, input_names, of_shapes
 
 _NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from plugins import compile as kernels
+from plugins import nvrtc as kernels
 from plugins.variant import THREADS, Number, VariantError, input_names, of_shapes
 from qdbev import schema
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qdbev.config import Config
 from qdbev.data.image_transform import NUSCENES_HW, image_transform
-from qdbev.data.synthetic.config import WORLDS
+from synthetic.config import WORLDS
 
 Op = Literal["spatial_cross_attention", "multi_scale_deformable_attention"]
 """Also the name of the kernel."""

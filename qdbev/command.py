@@ -11,7 +11,7 @@ import torch
 
 P = ParamSpec("P")
 
-ROOMS = ("__main__", "qdbev", "train", "export", "plugins", "engine", "eval")
+ROOMS = ("__main__", "qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
 """Loggers whose progress is shown."""
 
 

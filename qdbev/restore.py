@@ -5,7 +5,7 @@ from pathlib import Path
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from qdbev.data.synthetic.config import WORLDS
+from synthetic.config import WORLDS
 
 # Nets here are small: two threads on busy cores wait for each other more than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,7 +49,7 @@ def golden_modules(golden_folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a synthetic world: 2 train and 1 val scene of 4 key frames, 180x320 images, tables in v1.0-trainval."""
-    from qdbev.data.synthetic.generate import generate  # takes cv2 along, which no test of a kernel needs
+    from synthetic.generate import generate  # takes cv2 along, which no test of a kernel needs
 
     root = tmp_path_factory.mktemp("world") / "tiny"
     generate(dataclasses.replace(WORLDS["micro"](), name="tiny", num_train=2, num_val=1, num_samples=4), root)

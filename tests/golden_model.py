@@ -11,8 +11,8 @@ from torch import Tensor
 
 from qdbev import temporal
 from qdbev.config import ModelConfig
-from qdbev.model.bevformer import BEVFormer
-from qdbev.model.weights import load_official
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import load_official
 from qdbev.recipes import RECIPES
 from qdbev.schema import BevOutput
 

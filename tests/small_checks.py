@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.checks import Check, Result, run_all
+from bench.checks import Check, Result, run_all
 
 
 def code(name: str, text: str) -> str:

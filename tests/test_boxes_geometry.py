@@ -7,9 +7,9 @@ import pytest
 import torch
 from golden_inputs import make_coder_inputs, make_gt
 
-from qdbev.boxes import decode, encode, from_code
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import cell_centers, inverse, pillar_points, project, rigid, rotation_z
-from qdbev.model.bevformer import BEVFormer
+from qdbev.nn.box_code import decode, encode, from_code
 from qdbev.recipes import RECIPES
 
 TINY = RECIPES["tiny"]().model

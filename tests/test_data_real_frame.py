@@ -16,7 +16,7 @@ import torch
 from qdbev import geometry, recipes
 from qdbev.data import transforms
 from qdbev.data.image_transform import ImageTransform, image_transform, scale_lidar2img
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import CAMERAS
 
 FOLDER = Path(__file__).parents[2] / "shared/real_frame"

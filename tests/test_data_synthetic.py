@@ -18,13 +18,13 @@ from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 
 from qdbev.data.infos import TABLES
-from qdbev.data.synthetic.classes import CLASSES
-from qdbev.data.synthetic.config import WorldConfig, micro
-from qdbev.data.synthetic.generate import generate
-from qdbev.data.synthetic.rig import CAMERAS, CHANNELS, make_sensor
-from qdbev.data.synthetic.scene_files import SceneCameras
-from qdbev.data.synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
-from qdbev.data.synthetic.tables import KEY_FRAME_US, VERSION, scene_start_us, token
+from qdbev.data.rig import CAMERAS, CHANNELS, make_sensor
+from synthetic.classes import CLASSES
+from synthetic.config import WorldConfig, micro
+from synthetic.generate import generate
+from synthetic.scene_files import SceneCameras
+from synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
+from synthetic.tables import KEY_FRAME_US, VERSION, scene_start_us, token
 
 LIDAR_HEIGHT = 1.84
 REQUIRED_FIELDS = {

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qdbev.data.synthetic import generate as entry
-from qdbev.data.synthetic.config import WorldConfig, micro, street
-from qdbev.data.synthetic.generate import MARKER, generate
-from qdbev.data.synthetic.scene_files import replace_text, write_scene
-from qdbev.data.synthetic.scene_names import TRAIN_NAMES
+from synthetic import generate as entry
+from synthetic.config import WorldConfig, micro, street
+from synthetic.generate import MARKER, generate
+from synthetic.scene_files import replace_text, write_scene
+from synthetic.scene_names import TRAIN_NAMES
 
 
 def smallest() -> WorldConfig:
@@ -139,7 +139,7 @@ def test_a_config_no_world_can_be_made_of_is_refused(field: str, value: object) 
 
 
 def test_a_world_too_crowded_to_build_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qdbev.data.synthetic.street._ATTEMPTS", 3)
+    monkeypatch.setattr("synthetic.street._ATTEMPTS", 3)
     config = dataclasses.replace(smallest(), mean_annotated=(500.0, 501.0))
     with pytest.raises(ValueError, match="change object_density"):
         generate(config, tmp_path)

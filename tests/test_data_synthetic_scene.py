@@ -6,17 +6,17 @@ import cv2
 import numpy as np
 import pytest
 
-from qdbev.data.synthetic.actors import Actor
-from qdbev.data.synthetic.classes import CLASSES
-from qdbev.data.synthetic.config import micro, street
-from qdbev.data.synthetic.frames import box_corners, footprints, outlines_overlap
-from qdbev.data.synthetic.lidar import sweep
-from qdbev.data.synthetic.painter import Placement, clip_near, gather_quads, paint, visible_order
-from qdbev.data.synthetic.rig import LIDAR, View, make_sensor, view_from
-from qdbev.data.synthetic.road import Road
-from qdbev.data.synthetic.solids import Solid, make_solid
-from qdbev.data.synthetic.street import build_street
-from qdbev.data.synthetic.visibility import VisibilityBuffer, level_token
+from qdbev.data.rig import LIDAR, View, make_sensor, view_from
+from synthetic.actors import Actor
+from synthetic.classes import CLASSES
+from synthetic.config import micro, street
+from synthetic.frames import box_corners, footprints, outlines_overlap
+from synthetic.lidar import sweep
+from synthetic.painter import Placement, clip_near, gather_quads, paint, visible_order
+from synthetic.road import Road
+from synthetic.solids import Solid, make_solid
+from synthetic.street import build_street
+from synthetic.visibility import VisibilityBuffer, level_token
 
 
 def _front_view(width: int = 320) -> View:

@@ -12,9 +12,10 @@ import torch
 from golden_inputs import make_intrinsics, make_lidar_from_cam, make_raw_images
 from torch.nn import functional
 
+from bench import image_cost
 from qdbev import recipes
 from qdbev.config import DataConfig
-from qdbev.data import image_cost, transforms
+from qdbev.data import transforms
 from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.infos import DatasetError
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import audit, backend, build, compatibility, graph, layers, monitor
+from engine import audit, backend, build, compatibility, layer_table, onnx_products, trt_callbacks
 from engine.backend import EngineError
 from qdbev import artifact, schema
 
@@ -316,7 +316,7 @@ def test_ctrl_c_ends_a_build_and_leaves_no_engine(tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(monitor.tqdm, "update", interrupt)
+    monkeypatch.setattr(trt_callbacks.tqdm, "update", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build.build_file(detector(tmp_path / "m.onnx"), tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.seal.json"]
@@ -328,19 +328,19 @@ def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
         if node.name == "backbone.conv2":
             node.name = "backbone.conv1"
     with pytest.raises(EngineError, match="several layers of the ONNX are called backbone.conv1"):
-        graph.check(model)
+        onnx_products.check(model)
 
 
 def test_a_layer_no_kernel_names_is_an_offender() -> None:
-    report = audit.audit([graph.Product(name="gone", op="Conv", problem="")], [])
+    report = audit.audit([onnx_products.Product(name="gone", op="Conv", problem="")], [])
     with pytest.raises(EngineError, match=r"gone \(Conv\): absent in no kernel"):
         audit.require_int8(report)
 
 
 def test_layer_table_of_another_engine_is_refused(tmp_path: Path) -> None:
-    row = layers.Layer(name="l", kind="gemm", inputs=("INT8",), constants=("INT8",), outputs=("FP16",), tactic="", nodes=("l",))
-    layers.save(tmp_path / "t.json", [row])
-    assert layers.load(tmp_path / "t.json", artifact.sha256(tmp_path / "t.json")) == [row]
-    layers.save(tmp_path / "t.json", [dataclasses.replace(row, name="other")])
+    row = layer_table.Layer(name="l", kind="gemm", inputs=("INT8",), constants=("INT8",), outputs=("FP16",), tactic="", nodes=("l",))
+    layer_table.save(tmp_path / "t.json", [row])
+    assert layer_table.load(tmp_path / "t.json", artifact.sha256(tmp_path / "t.json")) == [row]
+    layer_table.save(tmp_path / "t.json", [dataclasses.replace(row, name="other")])
     with pytest.raises(EngineError, match=r"t\.json is not of this engine"):
-        layers.load(tmp_path / "t.json", "0" * 64)
+        layer_table.load(tmp_path / "t.json", "0" * 64)

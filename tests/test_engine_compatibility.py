@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import backend, build, compatibility, dialect, graph
+from engine import backend, build, compatibility, onnx_products, trt86_check
 from engine.backend import Backend, EngineError, Gpu
 from qdbev import artifact, schema
 from qdbev.artifact import Seal
@@ -122,8 +122,8 @@ def network(
 
 
 def test_tensorrt_8_reads_float32_of_operator_set_17_with_its_own_attention() -> None:
-    dialect.check(network(), frozenset({PLUGIN}))
-    dialect.check(network(body=True), frozenset({PLUGIN}))
+    trt86_check.check(network(), frozenset({PLUGIN}))
+    trt86_check.check(network(body=True), frozenset({PLUGIN}))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_tensorrt_8_reads_float32_of_operator_set_17_with_its_own_attention() ->
 )
 def test_what_tensorrt_8_cannot_read_is_refused_with_what_to_do(changes: dict[str, object], message: str) -> None:
     with pytest.raises(EngineError, match=rf"{message}.*or build with TensorRT 10 or newer\Z"):
-        dialect.check(network(**changes), frozenset({PLUGIN}))
+        trt86_check.check(network(**changes), frozenset({PLUGIN}))
 
 
 def test_a_node_that_tensorrt_8_refuses_is_found_by_its_position(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_node_that_tensorrt_8_refuses_is_found_by_its_position(tmp_path: Path)
     onnx.save(network(), tmp_path / "m.onnx")
     assert build._refused_node(Refusal(1), tmp_path / "m.onnx") == ("encoder.linear", "MatMul")
     assert build._refused_node(Refusal(-1), tmp_path / "m.onnx") == ("", "")
-    assert graph.node_name(network().graph.node[1]) == "encoder.linear"
+    assert onnx_products.node_name(network().graph.node[1]) == "encoder.linear"
 
 
 def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) -> None:

@@ -8,18 +8,18 @@ import pytest
 import torch
 from small_networks import exported_network
 
-from engine.detector import Detector
-from engine.preparation import FrameError, Preparation
-from eval.detectors import Detector as Evaluated
+from engine.preprocess import FrameError, Preparation
+from engine.stream import Detector
 from eval.loop import steps
+from eval.open_model import Detector as Evaluated
 from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.synthetic.noise import noise_frames
+from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Detections, Frame
 from qdbev.temporal import FrameOrderError
 

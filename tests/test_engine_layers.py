@@ -8,10 +8,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import audit, graph, layers
+from engine import audit, layer_table, onnx_products
 from engine.backend import EngineError
-from engine.graph import Product
-from engine.layers import Layer
+from engine.layer_table import Layer
+from engine.onnx_products import Product
 
 # TensorRT-RTX 1.7.1.116 on a drawn model: Q -> two convolutions on parallel streams, one name with commas and brackets; tensors shortened.
 RECORDED = """Layers:
@@ -25,8 +25,8 @@ I/O Tensors:
 
 
 def test_recorded_table_gives_names_types_and_fused_nodes() -> None:
-    quantize, signal, conv = layers.from_log(RECORDED)
-    assert quantize == layers.Layer(
+    quantize, signal, conv = layer_table.from_log(RECORDED)
+    assert quantize == layer_table.Layer(
         name="__myl_MulMinMaxRounCast_myl0_0",
         kind="kgen",
         inputs=("FP16",),
@@ -41,15 +41,15 @@ def test_recorded_table_gives_names_types_and_fused_nodes() -> None:
 
 
 def test_stream_synchronisation_is_no_kernel_and_quantize_is_a_requantization() -> None:
-    report = audit.audit([], layers.from_log(RECORDED))
+    report = audit.audit([], layer_table.from_log(RECORDED))
     assert (report.kernels, report.int8_kernels, report.requantizations) == (2, 1, 1)
 
 
 def test_a_table_of_another_form_is_refused_not_misread() -> None:
     with pytest.raises(EngineError, match="cannot be read: 'Name: c1, Type: conv'"):
-        layers.from_log("Layers:\nName: c1, Type: conv\n")
+        layer_table.from_log("Layers:\nName: c1, Type: conv\n")
     with pytest.raises(EngineError, match="no rows"):
-        layers.from_log("Layers:\n")
+        layer_table.from_log("Layers:\n")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_inspector_json_of_both_generations_is_read(input_type: dict[str, str], 
         "Metadata": "[ONNX Layer: c1]\x1e[ONNX Layer: relu]",
         **weights,
     }
-    (layer,) = layers.from_inspector(json.dumps({"Layers": [row]}))
+    (layer,) = layer_table.from_inspector(json.dumps({"Layers": [row]}))
     assert (layer.inputs, layer.constants, layer.outputs) == (("INT8",), ("INT8",), ("FP16",))
     assert layer.nodes == ("c1", "relu")
     assert audit.is_integer_product(layer)
@@ -81,7 +81,7 @@ def test_inspector_json_of_both_generations_is_read(input_type: dict[str, str], 
 
 def test_inspector_json_with_names_only_is_refused() -> None:
     with pytest.raises(EngineError, match="names only"):
-        layers.from_inspector(json.dumps({"Layers": ["c1", "c2"]}))
+        layer_table.from_inspector(json.dumps({"Layers": ["c1", "c2"]}))
 
 
 @pytest.mark.parametrize(
@@ -94,13 +94,13 @@ def test_inspector_json_with_names_only_is_refused() -> None:
     ],
 )
 def test_a_kernel_that_converts_int8_to_float_is_no_integer_product(kind: str, inputs: tuple[str, ...], constants: tuple[str, ...]) -> None:
-    layer = layers.Layer(name="l", kind=kind, inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=("l",))
+    layer = layer_table.Layer(name="l", kind=kind, inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=("l",))
     assert not audit.is_integer_product(layer)
 
 
 def test_a_product_of_two_constants_or_with_a_fused_residual_is_an_integer_product() -> None:
     for inputs, constants in (((), ("INT8", "INT8", "FP32")), (("INT8", "FP16"), ("INT8", "FP32")), (("INT8", "INT8"), ("FP32",))):
-        layer = layers.Layer(name="l", kind="gemm", inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=("l",))
+        layer = layer_table.Layer(name="l", kind="gemm", inputs=inputs, constants=constants, outputs=("FP32",), tactic="", nodes=("l",))
         assert audit.is_integer_product(layer)
 
 
@@ -109,7 +109,7 @@ def products_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]],
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     result = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
     drawn = helper.make_graph(nodes, "drawing", tensors, [result], [numpy_helper.from_array(np.array(v), k) for k, v in constants.items()])
-    return graph.products(helper.make_model(drawn, opset_imports=[helper.make_opsetid("", 18)]))
+    return onnx_products.products(helper.make_model(drawn, opset_imports=[helper.make_opsetid("", 18)]))
 
 
 def quantized(x: str, name: str) -> list[onnx.NodeProto]:

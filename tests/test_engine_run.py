@@ -9,8 +9,8 @@ import pytest
 
 from engine import backend, bench
 from engine.backend import EngineError
-from engine.detector import open_engine
 from engine.session import Session
+from engine.stream import open_engine
 from qdbev import artifact, schema
 
 NO_GPU = backend.gpu() is None
@@ -61,7 +61,7 @@ def test_a_changed_engine_is_refused_before_any_gpu_is_asked_for(engine: Path) -
 def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() -> None:
     code = (
         "import sys, torch; before = set(sys.modules);"  # torch looks for CUDA bindings by itself
-        "import engine.audit, engine.bench, engine.build, engine.detector, engine.lane, engine.session;"
+        "import engine.audit, engine.bench, engine.build, engine.stream, engine.captured_context, engine.session;"
         "print([name for name in set(sys.modules) - before if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'cuda')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
@@ -74,7 +74,7 @@ def test_the_page_for_cpp_names_every_tensor_and_python_names_that_exist() -> No
         assert f"| `{name}` | (1" in page
         if name not in ("prev_bev", "bev"):
             assert page.count(f'"{name}"') == 1, f"{name} in the C++ code"
-    assert "from engine.detector import open_engine" in page
+    assert "from engine.stream import open_engine" in page
     assert callable(open_engine)
 
 

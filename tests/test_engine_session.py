@@ -19,17 +19,17 @@ from host_cuda import FAILED, OK, PLAN, HostCuda, HostTensorRT
 
 from engine import backend, bench, build, host_cost
 from engine.backend import Backend, EngineError, Gpu
-from engine.detector import Detector, open_engine
 from engine.memory import Buffers
-from engine.preparation import FrameError
+from engine.preprocess import FrameError
 from engine.session import Session
+from engine.stream import Detector, open_engine
 from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Frame
 
 IMAGE_HW = (64, 96)

@@ -7,7 +7,7 @@ import cv2
 import pytest
 from rich.console import Console
 
-from eval import ablation, draw_ablation
+from bench import ablation_report, draw_ablation
 from eval.nds import EvaluationError
 
 
@@ -16,7 +16,7 @@ def results(tmp_path: Path) -> Path:
     def scores(*nds: float) -> dict:
         return {"nds": list(nds), "map": [value / 2 for value in nds]}
 
-    float_ = {width: scores(0.4) for width in ablation.WIDTHS}
+    float_ = {width: scores(0.4) for width in ablation_report.WIDTHS}
     rows = {
         "float": float_,
         "ptq_mse": {"w8a8": scores(0.4), "w4a6": scores(0.38), "stress": scores(0.2)},
@@ -38,7 +38,7 @@ def results(tmp_path: Path) -> Path:
 
 def shown(path: Path) -> dict[str, list[str]]:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(ablation.table(ablation.read(path)))
+    console.print(ablation_report.table(ablation_report.read(path)))
     return {line.split()[0]: line.split()[1:] for line in console.export_text().splitlines() if line.strip()}
 
 
@@ -50,8 +50,8 @@ def test_the_table_gives_mean_and_spread_what_was_recovered_and_the_papers_share
 
 
 def test_the_curves_are_drawn_with_every_row_that_has_some(results, tmp_path):
-    draw_ablation.save(tmp_path / "with.png", ablation.read(results))
-    content = ablation.read(results)
+    draw_ablation.save(tmp_path / "with.png", ablation_report.read(results))
+    content = ablation_report.read(results)
     content["curves"] = {}
     draw_ablation.save(tmp_path / "without.png", content)
     pictures = [cv2.imread(str(tmp_path / f"{name}.png")) for name in ("with", "without")]
@@ -64,7 +64,7 @@ def test_the_curves_are_drawn_with_every_row_that_has_some(results, tmp_path):
 def test_a_file_that_holds_no_ablation_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(EvaluationError, match="x.json holds no ablation .*; `python -m train.ablation` makes one"):
-        ablation.read(path)
+    with pytest.raises(EvaluationError, match="x.json holds no ablation .*; `python -m bench.ablation` makes one"):
+        ablation_report.read(path)
     with pytest.raises(EvaluationError, match="absent.json holds no ablation"):
-        ablation.read(tmp_path / "absent.json")
+        ablation_report.read(tmp_path / "absent.json")

@@ -17,15 +17,15 @@ from engine import backend
 from engine.backend import Backend, Gpu
 from eval import comparison, engine_eval
 from eval.comparison import ComparisonError
-from eval.detectors import Detector
 from eval.nds import EvaluationError
+from eval.open_model import Detector
 from export import to_onnx
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,15 @@ import pytest
 import torch
 from small_checks import assert_gone, code, leaves, results
 
-from eval import checks, gpu_check, gpu_engine, gpu_network
-from eval.checks import Check, Result
+from bench import checks, gpu_check, gpu_engine, gpu_network
+from bench.checks import Check, Result
+from bench.gpu_check import STUDENTS, GpuCheckError, file_name, plan
 from eval.comparison import DISTANCE, ComparisonError, Row
-from eval.detectors import open_detector
-from eval.gpu_check import STUDENTS, GpuCheckError, file_name, plan
+from eval.open_model import open_detector
 from plugins import torch_ops
 from qdbev import artifact
-from qdbev.data.synthetic import rig
-from qdbev.data.synthetic.noise import noise_frames
+from qdbev.data import rig
+from qdbev.data.noise_frames import noise_frames
 
 ROOT = Path(__file__).parent.parent
 H100 = {"name": "NVIDIA H100 80GB HBM3"}
@@ -76,7 +76,7 @@ def test_a_run_that_is_told_to_end_ends_the_check_under_way(folder):
         "waits", "import os, pathlib, time\npathlib.Path('p').write_text(str(os.getpid())); pathlib.Path('p').rename('pid')\ntime.sleep(60)"
     )
     Path("ends.py").write_text(
-        "import signal\nfrom pathlib import Path\nfrom eval import gpu_check\nfrom eval.checks import Check\n"
+        "import signal\nfrom pathlib import Path\nfrom bench import gpu_check\nfrom bench.checks import Check\n"
         "signal.signal(signal.SIGTERM, gpu_check.end)\n"
         "gpu_check.check([Check(name='waits', command=('waits',), limit_s=50)], {}, Path('out.json'), Path('work'), 50)"
     )
@@ -106,8 +106,8 @@ LACKING = ("cv2", "nuscenes", "pyquaternion", "pytorch_quantization", "scipy", "
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_there_is_one_error_and_nothing_is_written_and_a_bare_machine_gets_so_far(tmp_path):
     text = (
-        f"import runpy, sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\nimport eval.gpu_network, plugins.bench\n"
-        "runpy.run_module('eval.gpu_check', run_name='__main__')"
+        f"import runpy, sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\nimport bench.gpu_network, bench.kernels\n"
+        "runpy.run_module('bench.gpu_check', run_name='__main__')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", text, "--out", "results"]

@@ -13,11 +13,11 @@ from small_networks import settings
 from eval import run
 from qdbev.config import Config, override
 from qdbev.data import infos
-from qdbev.data.synthetic.config import WORLDS, WorldConfig
-from qdbev.data.synthetic.generate import generate
 from qdbev.recipes import RECIPES
+from synthetic.config import WORLDS, WorldConfig
+from synthetic.generate import generate
 from train.distributed import World
-from train.float import train
+from train.teacher import train
 
 VERSION = "v1.0-mini"
 SETTINGS = settings(

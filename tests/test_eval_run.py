@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from eval import draw, pictures, report, run
-from eval.detectors import Detector, DetectorError, open_detector
 from eval.loop import steps
 from eval.nds import EvaluationError
+from eval.open_model import Detector, DetectorError, open_detector
 from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.recipes import RECIPES
 from qdbev.schema import CLASSES, INPUTS, OUTPUTS
 

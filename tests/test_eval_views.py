@@ -17,7 +17,7 @@ from qdbev.config import DataConfig, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.image_transform import image_transform
 from qdbev.data.transforms import prepare_image
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS, BevOutput
 

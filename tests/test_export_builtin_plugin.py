@@ -11,15 +11,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from small_networks import exported_network
 
-from engine import dialect, graph
+from engine import onnx_products, trt86_check
 from engine.backend import EngineError
 from export import builtin_plugin, functions, parity, to_onnx
 from export.trace import trace
 from qdbev import schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import BackboneConfig, to_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
@@ -130,8 +130,8 @@ def test_the_whole_network_computes_what_pytorch_computes(exports: dict[bool, tu
 
 def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
     model, _ = exports[True]
-    dialect.check(model, PLUGINS)
-    graph.check(model, PLUGINS)
+    trt86_check.check(model, PLUGINS)
+    onnx_products.check(model, PLUGINS)
     assert (model.ir_version, len(model.functions)) == (8, 0)
     assert {"Shape", "Constant", "Range"}.isdisjoint(node.op_type for node in model.graph.node)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -144,11 +144,11 @@ def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto,
 
 def test_the_usual_file_is_refused_with_the_option_that_helps(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
     with pytest.raises(EngineError, match="of operator set 18; .* Export it with --builtin-plugin, or build with TensorRT 10"):
-        dialect.check(exports[False][0], PLUGINS)
+        trt86_check.check(exports[False][0], PLUGINS)
 
 
 def test_the_same_layers_are_quantized(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
-    roles = [{product.name: (product.role, product.problem) for product in graph.products(model)} for model, _ in exports.values()]
+    roles = [{product.name: (product.role, product.problem) for product in onnx_products.products(model)} for model, _ in exports.values()]
     assert roles[0] == roles[1]
     assert ("quantized", "") in roles[0].values()
 

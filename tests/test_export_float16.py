@@ -9,7 +9,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from engine import audit, backend, build
-from engine.graph import products
+from engine.onnx_products import products
 from export import float16, functions
 from qdbev import schema
 

@@ -17,8 +17,8 @@ from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict, to_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
 from qdbev.quant.pack import settle

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from export import sizes
+from bench import sizes
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 

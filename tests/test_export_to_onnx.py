@@ -16,8 +16,8 @@ from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
-from qdbev.data.synthetic.noise import noise_frames
-from qdbev.model.bevformer import BEVFormer
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
 from qdbev.recipes import at_bits

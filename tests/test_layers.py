@@ -9,23 +9,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval")
+SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
 
-GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.boxes", "qdbev.temporal", "qdbev.command")
-CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.model", "qdbev.restore")
+GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.temporal", "qdbev.command")
+CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.nn", "qdbev.detectors", "qdbev.restore")
+ROOMS = ("train", "export", "plugins", "engine", "eval")
 MAY_IMPORT = {
     **dict.fromkeys(GROUND, GROUND),
     "qdbev.recipes": GROUND,
     "qdbev.data": GROUND,
     "qdbev.ops": GROUND,
     "qdbev.quant": GROUND,
-    "qdbev.model": (*GROUND, "qdbev.recipes", "qdbev.ops"),
-    "qdbev.restore": (*GROUND, "qdbev.model", "qdbev.quant"),
+    "qdbev.nn": (*GROUND, "qdbev.recipes", "qdbev.ops", "qdbev.detectors"),
+    "qdbev.detectors": (*GROUND, "qdbev.recipes", "qdbev.ops", "qdbev.nn"),
+    "qdbev.restore": (*GROUND, "qdbev.detectors", "qdbev.quant"),
     "train": CORE,
     "export": CORE,
     "plugins": CORE,
     "engine": (*CORE, "plugins"),
     "eval": (*CORE, "export.runner", "engine.session", "plugins.torch_ops"),
+    "synthetic": CORE,
+    "bench": (*CORE, *ROOMS, "synthetic"),
 }
 """Every room may also import itself."""
 
@@ -33,21 +37,21 @@ INSIDE_FUNCTIONS = ("export.runner", "engine.session", "plugins.torch_ops")
 """What eval imports only where such a file is opened, or a GPU is computed on."""
 
 OWNERS = {
-    "cv2": ("qdbev.data", "eval"),
+    "cv2": ("qdbev.data", "eval", "synthetic", "bench"),
     "pyquaternion": ("qdbev.data", "eval"),
-    "nuscenes": ("qdbev.data", "eval"),
+    "nuscenes": ("qdbev.data", "eval", "synthetic"),
     "nuscenes.eval.detection.evaluate": ("eval",),
-    "matplotlib": ("eval",),
+    "matplotlib": ("eval", "bench"),
     "pytorch_quantization": ("qdbev.quant",),
     "scipy": ("train",),
     "torch.distributed": ("train",),
     "onnx": ("export", "engine"),
     "onnxscript": ("export",),
     "onnxruntime": ("export",),
-    "tensorrt": ("engine", "plugins"),
+    "tensorrt": ("engine", "plugins", "bench"),
     "tensorrt_rtx": ("engine",),
     "cuda.bindings.nvrtc": ("plugins",),
-    "cuda": ("engine", "plugins"),
+    "cuda": ("engine", "plugins", "bench"),
 }
 
 
@@ -105,10 +109,10 @@ def test_every_import_follows_the_table():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("qdbev.model.head", "from qdbev.quant.prepare import prepare"),
+        ("qdbev.nn.set_head", "from qdbev.quant.prepare import prepare"),
         ("qdbev.config", "import qdbev.recipes"),
         ("export.parity", "from train.loop import fit"),
-        ("eval.detectors", "from export.runner import OnnxRunner"),
+        ("eval.open_model", "from export.runner import OnnxRunner"),
         ("eval.run", "def f():\n    from export.trace import trace"),
         ("train.loop", "import onnxruntime"),
         ("export.runner", "from scipy import optimize"),

@@ -9,7 +9,7 @@ from golden_inputs import make_can_bus, make_images, make_lidar2img
 from golden_model import micro_config
 
 from qdbev import temporal
-from qdbev.model.bevformer import BEVFormer, Deployed
+from qdbev.detectors.bevformer.model import BEVFormer, Deployed
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import torch
 from golden_model import ATOL, BOX_ATOL, close, inputs, micro_config, official_micro, two_frames
 from torch import Tensor
 
-from qdbev.boxes import decode
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import pillar_points, project
-from qdbev.model.bevformer import BEVFormer
+from qdbev.nn.box_code import decode
 from qdbev.schema import BevOutput
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from qdbev import artifact
 from qdbev.config import ConfigError, ModelConfig
-from qdbev.model.bevformer import BEVFormer
-from qdbev.model.pretrained import load_pretrained
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.nn.pretrained import load_pretrained
 from qdbev.recipes import RECIPES
-from train import float as float_training
+from train import teacher as float_training
 from train.distributed import World
 
 R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.model import weights
-from qdbev.model.bevformer import BEVFormer
-from qdbev.model.weights import fitting_recipe, load_official, official_shapes, read_official, translate
+from qdbev.detectors.bevformer import official as official_keys
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import fitting_recipe, load_official, official_shapes, read_official, translate
 from qdbev.recipes import RECIPES
 from qdbev.restore import restore
 from train import official
@@ -43,7 +43,7 @@ def save(path: Path, state: dict[str, Tensor], **meta: object) -> Path:
 
 def inspect(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
     monkeypatch.setattr(sys, "argv", ["weights", "inspect", str(path)])
-    weights.main()
+    official_keys.main()
     return capsys.readouterr().out
 
 
@@ -60,7 +60,7 @@ def test_each_size_is_known_by_its_official_keys(golden_folder, name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_names_and_shapes_go_both_ways(golden_folder, name):
-    keys = {key: tuple(shape) for key, shape in shapes(golden_folder, name).items() if key != weights.LOSS_CONSTANT}
+    keys = {key: tuple(shape) for key, shape in shapes(golden_folder, name).items() if key != official_keys.LOSS_CONSTANT}
     with torch.device("meta"):
         own = BEVFormer(RECIPES[name]().model).state_dict()
         ours = [translate(key, torch.empty(shape), own) for key, shape in keys.items()]
@@ -85,7 +85,7 @@ def test_a_published_checkpoint_of_each_size_becomes_a_teacher(golden_folder, tm
     for value in ours.values():
         assert value.min() == value.max(), "no tensor of ours mixes two of theirs"
         landed[int(value.flatten()[0])] += value.numel()
-    assert landed == {index: value.numel() for index, (key, value) in enumerate(state.items()) if key != weights.LOSS_CONSTANT}
+    assert landed == {index: value.numel() for index, (key, value) in enumerate(state.items()) if key != official_keys.LOSS_CONSTANT}
 
 
 def test_a_published_checkpoint_runs_with_its_own_numbers(golden_folder, tmp_path):
@@ -143,7 +143,7 @@ def test_a_long_list_of_differences_is_cut_with_their_number(micro_model, micro_
     with pytest.raises(ValueError, match="33 differences: 33 missing") as error:
         load_official(micro_model, micro_state)
     lines = str(error.value).splitlines()
-    assert (len(lines), lines[-1]) == (1 + weights.SHOWN + 1, "  ... and 13 more")
+    assert (len(lines), lines[-1]) == (1 + official_keys.SHOWN + 1, "  ... and 13 more")
     assert sum("missing: pts_bbox_head." in line for line in lines) == 20
 
 
@@ -155,7 +155,7 @@ def test_a_detector_without_its_head_takes_one_line_and_points_to_the_way_out(mi
     assert str(error.value).splitlines() == [
         f"the checkpoint does not fit this model: {missing} differences: {missing} missing, 0 unknown, 0 of another shape",
         f"  missing: all of pts_bbox_head ({missing} tensors)",
-        "it is a ResNet-50 initialisation, without pts_bbox_head: use python -m train.float --recipe tiny --pretrained",
+        "it is a ResNet-50 initialisation, without pts_bbox_head: use python -m train.teacher --recipe tiny --pretrained",
     ]
 
 
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_fits_no_recipe_is_told_which_one_is_nearest(golden_fo
     path = save(tmp_path / "x.pth", state)
     monkeypatch.setattr(sys, "argv", ["weights", "inspect", str(path)])
     with pytest.raises(SystemExit) as error:
-        weights.main()
+        official_keys.main()
     assert str(error.value).splitlines() == [
         "error: these 1089 tensors fit none of micro, tiny, small, base; nearest is base, with 1 difference: 0 missing, 0 unknown, "
         "1 of another shape",
@@ -174,9 +174,9 @@ def test_a_checkpoint_that_fits_no_recipe_is_told_which_one_is_nearest(golden_fo
 
 
 @pytest.mark.parametrize(("name", "prefix", "said"), [
-    ("tiny", "", "a ResNet-50 initialisation, without pts_bbox_head: use python -m train.float --recipe tiny --pretrained"),
+    ("tiny", "", "a ResNet-50 initialisation, without pts_bbox_head: use python -m train.teacher --recipe tiny --pretrained"),
     ("base", "backbone.", "a ResNet-101 initialisation with deformable convolutions, without pts_bbox_head: "
-     "use python -m train.float --recipe small or base --pretrained"),
+     "use python -m train.teacher --recipe small or base --pretrained"),
 ])  # fmt: skip
 def test_a_backbone_is_recognised_and_never_taken_for_a_detector(golden_folder, tmp_path, monkeypatch, capsys, name, prefix, said):
     keys = {key.replace("img_backbone.", prefix): shape for key, shape in shapes(golden_folder, name).items() if "img_backbone" in key}

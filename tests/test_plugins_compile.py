@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from plugins import compile as kernels
+from plugins import nvrtc as kernels
 from plugins.cases import SIZES
-from plugins.compile import ARCHITECTURES, CompileError, Usage, build, cubin, main
+from plugins.nvrtc import ARCHITECTURES, CompileError, Usage, build, cubin, main
 from plugins.variant import TYPES, Variant, VariantError, camera_levels, of_recipe, row_length
 from qdbev.recipes import RECIPES
 

@@ -24,7 +24,7 @@ from engine import backend, build
 from engine.backend import Backend, Gpu
 from export.functions import ATTRIBUTES, INPUTS, PLUGIN
 from plugins import tensorrt_ops
-from plugins.compile import CompileError
+from plugins.nvrtc import CompileError
 from plugins.variant import TYPES, Variant, VariantError, of_recipe
 from qdbev import schema
 from qdbev.recipes import RECIPES

@@ -14,9 +14,10 @@ from torch import Generator, Tensor, library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plugins import bench, launch
+from bench import kernels
+from bench.memory_traffic import corners_inside, cost
+from plugins import launch
 from plugins.cases import SIZES, Case, draw, excess
-from plugins.counts import corners_inside, cost
 from plugins.launch import LaunchError, attention
 from plugins.torch_ops import install
 from plugins.variant import TYPES, Variant, VariantError, of_recipe
@@ -195,30 +196,30 @@ def test_the_benchmark_needs_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["bench", "--out", str(tmp_path / "kernels.json")])
     with pytest.raises(SystemExit, match="error: measuring the kernels needs an NVIDIA GPU"):
-        bench.main()
+        kernels.main()
     assert not list(tmp_path.iterdir())
 
 
 def test_wrong_kernels_fail_the_benchmark_after_all_is_written(monkeypatch, tmp_path):
     found = {"float32 to float32": {"passed": True}, "int8 to float16": {"passed": False}}
-    monkeypatch.setattr(bench, "check", lambda: {"correctness": found})
-    monkeypatch.setattr(bench, "base_case", lambda config: None)
-    monkeypatch.setattr(bench, "measure", lambda case: {"times_ms": {}})
-    monkeypatch.setattr(bench, "goals", lambda figures: {})
+    monkeypatch.setattr(kernels, "check", lambda: {"correctness": found})
+    monkeypatch.setattr(kernels, "base_case", lambda config: None)
+    monkeypatch.setattr(kernels, "measure", lambda case: {"times_ms": {}})
+    monkeypatch.setattr(kernels, "goals", lambda figures: {})
     out = tmp_path / "kernels.json"
     monkeypatch.setattr("sys.argv", ["bench", "--out", str(out)])
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(bench, "measure", lambda case: 1 / 0)
-        bench.main()
+        patch.setattr(kernels, "measure", lambda case: 1 / 0)
+        kernels.main()
     assert json.loads(out.read_text()) == {"correctness": found}, "what was found before is kept"
     with pytest.raises(SystemExit, match="the kernels are wrong in int8 to float16; .*kernels.json"):
-        bench.main()
+        kernels.main()
     assert json.loads(out.read_text()) == {"correctness": found, "times_ms": {}, "goals": {}}
 
 
 def test_the_rig_of_the_benchmark_sees_most_cells_once():
     model = base().model
-    points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *bench.rig(base()))
+    points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *kernels.rig(base()))
     assert points.shape == (1, 6, 40000, 4, 2)
     assert 1.0 < float(hit.any(-1).float().sum(1).mean()) < 1.3
 
@@ -239,7 +240,7 @@ def test_base_moves_what_the_readme_says():
     corners = 40000 * 8 * 4 * 8 * 4 * 5 // 4  # at 1.25 cameras a query, all inside
     figures = {}
     for variant in of_recipe(base()):
-        if variant.op == "spatial_cross_attention" and bench.MEASURED[variant.value] == variant.out:
+        if variant.op == "spatial_cross_attention" and kernels.MEASURED[variant.value] == variant.out:
             counted = cost(variant, 1, 6, 40000, corners)
             megabytes = (round(counted.bytes_once / 1e6), round(counted.gathered_bytes / 1e6))
             figures[variant.value] = (*megabytes, round(counted.operations / 1e9, 1))
@@ -247,9 +248,9 @@ def test_base_moves_what_the_readme_says():
 
 
 def test_goals_say_what_was_reached_and_what_was_not_measured():
-    times = {f"kernel_{number}": ms for number, ms in zip(bench.MEASURED, (2.0, 1.0, 0.5), strict=True)}
+    times = {f"kernel_{number}": ms for number, ms in zip(kernels.MEASURED, (2.0, 1.0, 0.5), strict=True)}
     times |= {"pytorch_per_camera_float32": 20.0, "pytorch_per_camera_float16": 2.5, "mmcv_per_camera": "not measured: no mmcv"}
-    found = bench.goals({"times_ms": times, "floors_ms": {"float32": 1.2, "float16": 0.6, "int8": 0.2}})
+    found = kernels.goals({"times_ms": times, "floors_ms": {"float32": 1.2, "float16": 0.6, "int8": 0.2}})
     assert found["pytorch_over_kernel"] == {"goal": 3.0, "reached": 2.5, "met": False}
     assert found["mmcv_over_kernel"]["reached"] is None and found["mmcv_over_kernel"]["met"] is None
     assert found["floor_over_kernel"] == {"goal": 0.5, "reached": 0.4, "met": False}

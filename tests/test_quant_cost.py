@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from qdbev.config import GROUPS, Bits, QuantConfig
 from qdbev.ops.matmul import Matmul
 from qdbev.ops.msda import MultiScaleDeformableAttention
+from qdbev.quant.bops import Cost, bops, costs, float_bops
 from qdbev.quant.calibrate import calibrate
-from qdbev.quant.cost import Cost, bops, costs, float_bops
 from qdbev.quant.prepare import enable, prepare
 
 

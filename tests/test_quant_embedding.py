@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qdbev.config import Bits, ConfigError, QuantConfig
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers, step_parameters, weight_of
 from qdbev.quant.prepare import describe, enable, prepare, table

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qdbev.config import GROUPS, BackboneConfig, QuantConfig
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.prepare import Row, describe, fold_batch_norm, prepare, table
 from qdbev.recipes import at_bits, micro
 

@@ -9,13 +9,13 @@ from golden_inputs import make_can_bus, make_images, make_lidar2img, make_rotate
 from golden_model import micro_config
 from torch import Tensor
 
-from eval.detectors import Detector
 from eval.loop import steps
+from eval.open_model import Detector
 from qdbev import temporal
 from qdbev.artifact import Seal
 from qdbev.config import Config, DataConfig, ModelConfig, to_dict
 from qdbev.data.collate import queue_batch
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
 from qdbev.temporal import FrameOrderError

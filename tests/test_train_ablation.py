@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from bench import ablation
+from bench.ablation import AblationError, Cell, cells, commands, search_cells
 from qdbev.config import from_dict, override, to_dict
 from qdbev.quant.prepare import bits_of
 from qdbev.recipes import RECIPES, at_bits
-from train import ablation
-from train.ablation import AblationError, Cell, cells, commands, search_cells
 
 
 def settings(command: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from train.assign import Option, assign
+from train.bit_allocation import Option, assign
 
 
 def layers(rng: np.random.Generator, count: int) -> dict[str, list[Option]]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from golden_model import inputs, micro_config
 
+from bench import attention_cost
+from bench.attention_cost import Case
+from bench.padded_attention import PaddedCrossAttention, pad_attention
 from qdbev.config import Config, DataConfig
-from qdbev.model.attention import CameraCrossAttention
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.attention import CameraCrossAttention
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.recipes import RECIPES
-from train import attention_cost
-from train.attention_cost import Case
-from train.padded_attention import PaddedCrossAttention, pad_attention
 
 
 def encoded(model: BEVFormer) -> torch.Tensor:

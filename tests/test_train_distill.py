@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qdbev.config import DistillConfig, ModelConfig, TrainConfig
+from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.geometry import pillar_points
-from qdbev.model.encoder import Encoder
 from qdbev.schema import BevOutput
 from train.distill import Sight, carry, distillation_loss, head_divergence, look, mean_one, object_map, visible_cells
 

@@ -10,11 +10,11 @@ from golden_inputs import make_can_bus, make_coder_inputs, make_gt
 from golden_model import close, inputs, official_micro, two_frames
 from torch import Tensor
 
-from qdbev.boxes import encode
 from qdbev.config import TrainConfig
 from qdbev.data.collate import queue_batch
-from qdbev.model.bevformer import BEVFormer
-from qdbev.model.weights import translate
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import translate
+from qdbev.nn.box_code import encode
 from qdbev.schema import BevOutput, Frame
 from train.criterion import Losses, detection_loss
 from train.loop import history_bev

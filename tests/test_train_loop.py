@@ -20,9 +20,9 @@ from qdbev.restore import restore
 from train import loop
 from train.criterion import detection_loss
 from train.distributed import World
-from train.float import main, train
 from train.grid_mask import grid_mask
 from train.loop import DivergenceError, Run
+from train.teacher import main, train
 
 CPU = torch.device("cpu")
 SETTINGS = {**TRAINED, "train.epochs": "2", "train.warmup_steps": "2", "train.grid_mask": "0.5", "model.dropout": "0.1"}
@@ -102,7 +102,18 @@ def test_processes_share_out_every_batch(tiny_world, tmp_path):
 def launch(run: Path, root: Path, *launcher: str) -> list[float]:
     changes = {"data.root": str(root), "model.dropout": "0.0", "train.epochs": "1", "train.batch_size": "2"}
     settings = [f"--set={name}={value}" for name, value in {**SETTINGS, **changes}.items()]
-    command = [sys.executable, *(launcher or ("-m",)), "train.float", "--recipe", "micro", "--run", str(run), "--device", "cpu", *settings]
+    command = [
+        sys.executable,
+        *(launcher or ("-m",)),
+        "train.teacher",
+        "--recipe",
+        "micro",
+        "--run",
+        str(run),
+        "--device",
+        "cpu",
+        *settings,
+    ]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -127,7 +138,7 @@ def test_two_processes_give_the_loss_curve_of_one(tiny_world, tmp_path):
 )
 def test_bad_command_lines_are_one_clear_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["train.float", "--run", str(tmp_path), "--recipe", "micro", *arguments])
+    monkeypatch.setattr("sys.argv", ["train.teacher", "--run", str(tmp_path), "--recipe", "micro", *arguments])
     with pytest.raises(SystemExit, match=message):
         main()
     assert not list(tmp_path.glob("*.pt"))

@@ -11,12 +11,12 @@ from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import Config, from_dict, override
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.pack import settle
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from train import calibration, loop, qat
-from train import float as float_training
+from train import teacher as float_training
 from train.distributed import World
 
 CPU = torch.device("cpu")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_networks import settings
 
+from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.config import Bits, Config, LayerBits, override
 from qdbev.data.dataset import FrameDataset
@@ -15,7 +16,6 @@ from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from train import calibration, qat, sensitivity
 from train.sensitivity import Row
-from train.untrained import untrained
 
 CPU = torch.device("cpu")
 SETTINGS = settings(model__decoder_layers="1", quant__stages="[]")
@@ -74,7 +74,7 @@ def test_the_command_writes_a_file_that_training_takes(tiny_world, config, tmp_p
     arguments = ["untrained", "--recipe", "micro", "--teacher", str(tmp_path / "t.pt")]
     arguments += [part for setting in (*SETTINGS, f"data.root={tiny_world}") for part in ("--set", setting)]
     monkeypatch.setattr("sys.argv", arguments)
-    from train import untrained as command
+    from bench import untrained as command
 
     command.main()
     out = tmp_path / "widths.json"

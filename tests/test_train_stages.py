@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_networks import settings
 
+from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
 from qdbev.data.dataset import FrameDataset
@@ -20,7 +21,6 @@ from train import calibration, loop, qat, stability, stages
 from train.distributed import World
 from train.loop import DivergenceError
 from train.stability import Watch
-from train.untrained import untrained
 
 CPU = torch.device("cpu")
 PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_rate=1e-3, distill=True))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small_networks import settings
 
+from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import GROUPS, Config, Stage, override, to_dict
@@ -15,7 +16,6 @@ from qdbev.recipes import RECIPES, at_bits, progressive
 from qdbev.restore import restore
 from train import loop, qat
 from train.distributed import World
-from train.untrained import untrained
 
 CPU = torch.device("cpu")
 BEFORE = progressive((0.25, 0.25, 0.25, 0.25), 1e-3)

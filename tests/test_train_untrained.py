@@ -2,8 +2,8 @@
 
 import torch
 
+from bench import untrained
 from qdbev.restore import restore
-from train import untrained
 
 
 def test_an_untrained_teacher_is_a_function_of_its_seed_and_hides_nothing(tmp_path, monkeypatch):

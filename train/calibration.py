@@ -11,7 +11,7 @@ from qdbev import temporal
 from qdbev.config import Config
 from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
 

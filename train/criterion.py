@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdbev.boxes import encode
 from qdbev.config import TrainConfig
+from qdbev.nn.box_code import encode
 from qdbev.schema import BevOutput
 from train.matcher import ALPHA, match
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdbev.boxes import from_code
 from qdbev.config import DistillConfig, TrainConfig
 from qdbev.geometry import project
+from qdbev.nn.box_code import from_code
 from qdbev.schema import BevOutput
 
 

@@ -1,6 +1,6 @@
 """One process or many: the same numbers.
 
-Launch with `torchrun --nproc-per-node N -m train.float ...`; gloo on the CPU, nccl on GPUs.
+Launch with `torchrun --nproc-per-node N -m train.teacher ...`; gloo on the CPU, nccl on GPUs.
 """
 
 import os

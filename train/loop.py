@@ -22,7 +22,7 @@ from qdbev.artifact import ArtifactError
 from qdbev.config import Config, TrainConfig, to_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset, start_worker
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Batch, BevOutput
 from train.criterion import Losses
 from train.distributed import World

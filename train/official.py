@@ -11,8 +11,8 @@ from qdbev import artifact
 from qdbev.command import add_settings, entry_point
 from qdbev.config import override, to_dict
 from qdbev.data.image_transform import NUSCENES_HW, image_transform
-from qdbev.model.bevformer import BEVFormer
-from qdbev.model.weights import fitting_recipe, load_official, read_official
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import fitting_recipe, load_official, read_official
 from qdbev.recipes import RECIPES
 
 

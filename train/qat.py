@@ -19,7 +19,7 @@ from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import Config, QuantConfig, from_dict, override
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.pack import settle
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes

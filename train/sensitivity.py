@@ -27,15 +27,15 @@ from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import GROUPS, Bits, Config, LayerBits, from_dict, override
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
-from qdbev.quant.cost import costs
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.quant.bops import costs
 from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
 from qdbev.quant.prepare import bits_of
 from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from qdbev.schema import Batch, BevOutput
-from train.assign import Option, assign
+from train.bit_allocation import Option, assign
 from train.calibration import calibrated_student
 from train.distill import head_divergence
 from train.loop import history_bev

@@ -15,11 +15,11 @@ from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import Config, Stage, TrainConfig, to_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.model.bevformer import BEVFormer
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.prepare import enable
 from train.distributed import World
-from train.guide import Guide
 from train.loop import Run, fit, total_steps
+from train.stage_loss import Guide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Everything that measures or checks the pipeline from outside; nothing imports this package."""

@@ -1,0 +1,105 @@
+"""What the ablation found, beside what the paper found: `python -m bench.ablation_report --results FILE --out FOLDER`.
+
+Prints a table and draws the curves. Numbers of another detector on another world compare only as shares of their float teacher's, so both
+are given so. Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5, of BEVFormer-Tiny at W4A6 on nuScenes.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import draw_ablation
+from eval.nds import EvaluationError
+from qdbev.artifact import atomic
+from qdbev.command import entry_point
+
+WIDTHS = ("w8a8", "w4a6", "stress")
+PAPER_FLOAT = 0.354
+PAPER_NDS = {
+    "ptq_backbone": 0.310,
+    "ptq_neck": 0.353,
+    "ptq_encoder": 0.295,
+    "ptq_decoder": 0.353,
+    "ptq_max": 0.246,
+    "qat_fixed": 0.326,
+    "qat_fixed_progressive": 0.348,
+    "distill_image": 0.359,
+    "distill_bev": 0.368,
+    "vgd": 0.372,
+}
+"""NDS at W4A6 of the rows that the paper has too; how it calibrates it does not say, and largest values are the guess."""
+_log = logging.getLogger(__name__)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Content of a file that `python -m bench.ablation` wrote.
+
+    Raises:
+        EvaluationError: The file is missing, damaged, or has no score of the float teacher.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["rows"]["float"]["stress"]["nds"][0]
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        raise EvaluationError(f"{path} holds no ablation ({error!r}); `python -m bench.ablation` makes one") from error
+    return content
+
+
+def table(content: dict[str, Any]) -> Table:
+    """NDS of every row at every width, mean and spread over seeds, and mAP at the stress width.
+
+    `recovered` is the share of what calibration alone lost at the stress width; W4A6 and the paper are given as shares of their teachers.
+    """
+    rows = content["rows"]
+    teacher = rows["float"]["stress"]["nds"][0]
+    calibrated = rows.get("ptq_mse", {}).get("stress", {"nds": [teacher]})["nds"][0]
+    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    grid.add_column("row", no_wrap=True)
+    for title in ("W8A8", "W4A6", content["stress"].upper(), "mAP", "recovered", "W4A6 / float", "paper's"):
+        grid.add_column(title, justify="right")
+    for name, row in rows.items():
+        stress = row.get("stress")
+        paper = PAPER_NDS.get(name)
+        grid.add_row(
+            name,
+            *(_spread(row[width]["nds"]) if width in row else "" for width in WIDTHS),
+            _spread(stress["map"]) if stress else "",
+            _share([nds - calibrated for nds in stress["nds"]], teacher - calibrated) if stress and teacher > calibrated else "",
+            _share(row["w4a6"]["nds"], teacher) if "w4a6" in row else "",
+            _share([paper], PAPER_FLOAT) if paper else "",
+        )
+    return grid
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ±{statistics.stdev(values):.3f}"
+
+
+def _share(values: list[float], teacher: float) -> str:
+    return f"{statistics.mean(values) / teacher:.0%}"
+
+
+@entry_point
+def main() -> None:
+    """Results in, table and curves out."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
+    parser.add_argument("--results", type=Path, required=True, help="what `python -m bench.ablation` wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")
+    args = parser.parse_args()
+    content = read(args.results)
+    Console(width=120).print(table(content))
+    picture = args.out / "curves.png"
+    with atomic(picture) as temporary:
+        draw_ablation.save(temporary, content)
+    _log.info("%s", picture)
+
+
+if __name__ == "__main__":
+    main()

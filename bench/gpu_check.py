@@ -1,0 +1,279 @@
+"""Everything that only a GPU shows, in one command of under ten minutes: `python -m bench.gpu_check --out results`.
+
+Most valuable first: the kernels, their operators in torch, the network on the GPU against the CPU; these need torch, cuda-python and
+NVRTC. Where all of requirements.txt is there, a W8A8 network is made of random weights and a small synthetic world, its training steps are
+timed, and where TensorRT or TensorRT-RTX is there, engines are built, compared with onnxruntime and measured; the models of --run are
+scored as engines, beside their ONNX and checkpoints. The result is <gpu>_<date>.json, written anew after each check.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from bench import gpu_network
+from bench.checks import Check, Figures, Result, Skipped, run_all
+from qdbev import artifact
+from qdbev.command import entry_point
+
+LIMIT_S = 580.0
+"""Of all checks together."""
+WORK = Path("runs/gpu_check")
+"""What the checks make, and their output; emptied at the start."""
+STUDENTS = ("w8a8", "w4a6")
+"""Models of a run that are scored as engines."""
+OPERATOR_TESTS = Path("tests/test_plugins_gpu.py")
+"""Need no TensorRT; the others marked gpu or trt do."""
+_FULL = ("cv2", "nuscenes", "pytorch_quantization", "scipy")
+_EXPORT = ("onnx", "onnxruntime", "onnxscript", "pytorch_quantization")
+_ITERATIONS = "500"
+_log = logging.getLogger(__name__)
+
+
+class GpuCheckError(ValueError):
+    """There is no GPU to check on, or a check failed."""
+
+
+def gpu() -> dict[str, Any]:
+    """Facts about this machine's first GPU and its driver.
+
+    Raises:
+        GpuCheckError: torch finds none.
+    """
+    if not torch.cuda.is_available():
+        raise GpuCheckError(
+            f"gpu-check needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch {torch.__version__} finds "
+            "none on this machine; run it where there is one. Without: `make test` checks what a CPU can"
+        )
+    properties = torch.cuda.get_device_properties(0)
+    facts: dict[str, Any] = {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+    }
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        query = [tool, "--id=0", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split(", ")
+        facts |= dict(zip(("driver", "max_sm_clock", "power_limit"), answer, strict=False))
+    return facts
+
+
+def file_name(gpu_name: str, day: str) -> str:
+    """`nvidia-h100_2026-11-21.json` of "NVIDIA H100 80GB HBM3": words up to the size of the memory."""
+    words = re.sub(r"[^a-z0-9]+", " ", gpu_name.lower()).split()
+    sized = (index for index, word in enumerate(words) if re.fullmatch(r"\d+gb", word))
+    return f"{'-'.join(words[: next(sized, len(words))])}_{day}.json"
+
+
+def plan(run: Path, work: Path) -> list[Check]:
+    """All checks, most valuable first; models of `run` are copied into `work`."""
+    return [*_kernels(work), *_network_files(work), *_engines(work), *_students(run, work)]
+
+
+def check(checks: Sequence[Check], device: dict[str, Any], out: Path, work: Path, limit_s: float) -> dict[str, Result]:
+    """Run the checks and write all results so far after each."""
+    started = time.monotonic()
+    results: dict[str, Result] = {}
+    for name, result in run_all(checks, work, limit_s):
+        results[name] = result
+        _log.info("%-18s %s%s", name, result.status, f": {result.reason}" if result.reason else f" in {result.seconds:.1f} s")
+        content = {
+            "gpu": device,
+            "command": "python -m bench.gpu_check",
+            "complete": len(results) == len(checks),
+            "seconds": round(time.monotonic() - started, 1),
+            "checks": {name: dataclasses.asdict(result) for name, result in results.items()},
+            "made": artifact.provenance(),
+        }
+        with artifact.atomic(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return results
+
+
+def require_passed(results: dict[str, Result], out: Path) -> None:
+    """Raise GpuCheckError if a check failed, or none passed."""
+    failed = [name for name, result in results.items() if result.status == "failed"]
+    if failed:
+        raise GpuCheckError(
+            f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}; {out} says why, with the end of their output"
+        )
+    if not any(result.status == "passed" for result in results.values()):
+        raise GpuCheckError(f"no check could run; {out} says what each lacks")
+
+
+def test_counts(path: Path) -> Figures:
+    """Names of the tests in pytest's JUnit file, by how they ended.
+
+    Raises:
+        Skipped: All were skipped, or there were none.
+    """
+    ended: dict[str, Any] = {"passed": [], "failed": [], "skipped": {}}
+    for case in ElementTree.parse(path).iter("testcase"):
+        name, skip = f"{case.get('classname')}.{case.get('name')}", case.find("skipped")
+        if skip is not None:
+            ended["skipped"][name] = skip.get("message", "")
+        else:
+            ended["passed" if case.find("failure") is None and case.find("error") is None else "failed"].append(name)
+    if not ended["passed"] and not ended["failed"]:
+        raise Skipped("; ".join(dict.fromkeys(ended["skipped"].values())) or "no test is marked gpu")
+    return ended
+
+
+def _kernels(work: Path) -> Iterator[Check]:
+    """The kernels alone, in torch, and in the network; the last one's fake quantization is pytorch-quantization's."""
+    yield Check(
+        name="kernels",
+        command=("bench.kernels", "--out", f"{work}/kernels.json"),
+        limit_s=300,
+        packages=("cuda.bindings",),
+        figures=work / "kernels.json",
+    )
+    yield _tests("operators", [OPERATOR_TESTS], work, limit_s=120)
+    for bits, packages in ((gpu_network.FLOAT, ()), ("w8a8", ("pytorch_quantization", "scipy"))):
+        path = work / f"network_{bits}.json"
+        yield Check(
+            name=path.stem,
+            command=("bench.gpu_network", "--bits", bits, "--out", str(path)),
+            limit_s=90,
+            packages=("cuda.bindings", *packages),
+            figures=path,
+        )
+
+
+def _network_files(work: Path) -> Iterator[Check]:
+    """A W8A8 network of random weights, calibrated on the GPU on a world of three scenes, and what its training steps take."""
+    world, teacher, student, cost = work / "world", work / "teacher.pt", work / "untrained.pt", work / "step_cost.json"
+    generate = ("synthetic.generate", "--world", "micro", "--scenes", "2", "1", "--workers", "1", "--out", str(world))
+    yield Check(name="world", command=generate, limit_s=60, packages=_FULL)
+    untrained = ("bench.untrained", "--recipe", "micro", "--teacher", str(teacher), "--set", f"data.root={world}")
+    yield Check(name="teacher", command=untrained, limit_s=60, packages=_FULL, after=("world",))
+    quantize = ("train.qat", "--teacher", str(teacher), "--student", str(student), "--bits", "w8a8", "--device", "cuda")
+    few = ("--set", "quant.stages=()", "--set", "quant.calibration_samples=8")
+    yield Check(name="calibration", command=(*quantize, *few), limit_s=90, packages=_FULL, after=("teacher",))
+    measure = ("bench.step_cost", "--teacher", str(teacher), "--bits", "w8a8", "--device", "cuda", "--out", str(cost))
+    yield Check(name="step_cost", command=measure, limit_s=90, packages=_FULL, after=("teacher",), figures=cost)
+    export = ("export.to_onnx", "--checkpoint", str(student), "--onnx", str(student.with_suffix(".onnx")))
+    yield Check(name="onnx", command=export, limit_s=90, packages=_EXPORT, after=("calibration",))
+
+
+def _engines(work: Path) -> Iterator[Check]:
+    """That network with each TensorRT. Whether an engine of TensorRT-RTX, built ahead of time, opens on this GPU is for it to say."""
+    onnx = work / "untrained.onnx"
+    for backend, package in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
+        engine = work / f"{package}.engine"
+        names = {step: f"{package}_{step}" for step in ("build", "bench", "same")}
+        build = ("engine.build", "--onnx", str(onnx), "--out", str(engine), "--backend", backend)
+        yield Check(name=names["build"], command=build, limit_s=180, packages=(package,), after=("onnx",))
+        bench, same = (work / f"{names[step]}.json" for step in ("bench", "same"))
+        yield Check(
+            name=names["bench"],
+            command=("engine.bench", "--engine", str(engine), "--iterations", _ITERATIONS, "--out", str(bench)),
+            limit_s=90,
+            packages=(package, "cuda.bindings"),
+            after=(names["build"],),
+            figures=bench,
+            may_be_refused=backend == "tensorrt-rtx",
+        )
+        yield Check(
+            name=names["same"],
+            command=("bench.gpu_engine", "--engine", str(engine), "--onnx", str(onnx), "--out", str(same)),
+            limit_s=90,
+            packages=(package, "cuda.bindings"),
+            after=(names["bench"],),
+            figures=same,
+        )
+
+
+def _students(run: Path, work: Path) -> Iterator[Check]:
+    """Engines of a run's models and their scores on the run's data, by the TensorRT that is there; then the tests that need one."""
+    package = "tensorrt" if importlib.util.find_spec("tensorrt") else "tensorrt_rtx"
+    same = f"{package}_same"
+    for name in STUDENTS:
+        here, files = work / "run" / name, tuple(run / f"{name}{suffix}" for suffix in (".pt", ".onnx", ".onnx.seal.json"))
+        present = all(path.is_file() for path in files)
+        data = _bring(run, name, here.parent) if present else ()
+        onnx, engine = (str(here.with_suffix(suffix)) for suffix in (".onnx", ".engine"))
+        build = ("engine.build", "--onnx", onnx, "--out", engine, "--backend", package.replace("_", "-"))
+        yield Check(name=f"{name}_build", command=build, limit_s=180, packages=(package,), files=files, after=(same,))
+        yield Check(
+            name=f"{name}_nds",
+            command=("eval.engine_eval", "--model", engine, "--device", "cuda"),
+            limit_s=180,
+            packages=(*_FULL, "onnxruntime", "cuda.bindings"),
+            files=data,
+            after=(f"{name}_build",),
+            figures=here.parent / "eval" / f"{name}_engine_compared.json",
+            read=read_scores,
+        )
+    marked = sorted(path for path in OPERATOR_TESTS.parent.glob("test_*.py") if re.search(r"pytest\.mark\.(gpu|trt)\b", path.read_text()))
+    paths = [path for path in marked if path != OPERATOR_TESTS]
+    yield _tests("engines", paths, work, limit_s=180, after=(same,))
+
+
+def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Check:
+    """The tests in these files that need a GPU."""
+    figures = work / f"{name}.xml"
+    options = ("-m", "gpu or trt", "-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={figures}")
+    return Check(
+        name=name,
+        command=("pytest", *options, *map(str, paths)),
+        packages=("pytest", "cv2", "cuda.bindings"),
+        files=(OPERATOR_TESTS,),  # all of tests/ lies beside
+        figures=figures,
+        read=test_counts,
+        **settings,
+    )
+
+
+def _bring(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
+    """Copy a model of `run`, its ONNX and seal into `folder`, where an engine does not replace the run's own; the dataset they take."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (run / f"{name}.pt", *run.glob(f"{name}.onnx*")):
+        shutil.copy(path, folder)
+    return (Path(artifact.unseal(folder / f"{name}.onnx", "onnx").config["data"]["root"]),)
+
+
+def read_scores(path: Path) -> Figures:
+    """What eval.engine_eval found, without the rows of every frame."""
+    content = json.loads(path.read_text())
+    return {name: value for name, value in content.items() if name not in ("rows", "made")}
+
+
+def end(number: int, _: object) -> None:
+    sys.exit(f"ended by {signal.Signals(number).name}")
+
+
+@entry_point
+def main() -> None:
+    """Check all that a GPU shows; fails if any check fails."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for <gpu>_<date>.json")
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run whose w8a8 and w4a6 are scored (default: %(default)s)")
+    args = parser.parse_args()
+    device = gpu()
+    signal.signal(signal.SIGTERM, end)  # so that the check under way ends as well
+    shutil.rmtree(WORK, ignore_errors=True)
+    out = args.out / file_name(device["name"], datetime.now(UTC).date().isoformat())
+    results = check(plan(args.run, WORK), device, out, WORK, LIMIT_S)
+    sys.stdout.write(f"{out}\n")
+    require_passed(results, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What one sample's images cost: `python -m bench.image_cost --root data/street`.
+
+CPU milliseconds of one core for the images of a frame, decoded only, and decoded, scaled, normalised and padded.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+
+from qdbev import artifact
+from qdbev.command import entry_point
+from qdbev.config import DataConfig
+from qdbev.data.image_transform import image_transform
+from qdbev.data.infos import Infos, load_or_build
+from qdbev.data.transforms import load_images, read_image
+
+
+def measure(root: Path, infos: Infos, scale: float, num_frames: int) -> dict[str, float]:
+    """Median milliseconds over the first `num_frames` frames of the version."""
+    cv2.setNumThreads(0)
+    height, width = infos.image_hw.tolist()
+    transform = image_transform(DataConfig(root=str(root), image_scale=scale), (height, width))
+    decode, load = [], []
+    for index in range(min(num_frames, len(infos))):
+        paths = [root / name for name in infos[index].image_files]
+        decode.append(_milliseconds(lambda paths=paths: [read_image(path, transform.image_hw) for path in paths]))
+        load.append(_milliseconds(lambda paths=paths: load_images(paths, transform)))
+    return {"decode_ms": statistics.median(decode), "load_ms": statistics.median(load), "frames": len(load)}
+
+
+def _milliseconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return 1e3 * (time.process_time() - start)
+
+
+@entry_point
+def main() -> None:
+    """Measure decoding and preparing the images of a sample."""
+    parser = argparse.ArgumentParser(prog="python -m bench.image_cost", description=main.__doc__)
+    parser.add_argument("--root", type=Path, required=True, help="folder in nuScenes format")
+    parser.add_argument("--version", default="v1.0-trainval")
+    parser.add_argument("--scale", type=float, default=0.5, help="data.image_scale (default: %(default)s, as tiny)")
+    parser.add_argument("--frames", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    infos = load_or_build(DataConfig(root=str(args.root), version=args.version))
+    figures = measure(args.root, infos, args.scale, args.frames)
+    about = {"image_hw": infos.image_hw.tolist(), "scale": args.scale, "made": artifact.provenance()}
+    if args.out:
+        with artifact.atomic(args.out) as temporary:
+            temporary.write_text(json.dumps(figures | about, indent=1) + "\n")
+    sys.stdout.write(f"images of a frame: decode {figures['decode_ms']:.1f} ms, decode and prepare {figures['load_ms']:.1f} ms\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The kernels on this machine's GPU: right, and how fast: `python -m bench.kernels --out results/kernels_h200.json`.
+
+Spatial cross-attention at the size of base, with visibility of the synthetic rig, which is close to that of nuScenes, beside PyTorch's
+own operators and beside the floor: the larger of all bytes once at the speed of a device copy, and all gathered sectors at the speed of
+reads that hit the L2 cache. mmcv's kernel is measured too where mmcv is installed.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.memory_traffic import corners_inside, cost
+from plugins import launch
+from plugins.cases import Case, edge_cases, excess, random_cases
+from plugins.variant import TYPES, Number, Out, Variant, camera_levels
+from qdbev import artifact
+from qdbev.command import entry_point
+from qdbev.config import Config
+from qdbev.data.rig import CAMERAS, network_rig
+from qdbev.geometry import pillar_points, project
+from qdbev.ops.msda import joint_softmax
+from qdbev.ops.sca import gathered_spatial_cross_attention
+from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.recipes import base
+
+GOALS = {"pytorch_over_kernel": 3.0, "mmcv_over_kernel": 2.0, "floor_over_kernel": 0.5, "float16_over_int8": 1.5}
+"""At the size of base, on an H200."""
+MEASURED: dict[Number, Out] = {"float32": "float32", "float16": "float16", "int8": "float16"}
+"""Output of each type of `value`."""
+_RANDOM_CASES = 1000
+_REPEATS, _FEW_REPEATS = 100, 10
+_COPY_BYTES = 1 << 30
+_READ_THREADS, _READ_AT_ONCE = 512, 8
+"""As in bench/bandwidth.cu."""
+_CHECKED_QUERIES = 997
+_log = logging.getLogger(__name__)
+
+
+class BenchError(ValueError):
+    """There is nothing to measure on, or the kernels are wrong."""
+
+
+def check() -> dict[str, Any]:
+    """The GPU, and how far its kernels are from the truth.
+
+    Raises:
+        BenchError: There is no GPU that torch can use.
+    """
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "measuring the kernels needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch finds none on "
+            "this machine; run it where there is one. Without: `python -m plugins.nvrtc` compiles them, `make test` checks their numbers"
+        )
+    torch.manual_seed(0)
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "correctness": {f"{number} to {out}": correctness(number, out) for number, out in TYPES},
+        "made": artifact.provenance(),
+    }
+
+
+def correctness(number: Number, out_number: Out) -> dict[str, Any]:
+    """Largest error of the device build, as a share of the tolerance, over random problems and all edges."""
+    worst, name, count = 0.0, "", 0
+    for case in (*random_cases(_RANDOM_CASES), *edge_cases()):
+        variant, value, scale = case.inputs(number, out_number)
+        out = run(variant, case, value, scale).cpu()
+        share = excess(number, scale, out, case.truth(value, scale))
+        worst, name = max((worst, name), (share, case.name))
+        count += out.shape[0]
+    _log.info("%s to %s: %d problems, worst error %.2f of the tolerance (%s)", number, out_number, count, worst, name)
+    return {"problems": count, "worst_share_of_tolerance": worst, "worst_case": name, "passed": worst <= 1}
+
+
+def run(variant: Variant, case: Case, value: Tensor, scale: float) -> Tensor:
+    """The kernel's answer to `case` with this `value`."""
+    others = [tensor.cuda() for tensor in case.others()]
+    return launch.attention(value.cuda(), others, variant.level_hw, _scale_tensor(variant, scale))
+
+
+def base_case(config: Config) -> Case:
+    """Spatial cross-attention of a recipe on the GPU: random numbers, geometry of the rig."""
+    model = config.model
+    level_hw = camera_levels(config)
+    reference_points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *rig(config))
+    variant = Variant(
+        op="spatial_cross_attention",
+        value="float32",
+        out="float32",
+        num_heads=model.num_heads,
+        channels=model.embed_dim // model.num_heads,
+        num_points=model.num_spatial_points,
+        num_pillar_points=model.num_pillar_points,
+        level_hw=level_hw,
+    )
+    samples = (1, hit.shape[2], model.num_heads, len(level_hw), model.num_spatial_points)
+    return Case(
+        name=config.name,
+        variant=variant,
+        value=torch.randn(1, len(CAMERAS), variant.num_keys, variant.num_heads, variant.channels, device="cuda"),
+        reference_points=reference_points.cuda(),
+        visible=hit.any(-1).float().cuda(),
+        sampling_offsets=2 * torch.randn(*samples, 2, device="cuda"),
+        attention_logits=torch.randn(samples, device="cuda"),
+    )
+
+
+def rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
+    """lidar2img (1, N, 4, 4) of the synthetic cameras, and the padded image size, for images of nuScenes."""
+    lidar2img, padded_hw = network_rig(config.data)
+    return torch.from_numpy(lidar2img).float()[None], padded_hw
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Times, ceilings and floors of one problem, and the kernels' errors on some of its queries."""
+    ceilings = {"copy_bytes_per_s": copy_speed(), "l2_read_bytes_per_s": l2_read_speed()}
+    corners = corners_inside(case.reference_points, case.visible, case.sampling_offsets, case.variant.level_hw)
+    times, costs, floors, errors = {}, {}, {}, {}
+    for number, out in MEASURED.items():
+        variant, value, scale = case.inputs(number, out)
+        arguments = (value, case.others(), variant.level_hw, _scale_tensor(variant, scale))
+        times[f"kernel_{number}"] = median_ms(lambda arguments=arguments: launch.attention(*arguments), _REPEATS)
+        counted = cost(variant, *case.visible.shape, corners)
+        costs[number] = dataclasses.asdict(counted)
+        seconds = (counted.bytes_once / ceilings["copy_bytes_per_s"], counted.gathered_bytes / ceilings["l2_read_bytes_per_s"])
+        floors[number] = 1000 * max(seconds)
+        errors[number] = _largest_error(case, number)
+    times |= pytorch_times(case) | mmcv_times(case)
+    for name, value in times.items():
+        _log.info("%s: %s", name, value if isinstance(value, str) else f"{value:.3f} ms")
+    views = float(case.visible.sum(1).mean())
+    about = {"visible_cameras_a_query": views, "corners_inside": corners, "costs": costs}
+    return {**about, "ceilings": ceilings, "times_ms": times, "floors_ms": floors, "largest_errors": errors}
+
+
+def pytorch_times(case: Case) -> dict[str, float]:
+    """PyTorch's own operators: every camera reading every query, and each camera only those it sees."""
+    times = {}
+    for number in ("float32", "float16"):
+        tensors = [tensor.to(getattr(torch, number)) for tensor in (case.value, *case.others())]
+        for name, form in (("per_camera", dense_spatial_cross_attention), ("gathered", gathered_spatial_cross_attention)):
+            work = lambda form=form, tensors=tensors: form(*tensors, case.variant.level_hw)  # noqa: E731
+            times[f"pytorch_{name}_{number}"] = median_ms(work, _FEW_REPEATS)
+    return times
+
+
+def mmcv_times(case: Case) -> dict[str, float | str]:
+    """mmcv's kernel called for each camera with all queries, its locations and softmax computed beforehand; or why there is no figure."""
+    try:
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+    except ImportError as error:
+        return {"mmcv_per_camera": f"not measured: mmcv's operators cannot be imported ({error})"}
+    level_hw = torch.tensor(case.variant.level_hw, device="cuda")
+    starts = torch.cat((level_hw.new_zeros(1), level_hw.prod(1).cumsum(0)[:-1]))
+    N, P, D = case.visible.shape[1], case.variant.num_points, case.variant.num_pillar_points
+    pillars = case.reference_points[0].repeat(1, 1, P // D, 1)[:, :, None, None]  # (N, Q, 1, 1, P, 2)
+    locations = pillars + case.sampling_offsets / level_hw.flip(1)[:, None]  # (N, Q, M, L, P, 2)
+    weights = joint_softmax(case.attention_logits).expand(N, -1, -1, -1, -1)
+    times: dict[str, float | str] = {}
+    for number in ("float32", "float16"):
+        value, *rest = (tensor.to(getattr(torch, number)).contiguous() for tensor in (case.value[0], locations, weights))
+        arguments = (value, level_hw, starts, *rest, N)
+        try:
+            times[f"mmcv_per_camera_{number}"] = median_ms(lambda a=arguments: MultiScaleDeformableAttnFunction.apply(*a), _FEW_REPEATS)
+        except RuntimeError as error:
+            times[f"mmcv_per_camera_{number}"] = f"not measured: {str(error).splitlines()[0]}"
+    return times
+
+
+def copy_speed() -> float:
+    """Bytes a second of a device copy, read and written ones counted."""
+    source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * _COPY_BYTES / median_ms(lambda: target.copy_(source), _FEW_REPEATS) * 1000
+
+
+def l2_read_speed() -> float:
+    """Bytes a second of reads that hit the L2 cache."""
+    properties = torch.cuda.get_device_properties(0)
+    step = _READ_THREADS * _READ_AT_ONCE
+    words = max(1, properties.L2_cache_size // 4 // (16 * step)) * step  # a quarter: also less than the half that is near
+    buffer, out = torch.randint(2**31, (4 * words,), dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
+    blocks, rounds = 8 * properties.multi_processor_count, 256
+    values, types = (buffer.data_ptr(), words, rounds, out.data_ptr()), (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    source = Path(__file__).with_name("bandwidth.cu").read_text()
+    read = lambda: launch.run(buffer.device, source, "read_through_l2", (blocks, 1, 1), _READ_THREADS, values, types)  # noqa: E731
+    return blocks * rounds * step * 16 / median_ms(read, _FEW_REPEATS) * 1000
+
+
+def median_ms(work: Callable[[], object], repeats: int) -> float:
+    """GPU milliseconds of `work`, which finds an L2 cache full of other things, as in a network."""
+    other = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        other.zero_()  # also keeps the GPU busy until `work` has been launched
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times[3:])
+
+
+def _largest_error(case: Case, number: Number) -> float:
+    """Of some queries against the truth on the CPU; in steps of the scale for int8."""
+    variant, value, scale = case.inputs(number, MEASURED[number])
+    out = launch.attention(value, case.others(), variant.level_hw, _scale_tensor(variant, scale))
+    queries = torch.arange(0, out.shape[1], out.shape[1] // _CHECKED_QUERIES + 1, device="cuda")
+    some = dataclasses.replace(
+        case,
+        reference_points=case.reference_points[:, :, queries].cpu(),
+        visible=case.visible[:, :, queries].cpu(),
+        sampling_offsets=case.sampling_offsets[:, queries].cpu(),
+        attention_logits=case.attention_logits[:, queries].cpu(),
+    )
+    return float((out[:, queries].cpu().double() - some.truth(value.cpu(), scale)).abs().max()) / scale
+
+
+def _scale_tensor(variant: Variant, scale: float) -> Tensor | None:
+    return torch.tensor(scale, dtype=getattr(torch, variant.out), device="cuda") if variant.value == "int8" else None
+
+
+def goals(figures: dict[str, Any]) -> dict[str, Any]:
+    """Each goal, what was reached, and whether that is enough; None where there is no figure."""
+    times, floors = figures["times_ms"], figures["floors_ms"]
+    mmcv = [times[f"mmcv_per_camera_{n}"] / times[f"kernel_{n}"] for n in MEASURED if isinstance(times.get(f"mmcv_per_camera_{n}"), float)]
+    reached = {
+        "pytorch_over_kernel": min(times[f"pytorch_per_camera_{n}"] / times[f"kernel_{n}"] for n in ("float32", "float16")),
+        "mmcv_over_kernel": min(mmcv, default=None),
+        "floor_over_kernel": min(floors[n] / times[f"kernel_{n}"] for n in MEASURED),
+        "float16_over_int8": times["kernel_float16"] / times["kernel_int8"],
+    }
+    return {name: {"goal": GOALS[name], "reached": value, "met": value and value >= GOALS[name]} for name, value in reached.items()}
+
+
+@entry_point
+def main() -> None:
+    """Check the kernels on this machine's GPU and measure them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
+    out = parser.parse_args().out
+    content = check()
+    _save(out, content)  # before anything is measured, which may take the process down
+    figures = measure(base_case(base()))
+    _save(out, {**content, **figures, "goals": goals(figures)})
+    wrong = [name for name, found in content["correctness"].items() if not found["passed"]]
+    if wrong:
+        raise BenchError(f"the kernels are wrong in {', '.join(wrong)}; {out}")
+    sys.stdout.write(f"{out}\n")
+
+
+def _save(out: Path, content: dict[str, Any]) -> None:
+    with artifact.atomic(out) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Camera cross-attention computed the way the official code does it, on our weights: what bench/attention_cost.py compares with.
+
+Queries are re-batched camera by camera, padded to the largest number, before the linear layers, so that a query is projected once for
+every camera that sees it. No model of ours runs this. Source: structure of bevformer modules/spatial_cross_attention.py at 66b65f3.
+
+B batch, N cameras, S keys of all levels, K BEV cells, R re-batched queries of a camera, M heads, C width, L levels, P points, D heights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdbev.config import ModelConfig
+from qdbev.detectors.bevformer.attention import CameraCrossAttention
+from qdbev.detectors.bevformer.encoder import Encoder
+
+
+class PaddedCrossAttention(CameraCrossAttention):
+    """Contract and weights of `CameraCrossAttention`."""
+
+    def forward(
+        self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """Args and result as `CameraCrossAttention.forward`."""
+        B, _, C = query.shape
+        N, D = reference_points.shape[1], reference_points.shape[3]
+        seen = [[visible[sample, camera].nonzero().squeeze(1) for camera in range(N)] for sample in range(B)]
+        R = max(len(indices) for cameras in seen for indices in cameras)
+        queries = query.new_zeros(B, N, R, C)
+        references = reference_points.new_zeros(B, N, R, D, 2)
+        for sample, cameras in enumerate(seen):
+            for camera, indices in enumerate(cameras):
+                queries[sample, camera, : len(indices)] = query[sample, indices]
+                references[sample, camera, : len(indices)] = reference_points[sample, camera, indices]
+        read = self._attend(queries.flatten(0, 1), tokens.flatten(0, 1), references.flatten(0, 1), level_hw).view(B, N, R, C)
+        slots = torch.zeros_like(query)
+        for sample, cameras in enumerate(seen):
+            for camera, indices in enumerate(cameras):
+                slots[sample, indices] += read[sample, camera, : len(indices)]
+        slots = slots / visible.sum(1).clamp(min=1)[..., None]
+        return self.dropout(self.output_proj(slots)) + query
+
+    def _attend(self, queries: Tensor, tokens: Tensor, references: Tensor, level_hw: Sequence[tuple[int, int]]) -> Tensor:
+        """queries (B*N, R, C), tokens (B*N, S, C), references (B*N, R, D, 2): (B*N, R, C)."""
+        cameras, R, C = queries.shape
+        inner, D = self.deformable_attention, references.shape[2]
+        M, L, P = inner.num_heads, self.num_levels, inner.num_points
+        value = inner.value_proj(tokens).view(cameras, -1, M, C // M)
+        offsets = inner.sampling_offsets(queries).view(cameras, R, M, L, P, 2)
+        weights = inner.attention_weights(queries).view(cameras, R, M, L * P).softmax(-1)
+        level_wh = torch.tensor([(w, h) for h, w in level_hw], dtype=offsets.dtype, device=offsets.device)[:, None]
+        offsets = (offsets / level_wh).view(cameras, R, M, L, P // D, D, 2)
+        locations = (references[:, :, None, None, None] + offsets).view(cameras, R, M, L, P, 2)
+        grids = 2 * locations - 1
+        reads = []
+        for index, ((h, w), level) in enumerate(zip(level_hw, value.split([h * w for h, w in level_hw], dim=1), strict=True)):
+            image = level.flatten(2).transpose(1, 2).reshape(cameras * M, C // M, h, w)
+            grid = grids[:, :, :, index].transpose(1, 2).flatten(0, 1)  # (B*N*M, R, P, 2)
+            reads.append(F.grid_sample(image, grid, align_corners=False))
+        weights = weights.transpose(1, 2).reshape(cameras * M, 1, R, L * P)
+        out = (torch.stack(reads, dim=-2).flatten(-2) * weights).sum(-1)  # (B*N*M, C/M, R)
+        return out.view(cameras, C, R).transpose(1, 2)
+
+
+def pad_attention(encoder: Encoder, config: ModelConfig) -> None:
+    """Swap every camera cross-attention of `encoder` for a padded one with the same weights."""
+    for layer in encoder.layers:
+        padded = PaddedCrossAttention(config)
+        padded.load_state_dict(layer.spatial.state_dict())
+        layer.spatial = padded.train(layer.training)

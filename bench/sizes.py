@@ -1,0 +1,63 @@
+"""What every exported file of a run measured when it was made: `python -m bench.sizes --run runs/sizes`.
+
+Reads the seals of the ONNX files and engines in the folder and writes sizes.json: parity with PyTorch, trace time, peak memory of the
+export, and what the audit of each engine counted.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qdbev import artifact
+from qdbev.command import entry_point
+
+FILE = "sizes.json"
+_PARITY = ("bev", "box_code", "cls_logits")
+
+
+def collect(run: Path) -> dict[str, list[dict[str, Any]]]:
+    """`onnx`: one row a file with the facts of its seal; `engines`: the same, with the audit's counts.
+
+    Raises:
+        ArtifactError: There is no ONNX, or a file has changed since it was sealed.
+    """
+    files = [path for path in sorted(run.glob("*.onnx")) if not path.name.endswith(".int4.onnx")]
+    if not files:
+        raise artifact.ArtifactError(f"{run} holds no .onnx; `make sizes` makes them, or `python -m export.to_onnx`")
+    onnx = [{"name": path.stem, **artifact.unseal(path, "onnx").facts} for path in files]
+    engines = [{"name": path.stem, **artifact.unseal(path, "engine").facts} for path in sorted(run.glob("*.engine"))]
+    return {"onnx": onnx, "engines": engines}
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Both kinds of row as aligned text."""
+    lines = [f"{'ONNX':<14}{'nodes':>6}{'MB':>7}{'trace s':>9}{'peak GB':>9}" + "".join(f"{name:>12}" for name in _PARITY) + "  (max abs)"]
+    for row in rows["onnx"]:
+        parity = "".join(f"{row[f'parity_{name}_max_abs']:>12.1e}" for name in _PARITY)
+        peak = row["peak_memory_mb"] / 1024
+        lines.append(f"{row['name']:<14}{row['nodes']:>6}{row['bytes'] / 1e6:>7.1f}{row['trace_s']:>9.1f}{peak:>9.1f}{parity}")
+    for row in rows["engines"]:
+        audit = row["audit"]
+        quantized = f"{audit['int8_layers']} of {audit['quantized_layers']} quantized layers in INT8, {audit['kernels']} kernels"
+        lines.append(f"{row['name']}.engine: {quantized}, {row['plan_bytes'] / 1e6:.1f} MB, built in {row['build_seconds']} s")
+    return "\n".join(lines)
+
+
+@entry_point
+def main() -> None:
+    """Collect what the exports and engines of a run measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=main.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="folder with .onnx and .engine files")
+    run = parser.parse_args().run
+    rows = collect(run)
+    content = {"cpu_cores": os.cpu_count(), **rows, "made": artifact.provenance()}
+    with artifact.atomic(run / FILE) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    sys.stdout.write(f"{table(rows)}\n{run / FILE}\n")
+
+
+if __name__ == "__main__":
+    main()

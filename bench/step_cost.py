@@ -1,0 +1,91 @@
+"""What fake quantization and a teacher cost: `python -m bench.step_cost --teacher runs/demo/teacher.pt --bits w4a6`.
+
+A float step, a quantization-aware one and one that distills take turns on every batch, so that ratios hold on a busy machine.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from qdbev import artifact
+from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.config import Config, from_dict, override
+from qdbev.data.dataset import FrameDataset
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.recipes import at_bits
+from qdbev.restore import restore
+from train.calibration import calibrated_student
+from train.distributed import World
+from train.loop import Learner, Run, batches, train_step
+from train.stage_loss import Guide
+
+WARM_UP = 3
+"""First steps of each, which are not counted."""
+
+
+def measure(teacher: BEVFormer, config: Config, target: torch.device, steps: int) -> dict[str, float]:
+    """Median seconds of each kind of step over `steps` batches, and medians of the ratios to the float step of the same batch."""
+    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
+    student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
+    world = World()
+    kinds = {
+        "float": (copy.deepcopy(teacher), Guide(None, config, world)),
+        "qat": (copy.deepcopy(student), Guide(None, config, world)),
+        "distill": (student, Guide(teacher.to(target), config, world)),
+    }
+    learners = {name: Learner.of(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
+    runs = {
+        name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=guide)
+        for name, (_, guide) in kinds.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for history, current in batches(frames, runs["float"], 0, WARM_UP + steps):
+        for name, learner in learners.items():
+            start = time.perf_counter()
+            train_step(learner, history, current, runs[name], 0)
+            if target.type == "cuda":
+                torch.cuda.synchronize(target)
+            seconds[name].append(time.perf_counter() - start)
+    counted = {name: values[WARM_UP:] for name, values in seconds.items()}
+    ratios = {
+        f"{name}_ratio": statistics.median(own / plain for plain, own in zip(counted["float"], values, strict=True))
+        for name, values in counted.items()
+        if name != "float"
+    }
+    return {"steps": steps, **ratios} | {f"{name}_s": statistics.median(values) for name, values in counted.items()}
+
+
+@entry_point
+def main() -> None:
+    """Compare the cost of a float training step with a quantization-aware and a distilling one."""
+    parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=main.__doc__)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    add_settings(parser)
+    add_device(parser)
+    args = parser.parse_args()
+    seal, teacher = restore(args.teacher)
+    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    target = device(args.device)
+    figures = measure(teacher, config, target, args.steps)
+    hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    figures |= {"recipe": config.name, "bits": args.bits, "hardware": hardware, "made": artifact.provenance()}
+    if args.out:
+        with artifact.atomic(args.out) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    for name in ("qat", "distill"):
+        line = f"{name} step {figures[f'{name}_s']:.3f} s, float step {figures['float_s']:.3f} s, ratio {figures[f'{name}_ratio']:.2f}"
+        sys.stdout.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Random weights in official shapes, sealed as a teacher, to check that a size quantizes, exports and builds; it detects nothing.
+
+python -m bench.untrained --recipe base --teacher runs/sizes/base.pt
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qdbev import artifact
+from qdbev.command import add_settings, entry_point
+from qdbev.config import PIXEL_STD, Config, override, to_dict
+from qdbev.data.image_transform import NUSCENES_HW, image_transform
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.nn.image_encoder import Bottleneck
+from qdbev.ops.deform_conv import DeformConv2d
+from qdbev.recipes import RECIPES
+
+_RESIDUAL_GAIN = 0.3
+"""Of each residual branch: 33 of them then widen the activations a few times and not ten thousand times."""
+_PREDICTION_STD = 0.02
+"""Of weights that training starts at zero and that move sampling points or weigh them: with zeros they would hide mistakes."""
+_DEFORMATION = 0.3
+"""Pixels that a unit activation moves a tap of a deformable convolution; much more, and the network amplifies every rounding."""
+_FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
+
+
+def untrained(config: Config) -> BEVFormer:
+    """A model whose every weight matters and whose activations stay near one; a function of `config.seed`."""
+    torch.manual_seed(config.seed)
+    model = BEVFormer(config.model)
+    with torch.no_grad():
+        model.backbone.conv1.weight.mul_(statistics.mean(config.data.std) / PIXEL_STD)
+    for module in model.modules():
+        if isinstance(module, Bottleneck):
+            nn.init.constant_(module.bn3.weight, _RESIDUAL_GAIN)
+        if isinstance(module, DeformConv2d):
+            nn.init.normal_(module.offset.weight, std=_DEFORMATION * module.offset.weight[0].numel() ** -0.5)
+            nn.init.normal_(module.offset.bias, std=_DEFORMATION)
+    for name, parameter in model.named_parameters():
+        if name.endswith(_FROM_ZERO):
+            nn.init.normal_(parameter, std=_PREDICTION_STD)
+    return model
+
+
+@entry_point
+def main() -> None:
+    """Write a teacher of random weights."""
+    parser = argparse.ArgumentParser(prog="python -m bench.untrained", description=main.__doc__)
+    parser.add_argument("--recipe", required=True, choices=RECIPES)
+    parser.add_argument("--teacher", type=Path, required=True, help="file to write")
+    add_settings(parser)
+    args = parser.parse_args()
+    config = override(RECIPES[args.recipe](), args.settings)
+    facts = {"image_hw": list(image_transform(config.data, NUSCENES_HW).padded_hw), "untrained": True}
+    weights = untrained(config).state_dict()
+    artifact.save_checkpoint(args.teacher, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts=facts)
+    sys.stdout.write(f"{args.teacher}: {args.recipe}, random weights\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What is heard from TensorRT while it builds: problems, the layer table, and progress.
+
+TensorRT calls back into classes derived from its own, so they are made here once the binding is known.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.layer_table import TABLE_START
+
+
+def logger(trt: ModuleType) -> Any:
+    """A logger that keeps `problems` (warnings excluded) and `layer_table`, and drops the rest."""
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.problems: list[str] = []
+            self.layer_table = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.problems.append(" ".join(message.split())[:300])
+            elif message.startswith(TABLE_START):
+                self.layer_table = message
+
+    return Logger()
+
+
+@contextmanager
+def progress(trt: ModuleType, title: str) -> Iterator[Any]:
+    """An IProgressMonitor that shows the outermost phase as a bar, nothing where standard error is no terminal; None in TensorRT 8.6.
+
+    Raises:
+        KeyboardInterrupt: On leaving, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
+    """
+    if not hasattr(trt, "IProgressMonitor"):
+        yield None
+        return
+    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
+        shown = _monitor(trt, bar)
+        yield shown
+        if shown.interrupted:
+            raise KeyboardInterrupt
+
+
+def _monitor(trt: ModuleType, bar: tqdm) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.outermost = ""
+            self.interrupted = False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost = name
+                bar.reset(steps)
+            bar.set_postfix_str(name)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            try:
+                if name == self.outermost:
+                    bar.update(step + 1 - bar.n)
+            except KeyboardInterrupt:
+                self.interrupted = True
+            return not self.interrupted
+
+        def phase_finish(self, name: str) -> None:
+            if name == self.outermost:
+                bar.update((bar.total or 0) - bar.n)
+
+    return Monitor()

@@ -1,0 +1,80 @@
+"""Object queries read the BEV and refine their reference points layer by layer.
+
+Source: Deformable DETR (arXiv:2010.04159), box refinement; bevformer modules/decoder.py at 66b65f3.
+
+B batch, C width, K BEV cells, Q queries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qdbev.config import ModelConfig
+from qdbev.detectors.bevformer.attention import BevCrossAttention, FeedForward, SelfAttention
+
+_EPS = 1e-5
+
+
+def inverse_sigmoid(x: Tensor) -> Tensor:
+    """Logit of `x`, clamped to finite values."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=_EPS) / (1 - x).clamp(min=_EPS))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, BEV cross-attention, feed-forward; each followed by a LayerNorm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.bev_hw = config.bev_hw
+        self.self_attention = SelfAttention(config)
+        self.cross_attention = BevCrossAttention(config)
+        self.ffn = FeedForward(config)
+        self.norms = nn.ModuleList(nn.LayerNorm(config.embed_dim) for _ in range(3))
+
+    def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor) -> Tensor:
+        """query, query_pos (B, Q, C), bev (B, K, C), reference_points (B, Q, 2): (B, Q, C)."""
+        query = self.norms[0](self.self_attention(query, query_pos))
+        query = self.norms[1](self.cross_attention(query, query_pos, bev, reference_points, self.bev_hw))
+        return self.norms[2](self.ffn(query))
+
+
+class Decoded(NamedTuple):
+    """One decoder layer's result.
+
+    state: (B, Q, C).
+    regression: (B, Q, 10) of this layer's box branch.
+    reference: (B, Q, 3) logits of the (x, y, z) that entered the layer, to which the regression adds.
+    """
+
+    state: Tensor
+    regression: Tensor
+    reference: Tensor
+
+
+class Decoder(nn.Module):
+    """Query embeddings, their first reference points, and the decoder layers."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.query_embedding = nn.Embedding(config.num_query, 2 * config.embed_dim)
+        self.reference_points = nn.Linear(config.embed_dim, 3)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def forward(self, bev: Tensor, reg_branches: nn.ModuleList) -> list[Decoded]:
+        """(B, K, C) BEV to one result a layer. The reference of every layer but the first carries no gradient."""
+        query_pos, query = self.query_embedding.weight.chunk(2, -1)  # (Q, C) each
+        B = bev.shape[0]
+        query_pos, query = query_pos.expand(B, -1, -1), query.expand(B, -1, -1)
+        reference = self.reference_points(query_pos).sigmoid()
+        results = []
+        for layer, reg_branch in zip(self.layers, reg_branches, strict=True):
+            query = layer(query, query_pos, bev, reference[..., :2])
+            regression = reg_branch(query)
+            logits = inverse_sigmoid(reference)
+            results.append(Decoded(query, regression, logits))
+            reference = (logits + regression[..., (0, 1, 4)]).sigmoid().detach()
+        return results

@@ -1,0 +1,177 @@
+"""What a synthetic world is: one frozen dataclass, and the named worlds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
+
+KEY_FRAME_INTERVAL = 0.5  # seconds: nuScenes annotates at 2 Hz
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Everything that decides the bytes of a world. Metres, seconds, pixels.
+
+    Attributes:
+        name: the world's name; also its key in `WORLDS`.
+        layout: `square` scatters all classes evenly around the ego; `street` fills lanes, kerbs and pavements.
+        palette: `class` gives each class one hue; `natural` gives road users everyday colours.
+        num_train: number of scenes that take a name of the official train split.
+        num_val: number of scenes that take a name of the official val split.
+        num_samples: key frames per scene.
+        image_hw: image height and width; 16:9, as the rig's intrinsics are scaled, not cropped.
+        annotation_radius: only objects whose centre is nearer than this to the ego are annotated.
+        reach: how far ahead of and behind the ego objects are placed.
+        ego_speed: lowest and highest speed of the ego at the start of a scene.
+        max_curvature: road curvature is drawn from +- this, in 1/m.
+        object_density: objects placed per metre of road within reach.
+        mean_annotated: a scene is drawn again unless its objects in range, averaged over key frames, lie in here.
+        buildings: whether house fronts line the road.
+        texel: metres per texel of the ground texture.
+        lidar_columns: firings per revolution; counts of lidar points per box use all of them.
+        lidar_stride: every n-th lidar point is written to disk.
+        jpeg_quality: 1 to 100.
+        full_can_bus: write all eight CAN messages, not only `pose`, `route` and `meta`.
+        seed: every random number of the world follows from it.
+    """
+
+    name: str
+    layout: Literal["square", "street"]
+    palette: Literal["class", "natural"]
+    num_train: int
+    num_val: int
+    num_samples: int
+    image_hw: tuple[int, int]
+    annotation_radius: float
+    reach: float
+    ego_speed: tuple[float, float]
+    max_curvature: float
+    object_density: float
+    mean_annotated: tuple[float, float]
+    buildings: bool
+    texel: float
+    lidar_columns: int = 1084
+    lidar_stride: int = 8
+    jpeg_quality: int = 85
+    full_can_bus: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what no world can be made of.
+
+        Raises:
+            ValueError: with the field, its value and what is allowed.
+        """
+        height, width = self.image_hw
+        slowest, fastest = self.ego_speed
+        fewest, most = self.mean_annotated
+        checks = {
+            "layout": self.layout in ("square", "street"),
+            "palette": self.palette in ("class", "natural"),
+            "num_train": 0 <= self.num_train <= len(TRAIN_NAMES),
+            "num_val": 0 <= self.num_val <= len(VAL_NAMES) and self.num_train + self.num_val > 0,
+            "num_samples": self.num_samples >= 1,
+            "image_hw": height >= 36 and width * 9 == height * 16,
+            "annotation_radius": self.annotation_radius > 0,
+            "reach": self.reach > 0,
+            "ego_speed": 0 <= slowest <= fastest,
+            "max_curvature": 0 <= self.max_curvature <= 0.02,
+            "object_density": self.object_density > 0,
+            "mean_annotated": 0 <= fewest < most,
+            "texel": self.texel > 0,
+            "lidar_columns": self.lidar_columns >= 36,
+            "lidar_stride": self.lidar_stride >= 1,
+            "jpeg_quality": 1 <= self.jpeg_quality <= 100,
+            "seed": self.seed >= 0,
+        }
+        for field, holds in checks.items():
+            if not holds:
+                raise ValueError(f"world {self.name!r}: {field} = {getattr(self, field)!r} is refused; {_ALLOWED[field]}")
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first to the last key frame of a scene."""
+        return (self.num_samples - 1) * KEY_FRAME_INTERVAL
+
+    @property
+    def scene_names(self) -> tuple[str, ...]:
+        """Names of all scenes, train before val, taken from the official splits."""
+        return TRAIN_NAMES[: self.num_train] + VAL_NAMES[: self.num_val]
+
+
+_ALLOWED = {
+    "layout": "choose 'square' or 'street'",
+    "palette": "choose 'class' or 'natural'",
+    "num_train": f"choose 0 to {len(TRAIN_NAMES)}",
+    "num_val": f"choose 0 to {len(VAL_NAMES)}, and at least one scene in all",
+    "num_samples": "choose at least 1",
+    "image_hw": "choose (height, width) with width : height = 16 : 9 and height >= 36",
+    "annotation_radius": "choose a positive distance",
+    "reach": "choose a positive distance",
+    "ego_speed": "choose (lowest, highest) with 0 <= lowest <= highest",
+    "max_curvature": "choose 0 to 0.02 per metre",
+    "object_density": "choose a positive number of objects per metre",
+    "mean_annotated": "choose (fewest, most) with 0 <= fewest < most",
+    "texel": "choose a positive size in metres",
+    "lidar_columns": "choose at least 36",
+    "lidar_stride": "choose at least 1",
+    "jpeg_quality": "choose 1 to 100",
+    "seed": "choose 0 or more",
+}
+
+
+def micro() -> WorldConfig:
+    """Small enough to train a detector on in minutes: ten classes equally often, near, coloured by class.
+
+    192 train and 30 val scenes of 8 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m beside a
+    straight road, so that hardly one hides another and none in range goes unlabelled.
+    """
+    return WorldConfig(
+        name="micro",
+        layout="square",
+        palette="class",
+        num_train=192,
+        num_val=30,
+        num_samples=8,
+        image_hw=(180, 320),
+        annotation_radius=30.0,
+        reach=26.0,
+        ego_speed=(2.0, 8.0),
+        max_curvature=0.006,
+        object_density=0.18,
+        mean_annotated=(8.0, 14.0),
+        buildings=False,
+        texel=0.25,
+        lidar_stride=16,
+    )
+
+
+def street() -> WorldConfig:
+    """As the real thing where statistics go: 1600 x 900, class shares, sizes and crowding of nuScenes v1.0-trainval.
+
+    Scenes of 40 key frames on a two-way street with parked rows, pavements and house fronts; common classes are common and
+    rare ones rare, so a single scene need not contain all ten.
+    """
+    return WorldConfig(
+        name="street",
+        layout="street",
+        palette="natural",
+        num_train=8,
+        num_val=2,
+        num_samples=40,
+        image_hw=(900, 1600),
+        annotation_radius=70.0,
+        reach=70.0,
+        ego_speed=(3.5, 9.0),
+        max_curvature=0.006,
+        object_density=0.34,
+        mean_annotated=(20.0, 120.0),
+        buildings=True,
+        texel=0.12,
+        lidar_stride=4,
+        full_can_bus=True,
+    )
+
+
+WORLDS: dict[str, Callable[[], WorldConfig]] = {"micro": micro, "street": street}

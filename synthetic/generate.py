@@ -1,0 +1,153 @@
+"""Writes a synthetic world that the untouched nuScenes devkit loads: `python -m synthetic.generate`."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from qdbev.command import entry_point
+from qdbev.data.infos import TABLES
+from qdbev.data.rig import CHANNELS
+from synthetic.config import WORLDS, WorldConfig
+from synthetic.scene_files import PARTS_FOLDER, part_path, replace_text, write_scene
+from synthetic.tables import VERSION, world_tables
+
+_log = logging.getLogger(__name__)
+
+MARKER = "world.json"
+FORMAT = 1  # raised when the same config begins to give other bytes
+
+
+def generate(config: WorldConfig, root: Path, num_workers: int = 1) -> bool:
+    """Write a world, or finish one that was interrupted.
+
+    Args:
+        config: what to write.
+        root: an empty or new folder, or one that holds a part of this very world.
+        num_workers: processes; the result does not depend on it.
+
+    Returns:
+        Whether anything had to be written.
+
+    Raises:
+        ValueError: the folder holds something else, or another world.
+    """
+    if num_workers < 1:
+        raise ValueError(f"num_workers = {num_workers}; choose at least 1")
+    marker = _check_folder(config, root)
+    if marker.get("complete"):
+        return False
+    root.mkdir(parents=True, exist_ok=True)
+    replace_text(root / MARKER, _marker_text(config, complete=False))
+    for folder in ("can_bus", "maps", PARTS_FOLDER, *(f"samples/{channel}" for channel in CHANNELS)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    _write_scenes(config, root, num_workers)
+    digest = _write_tables(config, root)
+    replace_text(root / MARKER, _marker_text(config, complete=True, digest=digest))
+    shutil.rmtree(root / PARTS_FOLDER)
+    return True
+
+
+def _check_folder(config: WorldConfig, root: Path) -> dict:
+    """The marker of a world begun earlier; empty for a new folder."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return {}
+    path = root / MARKER
+    if not path.is_file():
+        raise ValueError(f"{root} is not empty and holds no {MARKER}, so it was not made by this command; choose another --out")
+    marker = json.loads(path.read_text())
+    wanted = json.loads(_marker_text(config, complete=False))
+    found, asked = ({"format": part["format"], **part["config"]} for part in (marker, wanted))
+    for field in asked:
+        if found.get(field) != asked[field]:
+            raise ValueError(
+                f"{root} holds another world: {field} = {found.get(field)!r} there, {asked[field]!r} asked for; "
+                "choose another --out, or delete that folder"
+            )
+    return marker
+
+
+def _marker_text(config: WorldConfig, complete: bool, digest: str = "") -> str:
+    marker = {"format": FORMAT, "config": dataclasses.asdict(config), "digest": digest, "complete": complete}
+    return json.dumps(marker, indent=1) + "\n"
+
+
+def _write_scenes(config: WorldConfig, root: Path, num_workers: int) -> None:
+    names = config.scene_names
+    missing = [name for name in names if not part_path(root, name).is_file()]
+    finished = _run(functools.partial(_write_named_scene, root, config), missing, num_workers)
+    for _ in tqdm(finished, total=len(names), initial=len(names) - len(missing), desc=config.name, unit="scene"):
+        pass
+
+
+def _write_named_scene(root: Path, config: WorldConfig, scene_name: str) -> str:
+    write_scene(root, config, scene_name)
+    return scene_name
+
+
+def _run(task: functools.partial, names: list[str], num_workers: int) -> Iterator[str]:
+    """Names as they are finished."""
+    if num_workers == 1 or len(names) < 2:
+        yield from map(task, names)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(num_workers, len(names)), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from pool.imap_unordered(task, names)
+
+
+def _write_tables(config: WorldConfig, root: Path) -> str:
+    """Merge the scenes' records into the thirteen tables; a digest of the world's content."""
+    digest = hashlib.sha256()
+    tables = world_tables(config)
+    for name in config.scene_names:
+        part = json.loads(part_path(root, name).read_text())
+        digest.update(part["files"].encode())
+        for table, records in part["tables"].items():
+            tables[table] += records
+    cv2.imwrite(str(root / tables["map"][0]["filename"]), np.zeros((64, 64), np.uint8))
+    partial, folder = root / f"{VERSION}.partial", root / VERSION
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    for table in TABLES:
+        text = json.dumps(tables[table], indent=0)
+        digest.update(text.encode())
+        (partial / f"{table}.json").write_text(text)
+    partial.replace(folder)
+    return digest.hexdigest()
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world", required=True, choices=sorted(WORLDS), help="which world to write")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write it to")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--scenes", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="how many scenes of each split")
+    return parser.parse_args()
+
+
+@entry_point
+def main() -> None:
+    """Name of a world in, a folder in nuScenes format out."""
+    args = parse_args()
+    config = WORLDS[args.world]()
+    if args.scenes:
+        config = dataclasses.replace(config, num_train=args.scenes[0], num_val=args.scenes[1])
+    written = generate(config, args.out, args.workers)
+    _log.info("%s: %s", args.out, "written" if written else "already complete, nothing to do")
+
+
+if __name__ == "__main__":
+    main()

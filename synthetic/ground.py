@@ -1,0 +1,121 @@
+"""The ground: a texture in the global frame, painted once per scene and warped into each image."""
+
+import cv2
+import numpy as np
+
+from qdbev.data.rig import View
+from synthetic.street import Street
+
+HAZE = np.array([222.0, 214.0, 205.0])  # the colour of far away
+HAZE_PER_METRE = 0.004
+_MIP_DISTANCES = (12.0, 25.0, 50.0)  # metres at which the next coarser texture begins, for 0.12 m texels at 1600 pixels
+_SUBPIXEL_BITS = 4
+GRASS, PAVING, ASPHALT, KERB = (78, 120, 98), (150, 154, 156), (88, 86, 84), (190, 190, 190)
+LINE_WHITE, LINE_YELLOW = (226, 226, 226), (40, 190, 235)
+
+
+class Ground:
+    """A ground texture with coarser copies of itself.
+
+    Attributes:
+        origin: (2,) global x and y of the centre of texel (0, 0).
+        texel: metres per texel of the finest level.
+        levels: (h, w, 3) uint8 textures, each half as fine as the one before.
+    """
+
+    def __init__(self, texture: np.ndarray, origin: np.ndarray, texel: float) -> None:
+        self.origin = origin
+        self.texel = texel
+        self.levels = [texture]
+        for _ in _MIP_DISTANCES:
+            self.levels.append(cv2.resize(self.levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+
+    def draw(self, image: np.ndarray, view: View) -> None:
+        """Fill the rows below the horizon of `image` (H, W, 3), with haze, in place. The view must be level."""
+        height, width = image.shape[:2]
+        focal, cy, eye = view.intrinsic[1, 1], view.intrinsic[1, 2], view.position[2]
+        horizon = int(np.clip(np.ceil(cy), 0, height))
+        cam_from_global = view.global_from_sensor.T
+        cam_from_ground = np.column_stack([cam_from_global[:, :2], -cam_from_global @ view.position])
+        img_from_ground = view.intrinsic @ cam_from_ground  # (3, 3), applied to (x, y, 1)
+        bottom = height
+        for level, texture in enumerate(self.levels):
+            top = horizon
+            if level < len(_MIP_DISTANCES):
+                top = int(np.clip(cy + eye * focal / self._mip_distance(level, focal), horizon, bottom))
+            if top < bottom:
+                size = self.texel * 2**level
+                corner = self.origin + (size - self.texel) / 2
+                ground_from_texel = np.array([[size, 0, corner[0]], [0, size, corner[1]], [0, 0, 1.0]])
+                up = np.array([[1, 0, 0], [0, 1, -top], [0, 0, 1.0]])
+                image[top:bottom] = cv2.warpPerspective(
+                    texture,
+                    up @ img_from_ground @ ground_from_texel,
+                    (width, bottom - top),
+                    flags=cv2.INTER_LINEAR,
+                    borderMode=cv2.BORDER_REPLICATE,
+                )
+            bottom = top
+        _blend_haze(image[horizon:], eye * focal / (np.arange(horizon, height) + 1.0 - cy))
+
+    def _mip_distance(self, level: int, focal: float) -> float:
+        return _MIP_DISTANCES[level] * (self.texel / 0.12) * (focal / 1266.0)
+
+
+def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
+    """The ground of a scene: grass, paving, road and markings, roughened by noise."""
+    texel, behind = street.config.texel, street.config.reach + 40.0
+    s = np.arange(-behind, float(street.ego.travelled(street.config.duration)) + behind, 1.0)
+    middle = street.road.point(s)
+    margin = 60.0
+    low, high = middle.min(0) - margin, middle.max(0) + margin
+    width, height = np.ceil((high - low) / texel).astype(int).tolist()
+    texture = np.empty((height, width, 3), np.uint8)
+    texture[:] = GRASS
+    bands = _SQUARE_BANDS if street.config.layout == "square" else _STREET_BANDS
+    for left, right, colour in bands:
+        edge = np.concatenate([street.road.point(s, left), street.road.point(s, right)[::-1]])
+        _fill(texture, (edge - low) / texel, colour)
+    for start in np.arange(s[0], s[-1], 9.0):
+        dash = street.road.point([start, start + 3, start + 3, start], [-1.7, -1.7, -1.88, -1.88])
+        _fill(texture, (dash - low) / texel, LINE_WHITE)
+    return Ground(_roughen(texture, rng), low, texel)
+
+
+def _lines(offsets: tuple[float, ...], half_width: float, colour: tuple) -> tuple:
+    return tuple((side * d + half_width, side * d - half_width, colour) for d in offsets for side in (1, -1))
+
+
+_SQUARE_BANDS = ((34.0, -34.0, PAVING), (5.4, -5.4, ASPHALT), *_lines((5.3,), 0.09, LINE_WHITE), (1.9, 1.75, LINE_YELLOW))
+_STREET_BANDS = (
+    (13.5, -13.5, PAVING),
+    (8.8, -8.8, ASPHALT),
+    *_lines((8.7,), 0.12, KERB),
+    *_lines((5.4,), 0.08, LINE_WHITE),
+    (1.88, 1.72, LINE_YELLOW),
+)
+
+
+def _fill(texture: np.ndarray, outline: np.ndarray, colour: tuple) -> None:
+    points = np.round(outline * 2**_SUBPIXEL_BITS).astype(np.int32)
+    cv2.fillPoly(texture, [points], colour, cv2.LINE_AA, _SUBPIXEL_BITS)
+
+
+def _roughen(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add fine grain and coarse stains, equal in the three channels."""
+    height, width = texture.shape[:2]
+    tile = rng.normal(0, 5, (256, 256)).astype(np.float32)
+    grain = np.tile(tile, (height // 256 + 1, width // 256 + 1))[:height, :width]
+    stains = rng.normal(0, 8, (height // 16 + 2, width // 16 + 2)).astype(np.float32)
+    noise = grain + cv2.resize(stains, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.add(texture, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
+
+
+def _blend_haze(image: np.ndarray, distances: np.ndarray) -> None:
+    """Mix haze into rows at the given distances (rows,), in place."""
+    alpha = np.minimum(0.9, HAZE_PER_METRE * np.maximum(distances, 0))[:, None]
+    width = image.shape[1]
+    keep = np.broadcast_to(np.round(255 * (1 - alpha))[..., None], (len(alpha), width, 3)).astype(np.uint8)
+    add = np.broadcast_to((alpha * HAZE)[:, None], (len(alpha), width, 3)).astype(np.uint8)
+    cv2.multiply(image, keep, dst=image, scale=1 / 255.0)
+    cv2.add(image, add, dst=image)

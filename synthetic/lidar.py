@@ -1,0 +1,87 @@
+"""A spinning lidar cast against boxes and the ground.
+
+The beams are those of a 32-beam sensor. R beams, C columns, N boxes.
+"""
+
+import numpy as np
+
+from qdbev.data.rig import View
+from synthetic.frames import rotation_z
+
+_ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
+_MAX_RANGE, _MIN_RANGE = 70.0, 1.0
+_RANGE_SIGMA = 0.015
+_NOTHING, _GROUND = -2, -1
+
+
+def sweep(
+    view: View, boxes: tuple[np.ndarray, np.ndarray, np.ndarray], num_columns: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """One revolution.
+
+    Args:
+        view: the lidar's pose.
+        boxes: global centres (N, 3), yaws (N,), sizes (N, 3).
+        num_columns: firings per revolution.
+        rng: range and intensity noise.
+
+    Returns:
+        Points (P, 5) float32: x, y, z in the lidar frame, intensity 0 to 255, ring; and (N,) how many hit each box.
+    """
+    azimuths = np.linspace(-np.pi, np.pi, num_columns, endpoint=False)
+    elevations = _ELEVATIONS[:, None]
+    rays = np.stack(
+        [
+            np.cos(elevations) * np.cos(azimuths),
+            np.cos(elevations) * np.sin(azimuths),
+            np.broadcast_to(np.sin(elevations), (len(_ELEVATIONS), num_columns)),
+        ],
+        -1,
+    )  # (R, C, 3)
+    ranges, hits = _cast(view, rays @ view.global_from_sensor.T, azimuths, boxes)
+    valid = (hits != _NOTHING) & (ranges < _MAX_RANGE) & (ranges > _MIN_RANGE)
+    noisy = ranges[valid] + rng.normal(0, _RANGE_SIGMA, valid.sum())
+    ring = np.broadcast_to(np.arange(len(_ELEVATIONS))[:, None], valid.shape)[valid]
+    intensity = np.where(hits[valid] >= 0, 40, 12) + rng.integers(0, 10, valid.sum())
+    points = np.column_stack([rays[valid] * noisy[:, None], intensity, ring]).astype(np.float32)
+    on_box = hits[valid & (hits >= 0)]
+    return points, np.bincount(on_box, minlength=len(boxes[1]))
+
+
+def _cast(
+    view: View, rays: np.ndarray, azimuths: np.ndarray, boxes: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Range (R, C) and what was hit (R, C) along global rays (R, C, 3): a box's index, the ground, or nothing."""
+    with np.errstate(divide="ignore"):
+        ranges = np.where(rays[..., 2] < -1e-6, -view.position[2] / rays[..., 2], np.inf)
+    hits = np.where(np.isfinite(ranges), _GROUND, _NOTHING)
+    for index, (centre, yaw, wlh) in enumerate(zip(*boxes, strict=True)):
+        columns = _columns_towards(view, azimuths, centre, wlh)
+        if not len(columns):
+            continue
+        box_from_global = rotation_z(yaw).T
+        entry = _box_entry(box_from_global @ (view.position - centre), rays[:, columns] @ box_from_global.T, wlh)
+        nearer = entry < ranges[:, columns]
+        ranges[:, columns] = np.where(nearer, entry, ranges[:, columns])
+        hits[:, columns] = np.where(nearer, index, hits[:, columns])
+    return ranges, hits
+
+
+def _columns_towards(view: View, azimuths: np.ndarray, centre: np.ndarray, wlh: np.ndarray) -> np.ndarray:
+    """Indices of the columns that may meet a box; none if it is out of range."""
+    offset = view.global_from_sensor.T @ (centre - view.position)
+    distance, radius = np.hypot(offset[0], offset[1]), np.hypot(wlh[0], wlh[1]) / 2
+    if distance - radius > _MAX_RANGE:
+        return np.empty(0, dtype=np.int64)
+    half = np.pi if distance <= radius + 0.1 else np.arcsin(radius / distance) + 0.01
+    turn = (azimuths - np.arctan2(offset[1], offset[0]) + np.pi) % (2 * np.pi) - np.pi
+    return np.nonzero(np.abs(turn) <= half)[0]
+
+
+def _box_entry(origin: np.ndarray, rays: np.ndarray, wlh: np.ndarray) -> np.ndarray:
+    """(R, C) range at which rays (R, C, 3) from `origin` (3,) enter a box around zero; infinite where they miss."""
+    half = np.array([wlh[1], wlh[0], wlh[2]]) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first, second = (-half - origin) / rays, (half - origin) / rays
+    entry, leave = np.minimum(first, second).max(-1), np.maximum(first, second).min(-1)
+    return np.where((entry < leave) & (entry > 0), entry, np.inf)

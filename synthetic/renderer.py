@@ -1,0 +1,113 @@
+"""Renders what a camera sees of a street: sky, ground, houses, shadows, objects, sensor noise."""
+
+from collections.abc import Collection
+
+import cv2
+import numpy as np
+
+from qdbev.data.rig import View
+from synthetic.frames import footprints
+from synthetic.ground import HAZE, paint_ground
+from synthetic.painter import (
+    SUBPIXEL_BITS,
+    SUN,
+    Placement,
+    clip_near,
+    gather_quads,
+    paint,
+    project,
+    to_fixed,
+    visible_order,
+)
+from synthetic.street import Street
+
+_ZENITH = np.array([205.0, 150.0, 105.0])
+_SHADOW_HEIGHT = 2.5  # shadows of taller objects are cut, they would cross the road
+_SHADOW_REACH = 60.0
+_SHADOW_STRENGTH = 127
+_NOISE_SIGMA = 3.0
+
+
+class Renderer:
+    """Camera images of one street. N actors."""
+
+    def __init__(self, street: Street, rng: np.random.Generator) -> None:
+        height, width = street.config.image_hw
+        self._street = street
+        self._ground = paint_ground(street, rng)
+        self._sky = _sky(height, width)
+        self._noise = rng.normal(0, _NOISE_SIGMA, (height + 64, width + 64, 3)).astype(np.int16)
+        self._quads = gather_quads([actor.solid for actor in street.actors])
+        houses = street.buildings
+        self._houses = Placement(
+            np.array([house.centre for house in houses]).reshape(-1, 3),
+            np.array([house.yaw for house in houses]),
+            np.array([house.wlh for house in houses]).reshape(-1, 3),
+        )
+        self._house_quads = gather_quads([house.solid for house in houses]) if houses else None
+
+    def render(
+        self, view: View, t: float, gain: float, rng: np.random.Generator, skip: Collection[int] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One image.
+
+        Args:
+            view: the camera.
+            t: time of exposure.
+            gain: brightness factor.
+            rng: chooses the sensor noise.
+            skip: actors left out, although their shadows stay.
+
+        Returns:
+            Image (H, W, 3) uint8 in blue, green, red; and the indices of the actors that may be seen, far to near.
+        """
+        width = self._sky.shape[1]
+        image = self._sky.copy()
+        self._ground.draw(image, view)
+        if self._house_quads is not None:
+            paint(image, view, self._house_quads, visible_order(view, width, self._houses), self._houses)
+        actors = Placement(*self._street.actor_poses(t), self._street.wlh)
+        _cast_shadows(image, view, actors)
+        order = visible_order(view, width, actors)
+        drawn = order[~np.isin(order, list(skip))]
+        paint(image, view, self._quads, drawn, actors)
+        return self._expose(image, gain, rng), order
+
+    def _expose(self, image: np.ndarray, gain: float, rng: np.random.Generator) -> np.ndarray:
+        height, width = image.shape[:2]
+        top, left = rng.integers(0, 65, 2)
+        noise = self._noise[top : top + height, left : left + width]
+        return cv2.add(cv2.convertScaleAbs(image, alpha=gain), noise, dtype=cv2.CV_8U)
+
+
+def _sky(height: int, width: int) -> np.ndarray:
+    down = np.linspace(0, 1, height)[:, None, None] ** 0.8
+    return np.broadcast_to(_ZENITH * (1 - down) + HAZE * down, (height, width, 3)).astype(np.uint8)
+
+
+def _cast_shadows(image: np.ndarray, view: View, actors: Placement) -> None:
+    """Darken the ground where the sun does not reach, in place."""
+    height, width = image.shape[:2]
+    mask = np.full((height, width), 255, np.uint8)
+    outlines = footprints(actors.centres, actors.yaws, actors.wlh)
+    offset = actors.centres - view.position
+    in_view = (offset @ view.global_from_sensor[:, 2] > -6) & (np.linalg.norm(offset[:, :2], axis=1) < _SHADOW_REACH)
+    rows = []
+    for index in np.nonzero(in_view)[0]:
+        cast = -SUN[:2] / SUN[2] * min(actors.wlh[index, 2], _SHADOW_HEIGHT)
+        outline = np.concatenate([outlines[index], outlines[index] + cast])
+        hull = cv2.convexHull(outline.astype(np.float32))[:, 0]
+        on_ground = np.column_stack([hull, np.zeros(len(hull))]) - view.position
+        clipped = clip_near(on_ground @ view.global_from_sensor)
+        if len(clipped) < 3:
+            continue
+        pixels = project(view, clipped)
+        if pixels[:, 0].max() > 0 and pixels[:, 0].min() < width:
+            cv2.fillConvexPoly(mask, to_fixed(pixels), 255 - _SHADOW_STRENGTH, cv2.LINE_AA, SUBPIXEL_BITS)
+            rows.append((pixels[:, 1].min(), pixels[:, 1].max()))
+    if rows:
+        top = int(np.clip(min(low for low, _ in rows) - 1, 0, height))
+        bottom = int(np.clip(max(high for _, high in rows) + 2, top, height))
+        if bottom > top:
+            part = image[top:bottom]
+            cv2.multiply(part, cv2.merge([mask[top:bottom]] * 3), dst=part, scale=1 / 255.0)

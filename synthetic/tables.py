@@ -1,0 +1,231 @@
+"""The thirteen tables of the nuScenes v1.0 schema: what is common to a world, and what one scene adds.
+
+Schema: nuscenes-devkit 1.2.0, docs/schema_nuscenes.md. Times are microseconds, lengths metres, sizes width, length, height,
+rotations quaternions (w, x, y, z), all in the global frame unless a sensor's calibration.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+
+from qdbev.data.infos import TABLES
+from qdbev.data.rig import CHANNELS, LIDAR, Sensor, yaw_quaternion
+from synthetic.actors import Actor
+from synthetic.classes import ATTRIBUTES, CATEGORIES, CLASSES
+from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
+from synthetic.street import Street
+from synthetic.visibility import LEVELS, level_token
+
+VERSION = "v1.0-trainval"
+KEY_FRAME_US = round(KEY_FRAME_INTERVAL * 1e6)
+_FIRST_STAMP_US = 1_700_000_000_000_000
+_SCENE_APART_US = 3_600_000_000
+_LOCATION, _VEHICLE = "synthetic", "n000"
+_SEEN_FRACTION = 0.05  # an object without lidar points is labelled if this much of it can be seen
+
+Tables = dict[str, list[dict]]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What the sensors make of N actors in F key frames.
+
+    Attributes:
+        num_points: (F, N) lidar points.
+        visible: (F, N) visible fractions.
+        in_range: (F, N) whether they are to be annotated.
+    """
+
+    num_points: np.ndarray
+    visible: np.ndarray
+    in_range: np.ndarray
+
+
+def token(seed: int, *key: object) -> str:
+    """The token of a record: 32 hex digits that follow from the world's seed and a key."""
+    return hashlib.md5("/".join(map(str, (seed, *key))).encode(), usedforsecurity=False).hexdigest()
+
+
+def scene_start_us(scene_name: str) -> int:
+    """Stamp of the first key frame of a scene."""
+    return _FIRST_STAMP_US + int(scene_name[-4:]) * _SCENE_APART_US
+
+
+def sample_path(scene_name: str, channel: str, frame: int, delay_us: int) -> str:
+    """Path of a sensor file inside the world."""
+    suffix = "pcd.bin" if channel == LIDAR else "jpg"
+    stamp = scene_start_us(scene_name) + frame * KEY_FRAME_US + delay_us
+    return f"samples/{channel}/{_logfile(scene_name)}__{channel}__{stamp}.{suffix}"
+
+
+def world_tables(config: WorldConfig) -> Tables:
+    """Records that do not belong to a scene; the other tables are empty."""
+    tables: Tables = {name: [] for name in TABLES}
+    tables["category"] = [
+        {"token": token(config.seed, "category", name), "name": name, "description": "", "index": index}
+        for index, name in enumerate(CATEGORIES, start=1)
+    ]
+    tables["attribute"] = [{"token": token(config.seed, "attribute", name), "name": name, "description": ""} for name in ATTRIBUTES]
+    tables["visibility"] = [
+        {"token": level, "level": name, "description": f"at least {least:.0%} of the object is visible"} for level, name, least in LEVELS
+    ]
+    tables["sensor"] = [
+        {
+            "token": token(config.seed, "sensor", channel),
+            "channel": channel,
+            "modality": "lidar" if channel == LIDAR else "camera",
+        }
+        for channel in CHANNELS
+    ]
+    map_token = token(config.seed, "map")
+    tables["map"] = [
+        {
+            "token": map_token,
+            "log_tokens": [token(config.seed, "log", name) for name in config.scene_names],
+            "category": "semantic_prior",
+            "filename": f"maps/{map_token}.png",
+        }
+    ]
+    return tables
+
+
+def scene_tables(street: Street, scene_name: str, sensors: Sequence[Sensor], seen: Observations) -> Tables:
+    """Records of one scene."""
+    seed, frames = street.config.seed, street.config.num_samples
+    samples = [token(seed, "sample", scene_name, frame) for frame in range(frames)]
+    scene, log = token(seed, "scene", scene_name), token(seed, "log", scene_name)
+    start = scene_start_us(scene_name)
+    instances, annotations = _annotations(street, scene_name, samples, seen)
+    ego_poses, sample_data = _sensor_records(street, scene_name, samples, sensors)
+    return {
+        "log": [
+            {
+                "token": log,
+                "logfile": _logfile(scene_name),
+                "vehicle": _VEHICLE,
+                "date_captured": _date(start),
+                "location": _LOCATION,
+            }
+        ],
+        "scene": [
+            {
+                "token": scene,
+                "log_token": log,
+                "nbr_samples": frames,
+                "first_sample_token": samples[0],
+                "last_sample_token": samples[-1],
+                "name": scene_name,
+                "description": f"synthetic {street.config.name}",
+            }
+        ],
+        "sample": [
+            {"token": sample, "timestamp": start + frame * KEY_FRAME_US, **_links(samples, frame), "scene_token": scene}
+            for frame, sample in enumerate(samples)
+        ],
+        "calibrated_sensor": [_calibration(seed, scene_name, sensor) for sensor in sensors],
+        "ego_pose": ego_poses,
+        "sample_data": sample_data,
+        "instance": instances,
+        "sample_annotation": annotations,
+    }
+
+
+def _sensor_records(street: Street, scene_name: str, samples: list[str], sensors: Sequence[Sensor]) -> tuple[list[dict], list[dict]]:
+    ego_poses, sample_data = [], []
+    seed, (height, width) = street.config.seed, street.config.image_hw
+    for sensor in sensors:
+        is_camera = sensor.channel != LIDAR
+        tokens = [token(seed, "sample_data", scene_name, sensor.channel, frame) for frame in range(len(samples))]
+        for frame, (sample, key) in enumerate(zip(samples, tokens, strict=True)):
+            position, yaw = street.ego_pose(street.key_times[frame] + sensor.delay_us / 1e6)
+            stamp = scene_start_us(scene_name) + frame * KEY_FRAME_US + sensor.delay_us
+            ego_poses.append({"token": key, "timestamp": stamp, "rotation": yaw_quaternion(yaw), "translation": position.tolist()})
+            sample_data.append(
+                {
+                    "token": key,
+                    "sample_token": sample,
+                    "ego_pose_token": key,
+                    "calibrated_sensor_token": token(seed, "calibrated_sensor", scene_name, sensor.channel),
+                    "timestamp": stamp,
+                    "fileformat": "jpg" if is_camera else "pcd",
+                    "is_key_frame": True,
+                    "height": height if is_camera else 0,
+                    "width": width if is_camera else 0,
+                    "filename": sample_path(scene_name, sensor.channel, frame, sensor.delay_us),
+                    **_links(tokens, frame),
+                }
+            )
+    return ego_poses, sample_data
+
+
+def _calibration(seed: int, scene_name: str, sensor: Sensor) -> dict:
+    return {
+        "token": token(seed, "calibrated_sensor", scene_name, sensor.channel),
+        "sensor_token": token(seed, "sensor", sensor.channel),
+        "translation": sensor.translation.tolist(),
+        "rotation": sensor.quaternion,
+        "camera_intrinsic": [] if sensor.intrinsic is None else sensor.intrinsic.tolist(),
+    }
+
+
+def _annotations(street: Street, scene_name: str, samples: list[str], seen: Observations) -> tuple[list[dict], list[dict]]:
+    """Instances and annotations. An instance is annotated without gaps from the first to the last frame it is seen in."""
+    poses = [street.actor_poses(t) for t in street.key_times]
+    noticed = seen.in_range & ((seen.num_points > 0) | (seen.visible >= _SEEN_FRACTION))
+    instances, annotations = [], []
+    for index, actor in enumerate(street.actors):
+        frames = np.nonzero(noticed[:, index])[0]
+        if not len(frames):
+            continue
+        span = range(frames[0], frames[-1] + 1)
+        instance = token(street.config.seed, "instance", scene_name, index)
+        tokens = [token(street.config.seed, "annotation", scene_name, index, frame) for frame in span]
+        for place, frame in enumerate(span):
+            centres, yaws = poses[frame]
+            annotations.append(
+                {
+                    "token": tokens[place],
+                    "sample_token": samples[frame],
+                    "instance_token": instance,
+                    "visibility_token": level_token(seen.visible[frame, index]),
+                    "attribute_tokens": _attributes(street.config.seed, actor),
+                    "translation": centres[index].tolist(),
+                    "size": list(actor.wlh),
+                    "rotation": yaw_quaternion(yaws[index]),
+                    **_links(tokens, place),
+                    "num_lidar_pts": int(seen.num_points[frame, index]),
+                    "num_radar_pts": 0,
+                }
+            )
+        instances.append(
+            {
+                "token": instance,
+                "category_token": token(street.config.seed, "category", CLASSES[actor.class_name].category),
+                "nbr_annotations": len(tokens),
+                "first_annotation_token": tokens[0],
+                "last_annotation_token": tokens[-1],
+            }
+        )
+    return instances, annotations
+
+
+def _attributes(seed: int, actor: Actor) -> list[str]:
+    return [token(seed, "attribute", actor.attribute)] if actor.attribute else []
+
+
+def _links(tokens: list[str], place: int) -> dict[str, str]:
+    return {
+        "prev": tokens[place - 1] if place > 0 else "",
+        "next": tokens[place + 1] if place + 1 < len(tokens) else "",
+    }
+
+
+def _logfile(scene_name: str) -> str:
+    return f"{_VEHICLE}-{_date(scene_start_us(scene_name))}-{scene_name[-4:]}"
+
+
+def _date(stamp_us: int) -> str:
+    return datetime.fromtimestamp(stamp_us // 1_000_000, tz=UTC).strftime("%Y-%m-%d")

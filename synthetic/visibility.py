@@ -1,0 +1,59 @@
+"""How much of each box the six cameras see, from buffers of box outlines."""
+
+from collections.abc import Iterable
+
+import cv2
+import numpy as np
+
+from qdbev.data.rig import View
+from synthetic.frames import CUBE_FACES
+from synthetic.painter import clip_near, project
+
+LEVELS = (("1", "v0-40", 0.0), ("2", "v40-60", 0.4), ("3", "v60-80", 0.6), ("4", "v80-100", 0.8))  # token, level, least
+_BUFFER_WIDTH = 400
+
+
+class VisibilityBuffer:
+    """Collects pixel counts per box over the cameras of one sample. N boxes."""
+
+    def __init__(self, num_boxes: int, image_hw: tuple[int, int]) -> None:
+        height, width = image_hw
+        self._scale = _BUFFER_WIDTH / width
+        self._hw = (round(height * self._scale), _BUFFER_WIDTH)
+        self._seen = np.zeros(num_boxes, dtype=np.int64)
+        self._full = np.zeros(num_boxes, dtype=np.int64)
+
+    def add(self, view: View, order: Iterable[int], corners: np.ndarray) -> None:
+        """Count one camera: boxes in `order` (far to near) with global corners (N, 8, 3)."""
+        buffer = np.zeros(self._hw, np.int32)
+        alone = np.zeros(self._hw, np.uint8)
+        for index in order:
+            hull = self._outline(view, corners[index])
+            if hull is None:
+                continue
+            cv2.fillConvexPoly(buffer, hull, int(index) + 1)
+            x, y, width, height = cv2.boundingRect(hull)
+            window = alone[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
+            if window.size:
+                window[:] = 0
+                cv2.fillConvexPoly(window, hull - (max(x, 0), max(y, 0)), 1)
+                self._full[index] += int(window.sum())
+        self._seen += np.bincount(buffer.ravel(), minlength=len(self._seen) + 1)[1:]
+
+    def fractions(self) -> np.ndarray:
+        """(N,) part of each box's pixels that no nearer box hides; 0 for a box in no image."""
+        return self._seen / np.maximum(self._full, 1)
+
+    def _outline(self, view: View, corners: np.ndarray) -> np.ndarray | None:
+        points = (corners - view.position) @ view.global_from_sensor
+        faces = [clip_near(points[face]) for face in CUBE_FACES]
+        visible = np.concatenate(faces)
+        if not len(visible):
+            return None
+        pixels = np.clip(project(view, visible) * self._scale, -1e4, 1e4)
+        return np.round(cv2.convexHull(pixels.astype(np.float32))[:, 0]).astype(np.int32)
+
+
+def level_token(fraction: float) -> str:
+    """Token of the nuScenes visibility level that a visible fraction falls into."""
+    return [token for token, _, least in LEVELS if fraction >= least][-1]

@@ -1,0 +1,119 @@
+"""nuScenes in, float teacher out: `python -m train.teacher --recipe micro --run runs/demo`.
+
+The published models do not start from nothing: `tiny` starts from torchvision's ResNet-50, `small` and `base` from an FCOS3D
+(qdbev/nn/pretrained.py): `python -m train.teacher --recipe tiny --run runs/tiny --pretrained resnet50-0676ba61.pth`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from qdbev import artifact
+from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.config import Config, ConfigError, override, to_dict
+from qdbev.data.dataset import FrameDataset
+from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import read_official
+from qdbev.nn.pretrained import load_pretrained
+from qdbev.recipes import RECIPES
+from train.criterion import detection_loss
+from train.distributed import World, sync_batch_norm, world
+from train.loop import Run, fit
+
+
+def train(config: Config, folder: Path, device: torch.device, world: World, resume: bool, pretrained: Path | None = None) -> Path:
+    """Train the float model of `config`, from the backbone in `pretrained` if given; the teacher checkpoint's path."""
+    torch.manual_seed(config.seed)
+    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
+    model = BEVFormer(config.model)
+    origin = folder / "float.pretrained.json"
+    facts = origin_facts(origin, pretrained, world) if resume else first_weights(model, origin, pretrained, world)
+    if world.size > 1:
+        sync_batch_norm(model)
+    run = Run(
+        config=config,
+        schedule=config.train,
+        folder=folder,
+        name="float",
+        device=device,
+        world=world,
+        loss=lambda output, batch, history: detection_loss(output, batch.boxes, batch.labels, config.train, world.mean),
+        resume=resume,
+    )
+    facts = {"image_hw": list(frames.padded_hw), **facts, **fit(model, frames, run)}
+    teacher = folder / "teacher.pt"
+    if world.is_main:
+        artifact.save_checkpoint(
+            teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts
+        )
+    return teacher
+
+
+def first_weights(model: BEVFormer, origin: Path, pretrained: Path | None, world: World) -> dict[str, str]:
+    """Start `model` from `pretrained`, say what of it was taken, and note the file in `origin`; facts for the teacher.
+
+    Raises:
+        ConfigError: There is no file, but part of the backbone is frozen and would stay random.
+        ValueError: The file is no checkpoint or its backbone is not the model's.
+    """
+    if pretrained is None:
+        backbone = model.config.backbone
+        if backbone.frozen_stages >= 0 or backbone.norm_eval:
+            raise ConfigError(
+                "this recipe freezes the backbone's first stages or its batch norms, which would stay random: give --pretrained with an "
+                "ImageNet or detector checkpoint, or set model.backbone.frozen_stages=-1 and model.backbone.norm_eval=false"
+            )
+        if world.is_main:
+            origin.unlink(missing_ok=True)
+        return {}
+    report = load_pretrained(model, read_official(pretrained))
+    facts = {"pretrained": artifact.sha256(pretrained)}
+    if world.is_main:
+        sys.stdout.write("".join(f"{pretrained}: {line}\n" for line in report))
+        with artifact.atomic(origin) as temporary:
+            temporary.write_text(json.dumps(facts))
+    return facts
+
+
+def origin_facts(origin: Path, pretrained: Path | None, world: World) -> dict[str, str]:
+    """What a run that goes on began from; its weights are those of its own state, and `pretrained` is only checked.
+
+    Raises:
+        ConfigError: The run began from another file, or from none.
+    """
+    facts = json.loads(origin.read_text()) if origin.is_file() else {}
+    if pretrained is not None:
+        if artifact.sha256(pretrained) != facts.get("pretrained"):
+            raise ConfigError(
+                f"the run in {origin.parent} did not begin from {pretrained}: leave --pretrained out to continue it, "
+                "or --resume to begin anew"
+            )
+        if world.is_main:
+            sys.stdout.write(f"{pretrained}: not loaded again; the run goes on with the weights of its last saved state\n")
+    return facts
+
+
+@entry_point
+def main() -> None:
+    """Train the float teacher."""
+    parser = argparse.ArgumentParser(prog="python -m train.teacher", description=main.__doc__)
+    parser.add_argument("--recipe", required=True, help=", ".join(RECIPES))
+    parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and logs")
+    parser.add_argument("--pretrained", type=Path, help=".pth whose backbone the training starts from")
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last saved state")
+    add_settings(parser)
+    add_device(parser)
+    args = parser.parse_args()
+    if args.recipe not in RECIPES:
+        raise ConfigError(f"--recipe {args.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+    config = override(RECIPES[args.recipe](), args.settings)
+    target = device(args.device)
+    with world(target) as processes:
+        train(config, args.run, target, processes, args.resume, args.pretrained)
+
+
+if __name__ == "__main__":
+    main()
