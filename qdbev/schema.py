@@ -44,6 +44,25 @@ OUTPUTS = ("cls_logits", "box_code", "bev")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interface:
+    """Names and shapes of a detector's deployed graph, batch 1; it travels in the seals of ONNX files and engines.
+
+    All tensors are float32. Whatever an engine must know about a detector is here, so that `engine/` names none.
+    """
+
+    inputs: dict[str, tuple[int, ...]]
+    """Shape of each input, in the order of the graph."""
+    outputs: dict[str, tuple[int, ...]]
+    """Shape of each output, in the order of the graph."""
+    recurrent: tuple[tuple[str, str], ...] = ()
+    """Pairs (output, input): the output of one frame is the input of the next frame of the scene."""
+    geometry: tuple[str, ...] = ()
+    """Inputs that hold calibration and motion: what depends on these alone is never quantized and stays float32."""
+    coordinates: tuple[str, ...] = ()
+    """Outputs in metres and the like, which stay float32 up to the matrix product that produces them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Frame:
     """One key frame as the data room gives it, before anything temporal.
 
