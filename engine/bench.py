@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import backend, clocks, compatibility, host_cost, typical_frame
+from engine import backend, clocks, compatibility, host_cost
 from engine.backend import EngineError, Gpu
 from engine.session import Session
+from engine.typical_frame import typical_inputs
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.command import entry_point
 from qdbev.config import from_dict
-from qdbev.schema import INPUTS
+from qdbev.facts import interface_of
 
 _log = logging.getLogger(__name__)
 _TOOLS: dict[str, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
@@ -55,14 +56,12 @@ def bench(engine: Path, iterations: int) -> dict[str, Any]:
     seal = artifact.unseal(engine, "engine")
     device = backend.require_gpu(f"measuring {engine}")
     compatibility.require_gpu(engine, seal, device)
-    if "inputs" not in seal.facts:
-        raise EngineError(f"{engine} does not say its input shapes; {compatibility.rebuild_command(engine, seal, device)}")
-    config, images_shape = from_dict(seal.config), tuple(seal.facts["inputs"]["images"][1:])
-    frame = typical_frame.inputs(config.model, images_shape)
+    config, interface = from_dict(seal.config), interface_of(seal)
+    frame = typical_inputs(config, interface)
     tool = shutil.which(_TOOLS[seal.facts["backend"]["name"]])
     with clocks.watch(device.bus_id) as seen:
         times = _with_tool(tool, engine, seal, frame, iterations) if tool else _with_session(engine, frame, iterations)
-    host = host_cost.measure(config, images_shape)
+    host = host_cost.measure(config, interface)
     return report(engine, seal, device, times, host, seen)
 
 
@@ -115,7 +114,7 @@ def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: P
     `folder` holds an input each as NAME.bin, and will hold times.json.
     """
     made_by = seal.facts["backend"]
-    files = ",".join(f"{name}:{folder / name}.bin" for name in INPUTS)
+    files = ",".join(f"{name}:{folder / name}.bin" for name in interface_of(seal).inputs)
     command = [tool, f"--loadEngine={engine}", f"--loadInputs={files}", f"--iterations={iterations}", "--duration=0"]
     command += [f"--warmUp={_WARM_UP_MS}", "--exposeDMA", "--useSpinWait", "--useCudaGraph", f"--exportTimes={folder / 'times.json'}"]
     if made_by["name"] == "tensorrt" and backend.release(made_by["version"]) >= _TRANSFERS_ASKED_FOR:

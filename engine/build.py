@@ -25,6 +25,7 @@ from engine.layer_table import Layer
 from plugins import tensorrt_ops
 from qdbev import artifact
 from qdbev.command import entry_point
+from qdbev.facts import interface_facts, interface_of
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -80,7 +81,7 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     facts = {
         **plan.facts,
         "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
-        "inputs": _shapes(model),
+        **interface_facts(interface_of(parent)),
         "plugins": plugin_nodes(model, plugins),
         "plan_bytes": len(plan.content),
         "audit": report.facts(),

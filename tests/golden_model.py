@@ -10,17 +10,17 @@ from golden_inputs import fill_state_dict, make_can_bus, make_images, make_lidar
 from torch import Tensor
 
 from qdbev import temporal
-from qdbev.config import ModelConfig
+from qdbev.detector import Output
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.official import load_official
 from qdbev.recipes import RECIPES
-from qdbev.schema import BevOutput
 
 ATOL = 1e-4
 BOX_ATOL = 5e-4
 
 
-def micro_config(shifted_reference: bool) -> ModelConfig:
+def micro_config(shifted_reference: bool) -> BEVFormerConfig:
     """Tiny, shrunken."""
     return dataclasses.replace(
         RECIPES["tiny"]().model,
@@ -52,7 +52,7 @@ def inputs(frame: int, previous: int | None) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.from_numpy(array)[None] for array in arrays)
 
 
-def two_frames(model: BEVFormer) -> tuple[BevOutput, BevOutput]:
+def two_frames(model: BEVFormer) -> tuple[Output, Output]:
     """A first frame without gradient, and the one after it."""
     with torch.no_grad():
         first = model(*inputs(0, None))

@@ -13,8 +13,8 @@ from golden_inputs import make_can_bus
 from torch.utils.data import DataLoader
 
 from qdbev import temporal
-from qdbev.config import DataConfig
 from qdbev.data.collate import queue_batch
+from qdbev.data.config import DataConfig
 from qdbev.data.dataset import FrameDataset, start_worker
 from qdbev.data.infos import DatasetError
 from qdbev.schema import Frame

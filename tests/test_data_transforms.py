@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from bench import image_cost
 from qdbev import recipes
-from qdbev.config import DataConfig
 from qdbev.data import transforms
+from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.infos import DatasetError
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qdbev.temporal import FrameOrderError
 from small_networks import exported_network
 
 from engine.preprocess import FrameError, Preparation
@@ -21,7 +22,6 @@ from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Detections, Frame
-from qdbev.temporal import FrameOrderError
 
 
 @pytest.fixture(scope="module")

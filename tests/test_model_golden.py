@@ -13,10 +13,10 @@ import torch
 from golden_model import ATOL, BOX_ATOL, close, inputs, micro_config, official_micro, two_frames
 from torch import Tensor
 
+from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import pillar_points, project
 from qdbev.nn.box_code import decode
-from qdbev.schema import BevOutput
 
 
 class Recorder:
@@ -37,7 +37,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def recorded(golden_micro: dict[str, np.ndarray]) -> tuple[tuple[BevOutput, BevOutput], Recorder]:
+def recorded(golden_micro: dict[str, np.ndarray]) -> tuple[tuple[Output, Output], Recorder]:
     model = official_micro(shifted_reference=False)
     layers = [f"encoder.layers.{layer}" for layer in (0, 1)]
     names = [f"backbone.layer{stage}" for stage in (1, 2, 3, 4)] + [

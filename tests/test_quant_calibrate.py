@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdbev.config import Bits, QuantConfig
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.calibrator import RangeCalibrator, weight_amax
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.prepare import prepare
 from qdbev.quant.quantizer import fake_quantize
 

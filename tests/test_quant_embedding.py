@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import Bits, ConfigError, QuantConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import QuantEmbedding, quant_layers, step_parameters, weight_of
 from qdbev.quant.prepare import describe, enable, prepare, table
 from qdbev.quant.quantizer import fake_quantize
 from qdbev.recipes import micro
+from qdbev.settings import ConfigError
 
 W4A6 = Bits(weight=4, activation=6)
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import WeightLayer, quant_layers, step_parameters, weight_of
 from qdbev.quant.pack import PackError, _float_bytes, _Reader, pack, settle, unpack
 from qdbev.quant.prepare import enable, prepare
@@ -38,7 +39,7 @@ def images(seed: int = 1) -> Tensor:
 
 
 def policy(bits: Bits, **changes: object) -> QuantConfig:
-    settings = {**dict.fromkeys(GROUPS, bits), "edge_layers": ("head",), "float_layers": (), "embedding_bits": 4, **changes}
+    settings = {**dict.fromkeys(BEVFormerConfig.groups, bits), "edge_layers": ("head",), "float_layers": (), "embedding_bits": 4, **changes}
     return QuantConfig(**settings)
 
 
@@ -94,7 +95,7 @@ def test_groups_that_are_off_keep_their_float_weights() -> None:
     unpack(pack(net), other)
     assert torch.equal(other(images()), net(images()))
     assert torch.equal(other.neck.weight, net.neck.weight)
-    enable(other, GROUPS)
+    enable(other, BEVFormerConfig.groups)
     assert torch.equal(other(images()), whole)  # the ranges were kept too
 
 

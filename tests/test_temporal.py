@@ -7,18 +7,20 @@ import pytest
 import torch
 from golden_inputs import make_can_bus, make_images, make_lidar2img, make_rotate_input
 from golden_model import micro_config
+from qdbev.temporal import FrameOrderError
 from torch import Tensor
 
 from eval.loop import steps
 from eval.open_model import Detector
 from qdbev import temporal
 from qdbev.artifact import Seal
-from qdbev.config import Config, DataConfig, ModelConfig, to_dict
+from qdbev.config import Config, to_dict
 from qdbev.data.collate import queue_batch
+from qdbev.data.config import DataConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
-from qdbev.temporal import FrameOrderError
 from train.loop import history_bev
 
 BEV = np.ones((1, 4, 2), np.float32)
@@ -193,7 +195,7 @@ def test_the_evaluation_loop_refuses_a_stream_that_is_replayed():
         evaluated([*frames, *frames])
 
 
-def small_config() -> ModelConfig:
+def small_config() -> BEVFormerConfig:
     config = micro_config(shifted_reference=True)
     backbone = dataclasses.replace(config.backbone, width=4)
     sizes = {"embed_dim": 16, "num_heads": 2, "ffn_dim": 16, "num_query": 20, "bev_hw": (8, 8), "rotate_center": (4.0, 4.0)}

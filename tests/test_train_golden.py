@@ -12,10 +12,11 @@ from torch import Tensor
 
 from qdbev.config import TrainConfig
 from qdbev.data.collate import queue_batch
+from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.official import translate
 from qdbev.nn.box_code import encode
-from qdbev.schema import BevOutput, Frame
+from qdbev.schema import Frame
 from train.criterion import Losses, detection_loss
 from train.loop import history_bev
 from train.matcher import box_cost, cls_cost, match
@@ -112,7 +113,7 @@ def test_a_training_step_on_a_queue_equals_the_official_one(golden_micro, shifte
     assert model.training and not prev_bev.requires_grad
     if not shifted:
         close(prev_bev[0], golden_micro["train_history_bev"])
-    output: BevOutput = model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev)
+    output: Output = model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev)
     losses = detection_loss(output, current.boxes, current.labels, TrainConfig())
     assert named(losses) == pytest.approx(golden_losses(golden_micro, prefix), rel=1e-5)
     losses.total.backward()

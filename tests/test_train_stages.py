@@ -11,12 +11,15 @@ from small_networks import settings
 
 from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
+from qdbev.config import Config, override, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import RECIPES, at_bits, progressive
 from qdbev.restore import restore
+from qdbev.settings import ConfigError
 from train import calibration, loop, qat, stability, stages
 from train.distributed import World
 from train.loop import DivergenceError
@@ -45,7 +48,13 @@ def log(folder: Path, name: str, stage: int) -> list[dict]:
 
 
 def test_progressive_stages_add_one_group_after_the_other_and_the_head_with_the_decoder():
-    assert [stage.groups for stage in PLAN] == [GROUPS[:1], GROUPS[:2], GROUPS[:3], GROUPS, GROUPS]
+    assert [stage.groups for stage in PLAN] == [
+        BEVFormerConfig.groups[:1],
+        BEVFormerConfig.groups[:2],
+        BEVFormerConfig.groups[:3],
+        BEVFormerConfig.groups,
+        BEVFormerConfig.groups,
+    ]
     assert [stage.distill for stage in PLAN] == [False] * 4 + [True]
     with pytest.raises(ConfigError, match="'trunk'"):
         Stage(groups=("trunk",))

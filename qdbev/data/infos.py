@@ -20,7 +20,7 @@ import numpy as np
 
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import DataConfig
+from qdbev.data.config import DataConfig
 
 TABLES = (
     "category",
