@@ -14,7 +14,7 @@ import torch
 from eval import draw, pictures, report, run
 from eval.loop import steps
 from eval.nds import EvaluationError
-from eval.open_model import Detector, DetectorError, open_detector
+from eval.open_model import Detector, ModelFileError, open_detector
 from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
@@ -103,7 +103,7 @@ def test_a_random_model_is_scored_from_file_to_metrics(teacher: Path, metrics: d
 def test_checkpoint_runs_behind_the_deployed_names(teacher: Path, tiny_world: Path) -> None:
     config = micro(tiny_world)
     dataset = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
-    with open_detector(teacher) as detector:
+    with open_model(teacher) as detector:
         outputs = detector(temporal.deployed_inputs(dataset.frame(0), None, config.model))
     assert set(outputs) == set(OUTPUTS)
     assert outputs["box_code"].shape == (1, config.model.num_query, 10)
@@ -134,16 +134,16 @@ def test_a_failed_evaluation_leaves_the_earlier_files(tiny_world: Path, tmp_path
 
 @pytest.mark.parametrize("suffix", [".pth", ""])
 def test_an_unknown_model_suffix_is_refused(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(DetectorError, match=r"a model is a \.pt, \.onnx, \.engine file"), open_detector(tmp_path / f"model{suffix}"):
+    with pytest.raises(ModelFileError, match=r"a model is a \.pt, \.onnx, \.engine file"), open_model(tmp_path / f"model{suffix}"):
         pass
 
 
 def test_a_missing_model_and_a_wrong_device_each_say_so(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_detector(tmp_path / "gone.onnx"):
+    with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_model(tmp_path / "gone.onnx"):
         pass
-    with pytest.raises(DetectorError, match="runs in onnxruntime on the CPU, not on 'cuda'"), open_detector(tmp_path / "m.onnx", "cuda"):
+    with pytest.raises(ModelFileError, match="runs in onnxruntime on the CPU, not on 'cuda'"), open_model(tmp_path / "m.onnx", "cuda"):
         pass
-    with pytest.raises(ValueError, match="'gpu' is no device"), open_detector(teacher, "gpu"):
+    with pytest.raises(ValueError, match="'gpu' is no device"), open_model(teacher, "gpu"):
         pass
 
 

@@ -53,7 +53,7 @@ def test_tables_have_their_own_bits_and_the_first_matching_pattern_decides():
 
 
 def test_the_whole_table_and_its_rows_read_as_quantized():
-    net = calibrated(policy(scale="step"))
+    net = calibrated(policy(range_mode="step"))
     layer = net.encoder
     step = (weight_of(layer).abs().amax(1, keepdim=True) / 7).detach()
     assert layer.weight_quantizer.log_step.numel() == 9

@@ -204,7 +204,7 @@ def test_groups_are_switched_on_one_after_another() -> None:
 
 @pytest.mark.parametrize(("scale", "per_channel"), [("step", True), ("clip", True), ("fixed", True), ("step", False), ("fixed", False)])
 def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str, per_channel: bool) -> None:
-    model, learn = quantized(W4A6, scale=scale, per_channel=per_channel), scale != "fixed"
+    model, learn = quantized(W4A6, range_mode=scale, per_channel=per_channel), scale != "fixed"
     enable(model, BEVFormerConfig.groups[:4])
     target = folded()(images()).detach()
     assert len(step_parameters(model)) == (2 * 8 + 2 - 1 if learn else 0)  # two layers read one tensor and share a step
@@ -226,7 +226,7 @@ def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str,
         assert sum(moved) == (2 * 7 + 2 - 1 if learn else 0)
     assert not any(moved[-2:])  # the head is off and stays where it was
 
-    fresh = prepare(folded(), policy(W4A6, scale=scale, per_channel=per_channel))
+    fresh = prepare(folded(), policy(W4A6, range_mode=scale, per_channel=per_channel))
     state = model.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
     fresh.load_state_dict(state)
@@ -253,7 +253,7 @@ class Parallel(nn.Module):
 )
 def test_the_exported_graph_gives_the_same_numbers(bits: Bits, scale: str, per_channel: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = prepare(Parallel(), policy(bits, scale=scale, per_channel=per_channel)).eval()
+    model = prepare(Parallel(), policy(bits, range_mode=scale, per_channel=per_channel)).eval()
     calibrate(model, lambda: model(images()), "mse")
     for parameter in step_parameters(model):
         parameter.data += 0.5 * torch.randn_like(parameter)  # as if trained: no two steps are alike

@@ -67,7 +67,7 @@ CASES = [(weight, scale, per_channel) for weight in range(2, 9) for scale in ("f
 
 @pytest.mark.parametrize(("weight", "scale", "per_channel"), CASES)
 def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, per_channel: bool) -> None:
-    rules = policy(Bits(weight=weight, activation=6), scale=scale, per_channel=per_channel)
+    rules = policy(Bits(weight=weight, activation=6), range_mode=scale, per_channel=per_channel)
     net, other = student(rules), fresh(rules)
     data = pack(net)
     unpack(data, other)
@@ -79,7 +79,7 @@ def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, pe
 
 @pytest.mark.parametrize("scale", ["fixed", "clip", "step"])
 def test_an_unpacked_student_can_be_trained_on(scale: str) -> None:
-    rules = policy(Bits(weight=4, activation=6), scale=scale)
+    rules = policy(Bits(weight=4, activation=6), range_mode=scale)
     other = fresh(rules)
     unpack(pack(student(rules)), other)
     other(images()).square().sum().backward()

@@ -21,7 +21,7 @@ from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
-from train.loop import history_bev
+from train.loop import history_state
 
 BEV = np.ones((1, 4, 2), np.float32)
 MOVING = [*range(3), temporal.YAW_DEG]
@@ -224,7 +224,7 @@ def frames() -> dict[str, Frame]:
 def last_bev(model: BEVFormer, *queues: list[Frame]) -> Tensor:
     """(B, BEV cells, C) of the last frames, by the steps of training."""
     history, current = queue_batch(list(queues))
-    prev_bev = history_bev(model, history)
+    prev_bev = history_state(model, history)
     return model.encode(current.images, current.lidar2img, current.can_bus, prev_bev, None if prev_bev is None else current.has_prev)[1]
 
 
@@ -253,5 +253,5 @@ def test_a_dropped_frame_turns_and_shifts_the_history_of_the_network_by_the_whol
     assert not torch.allclose(found, last_bev(model, [frames["a1"], frames["a2"]]), atol=1e-3)
     with torch.no_grad():
         can_bus = torch.from_numpy(stream)[None]
-        alone = model.encode(current.images, current.lidar2img, can_bus, history_bev(model, history))[1]
+        alone = model.encode(current.images, current.lidar2img, can_bus, history_state(model, history))[1]
     torch.testing.assert_close(found, alone, atol=0, rtol=0)

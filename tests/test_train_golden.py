@@ -18,7 +18,7 @@ from qdbev.detectors.bevformer.official import translate
 from qdbev.nn.box_code import encode
 from qdbev.schema import Frame
 from train.criterion import Losses, detection_loss
-from train.loop import history_bev
+from train.loop import history_state
 from train.matcher import box_cost, cls_cost, match
 from train.optimizer import learning_rate
 
@@ -109,10 +109,10 @@ def test_a_training_step_on_a_queue_equals_the_official_one(golden_micro, shifte
     can_bus = torch.cat([*(frame.can_bus for frame in history), current.can_bus])
     close(can_bus, golden_micro["train_can_bus"])
     assert [bool(frame.has_prev) for frame in (*history, current)] == golden_micro["train_prev_exists"].tolist()
-    prev_bev = history_bev(model, history)
+    prev_bev = history_state(model, history)
     assert model.training and not prev_bev.requires_grad
     if not shifted:
-        close(prev_bev[0], golden_micro["train_history_bev"])
+        close(prev_bev[0], golden_micro["train_history_state"])
     output: Output = model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev)
     losses = detection_loss(output, current.boxes, current.labels, TrainConfig())
     assert named(losses) == pytest.approx(golden_losses(golden_micro, prefix), rel=1e-5)

@@ -149,8 +149,8 @@ def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, 
 
 def test_a_diverged_step_says_which_quantizer_went_first(config, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(Watch, "summary", lambda self: "quantizers that went first: x")
-    real = loop.history_bev
-    monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
+    real = loop.history_state
+    monkeypatch.setattr(loop, "history_state", lambda model, history: real(model, history) * torch.nan)
     with pytest.raises(DivergenceError, match=r"loss is nan at step 1, .*; quantizers that went first: x"):
         qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
     assert not (tmp_path / "s.pt").exists()

@@ -63,7 +63,7 @@ def test_a_student_that_starts_from_another_sees_the_samples_that_come_next(conf
 def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(config, teacher, tmp_path):
     plain = staged(config)
     qat.train(teacher, tmp_path / "start.pt", plain, CPU, World(), resume=False)
-    wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, scale="clip", per_channel=False))
+    wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, range_mode="clip", per_channel=False))
     with pytest.raises(ArtifactError, match=r"start.pt has another policy \(differs in quant.scale, quant.per_channel\)"):
         qat.train(teacher, tmp_path / "s.pt", wide, CPU, World(), resume=False, start=tmp_path / "start.pt")
     other = tmp_path / "other.pt"
