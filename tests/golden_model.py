@@ -9,12 +9,13 @@ import torch
 from golden_inputs import fill_state_dict, make_can_bus, make_images, make_lidar2img
 from torch import Tensor
 
-from qdbev import temporal
+from qdbev.can_bus import relative_can_bus
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.official import load_official
 from qdbev.recipes import RECIPES
+from qdbev.schema import Batch
 
 ATOL = 1e-4
 BOX_ATOL = 5e-4
@@ -47,16 +48,22 @@ def official_micro(shifted_reference: bool) -> BEVFormer:
 
 def inputs(frame: int, previous: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Images, lidar2img and relative can_bus of a frame, batch of one."""
-    can_bus = temporal.delta(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
+    can_bus = relative_can_bus(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
     arrays = make_images("micro", frame), make_lidar2img("micro").astype(np.float32), can_bus
     return tuple(torch.from_numpy(array)[None] for array in arrays)
+
+
+def forward(model: BEVFormer, given: tuple[Tensor, Tensor, Tensor], prev_bev: Tensor | None = None) -> Output:
+    """Run the network on images, lidar2img and can_bus; `prev_bev` (1, BEV cells, C) is the BEV of the previous frame."""
+    has_prev = torch.full((1,), float(prev_bev is not None))
+    return model(Batch(*given, has_prev, [], [], []), prev_bev)[0]
 
 
 def two_frames(model: BEVFormer) -> tuple[Output, Output]:
     """A first frame without gradient, and the one after it."""
     with torch.no_grad():
-        first = model(*inputs(0, None))
-    return first, model(*inputs(1, 0), first.bev)
+        first = forward(model, inputs(0, None))
+    return first, forward(model, inputs(1, 0), first.bev)
 
 
 def close(ours: Tensor, golden: np.ndarray, atol: float = ATOL) -> None:

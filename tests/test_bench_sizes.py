@@ -19,12 +19,11 @@ def sealed(path, kind, facts):
     artifact.seal(path, kind=kind, config={}, parent=None, facts=facts)
 
 
-def test_files_and_engines_of_a_run_make_one_table(tmp_path, monkeypatch, capsys):
+def test_files_and_engines_of_a_run_make_one_table(tmp_path, capsys):
     sealed(tmp_path / "tiny.onnx", "onnx", ONNX)
     sealed(tmp_path / "tiny.engine", "engine", {"audit": AUDIT, "plan_bytes": 3_000_000, "build_seconds": 4.5})
     (tmp_path / "w4a6.int4.onnx").write_bytes(b"a storage form, not measured by itself")
-    monkeypatch.setattr("sys.argv", ["sizes", "--run", str(tmp_path)])
-    sizes.main()
+    sizes.main(["--run", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "tiny               7    2.0      1.5      2.0     2.0e-05" in printed
     assert "tiny.engine: 8 of 9 quantized layers in INT8, 30 kernels, 3.0 MB, built in 4.5 s" in printed

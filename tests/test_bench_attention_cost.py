@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from golden_model import inputs, micro_config
+from golden_model import forward, inputs, micro_config
 
 from bench import attention_cost
 from bench.attention_cost import Case
@@ -22,7 +22,7 @@ def encoded(model: BEVFormer) -> torch.Tensor:
     torch.manual_seed(1)
     prev_bev = torch.randn(1, 400, 64)
     with torch.no_grad():
-        return model(*inputs(1, 0), prev_bev).bev
+        return forward(model, inputs(1, 0), prev_bev).bev
 
 
 def test_a_network_with_padded_attention_gives_what_ours_gives():
@@ -89,8 +89,7 @@ def test_forms_that_differ_are_refused():
 
 def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 1),))
-    monkeypatch.setattr("sys.argv", ["attention_cost", "--out", str(tmp_path / "cost.json")])
-    attention_cost.main()
+    attention_cost.main(["--out", str(tmp_path / "cost.json")])
     written = json.loads((tmp_path / "cost.json").read_text())
     row = written["rows"][0]
     assert row["dense"]["peak_mib"] > 5  # what one camera reads at its 2500 queries alone takes more

@@ -6,11 +6,9 @@ from bench import untrained
 from qdbev.restore import restore
 
 
-def test_an_untrained_teacher_is_a_function_of_its_seed_and_hides_nothing(tmp_path, monkeypatch):
+def test_an_untrained_teacher_is_a_function_of_its_seed_and_hides_nothing(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        arguments = ["untrained", "--recipe", "micro", "--teacher", str(tmp_path / f"{name}.pt"), "--set", f"seed={seed}"]
-        monkeypatch.setattr("sys.argv", arguments)
-        untrained.main()
+        untrained.main(["--recipe", "micro", "--teacher", str(tmp_path / f"{name}.pt"), "--set", f"seed={seed}"])
     (seal, a), (_, b), (_, c) = (restore(tmp_path / f"{name}.pt") for name in "abc")
     assert seal.facts == {"image_hw": [480, 800], "untrained": True}
     assert all(torch.equal(one, two) for one, two in zip(a.parameters(), b.parameters(), strict=True))
