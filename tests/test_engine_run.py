@@ -11,9 +11,12 @@ from engine import backend, bench
 from engine.backend import EngineError
 from engine.session import Session
 from engine.stream import open_engine
-from qdbev import artifact, schema
+from qdbev import artifact
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.facts import interface_facts
 
 NO_GPU = backend.gpu() is None
+INTERFACE = BEVFormerConfig().interface((480, 800))
 
 
 @pytest.fixture
@@ -21,7 +24,11 @@ def engine(tmp_path: Path) -> Path:
     """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
     path = tmp_path / "w8a8.engine"
     path.write_bytes(b"plan")
-    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": ["8.9"]}}
+    facts = {
+        **interface_facts(INTERFACE),
+        "backend": {"name": "tensorrt-rtx", "version": "1.7.1"},
+        "target": {"compute_capabilities": ["8.9"]},
+    }
     artifact.seal(path, kind="engine", config={}, parent=None, facts=facts)
     return path
 
@@ -70,7 +77,7 @@ def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() ->
 
 def test_the_page_for_cpp_names_every_tensor_and_python_names_that_exist() -> None:
     page = (Path(__file__).parent.parent / "docs" / "engine.md").read_text()
-    for name in (*schema.INPUTS, *schema.OUTPUTS):
+    for name in (*INTERFACE.inputs, *INTERFACE.outputs):
         assert f"| `{name}` | (1" in page
         if name not in ("prev_bev", "bev"):
             assert page.count(f'"{name}"') == 1, f"{name} in the C++ code"
@@ -87,7 +94,7 @@ def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) ->
 
     build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options())
     with Session(tmp_path / "s.engine") as session:
-        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in schema.INPUTS}
+        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in session.interface.inputs}
         first = session.infer(zeros)
         without = {name: value for name, value in zeros.items() if name != "prev_bev"}
         kept = session.infer(without)
