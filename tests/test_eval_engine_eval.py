@@ -194,9 +194,9 @@ def test_the_allowed_distance_is_the_callers(config: Config, dataset: FrameDatas
 
 
 def test_files_that_do_not_belong_together_are_refused_before_any_frame(run: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"net\.pt ends in '\.pt'; give an \.engine, or an \.onnx"):
+    with pytest.raises(EvaluationError, match=r"net\.pt ends in '\.pt'; give an \.engine or an \.onnx"):
         engine_eval.family(run / "net.pt")
-    with pytest.raises(EvaluationError, match=r"net\.engine not found; .*bring them beside it"):
+    with pytest.raises(EvaluationError, match=r"net\.engine not found; .*copy them beside it"):
         engine_eval.family(run / "net.engine")
     parent, weights, _ = artifact.load_checkpoint(run / "net.pt", "teacher")
     artifact.save_checkpoint(run / "net.pt", kind="teacher", config=parent.config, weights=weights, parent=None, facts={"other": 1})
