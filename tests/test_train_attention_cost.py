@@ -103,11 +103,11 @@ def test_the_command_writes_its_measurements(monkeypatch, tmp_path, capsys):
 
 def test_forms_that_do_not_fit_are_reported_without_ratios():
     row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 26)
-    assert row["gathered"] == row["dense"] == {"failed": "took more than 0.06 GiB of memory"}
+    assert all("0.06 GiB" in row[form]["failed"] for form in ("gathered", "dense"))
     assert "time_ratio" not in row
 
 
 def test_a_form_that_exceeds_its_time_limit_is_ended(monkeypatch):
     monkeypatch.setattr(attention_cost, "TURN_LIMIT_S", 0.0)
     row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 36)
-    assert row["gathered"] == row["dense"] == {"failed": "took more than 0 s"}
+    assert all("0 s" in row[form]["failed"] for form in ("gathered", "dense"))
