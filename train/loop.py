@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from qdbev.config import Config, TrainConfig, from_dict, to_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset, start_worker
 from qdbev.detector import Detector, Output, State
+from qdbev.facts import TrainingFacts
 from qdbev.schema import Batch
 from train.criterion import Losses
 from train.distributed import World
@@ -102,8 +103,17 @@ class Learner:
         return cls(model, model, build_optimizer(model, schedule), torch.amp.GradScaler(device.type, enabled=amp))
 
 
-def fit(model: Detector, frames: FrameDataset, run: Run) -> dict[str, Any]:
-    """Train `model` in place; facts about the run.
+class Fitted(NamedTuple):
+    """Result of a training: steps and epochs done, its duration in seconds, and the loss of the last step."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    final_loss: float
+
+
+def fit(model: Detector, frames: FrameDataset, run: Run) -> Fitted:
+    """Train `model` in place.
 
     Raises:
         ValueError: The batch does not divide among the processes, or there are too few samples.
@@ -141,7 +151,7 @@ def fit(model: Detector, frames: FrameDataset, run: Run) -> dict[str, Any]:
                 saved = time.monotonic()
             if run.keep is not None:
                 run.keep(model, step)
-    return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
+    return Fitted(step, schedule.epochs, round(time.monotonic() - begin, 1), last_loss)
 
 
 def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
@@ -260,11 +270,10 @@ def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
     }
     artifact.save_checkpoint(
         run.state_path,
-        kind="training",
         config=_fingerprint(run),
         weights=learner.model.state_dict(),
         parent=None,
-        facts={"step": step},
+        facts=TrainingFacts(step=step),
         state=state,
     )
 
