@@ -138,7 +138,7 @@ report: .venv/.ok
 
 views: MODEL ?= $(RUN)/teacher.pt
 views: .venv/.ok
-	$(PY) -m eval.views --model $(MODEL) --out $(dir $(MODEL))views
+	$(PY) -m bench.views --model $(MODEL) --out $(dir $(MODEL))views
 
 # About half an hour and 11 GB of memory on two cores, most of it for comparing base with PyTorch.
 sizes: | data/street/world.json

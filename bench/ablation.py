@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import GROUPS, QuantConfig, Stage
-from qdbev.recipes import progressive
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.detectors.bevformer.recipes import POLICY, progressive
+from qdbev.quant.config import Stage
 
 RATE, FINE_RATE = 1e-3, 3e-4
 """Learning rate of a row that trains, and at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
@@ -39,7 +40,6 @@ LONGER = 3 * EPOCHS
 KEEP_EVERY = LAST / 4
 SEARCH_SEED = 100
 """Weights and temperatures are chosen with a seed that no row is judged by."""
-_FLOAT_LAYERS = QuantConfig().float_layers
 
 
 class AblationError(ValueError):
@@ -47,7 +47,7 @@ class AblationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Row:
+class AblationRow:
     """One row: stages and settings of `train.qat`, and the progressive row it goes on from. Stages get the width's learning rate."""
 
     name: str
@@ -65,21 +65,21 @@ class Row:
         return bool(self.stages)
 
 
-def _calibrated(name: str, **settings: Any) -> Row:
-    return Row(name, settings=_quant(**settings))
+def _calibrated(name: str, **settings: Any) -> AblationRow:
+    return AblationRow(name, settings=_quant(**settings))
 
 
-def _distilling(name: str, form: str, **settings: float) -> Row:
+def _distilling(name: str, form: str, **settings: float) -> AblationRow:
     """The paper's way: the last stage learns from the teacher."""
-    return Row(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
+    return AblationRow(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
 
 
-def _distilling_throughout(name: str, form: str, **settings: float) -> Row:
+def _distilling_throughout(name: str, form: str, **settings: float) -> AblationRow:
     """Everything is quantized and learns from the teacher from the first step on."""
-    return Row(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
+    return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
 
 
-def _longer(row: Row) -> Row:
+def _longer(row: AblationRow) -> AblationRow:
     """A row of one stage, trained for longer."""
     stages = tuple(dataclasses.replace(stage, epochs=LONGER) for stage in row.stages)
     return dataclasses.replace(row, name=f"{row.name}_longer", stages=stages, curve=False, longer=True)
@@ -95,7 +95,7 @@ def _distill(**settings: float | str) -> dict[str, Any]:
 
 def _alone(*groups: str) -> list[str]:
     """Float layers that leave only `groups` quantized."""
-    return [*_FLOAT_LAYERS, *(f"{group}.*" for group in GROUPS if group not in groups)]
+    return [*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)]
 
 
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
@@ -103,31 +103,31 @@ MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",)
 
 _PROGRESSIVE = progressive(BEFORE, RATE)
 _STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
-_FIXED = _quant(scale="fixed")
+_FIXED = _quant(range_mode="fixed")
 STARTS = {
-    "progressive": Row("progressive", _PROGRESSIVE, curve=True),
-    "progressive_fixed": Row("progressive_fixed", _PROGRESSIVE, _FIXED),
+    "progressive": AblationRow("progressive", _PROGRESSIVE, curve=True),
+    "progressive_fixed": AblationRow("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
 """What rows go on from."""
 
-_QAT = Row("qat", _STANDARD, curve=True)
+_QAT = AblationRow("qat", _STANDARD, curve=True)
 _BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
 ROWS = (
-    Row("float_more", (Stage(groups=(), epochs=EPOCHS),)),
+    AblationRow("float_more", (Stage(groups=(), epochs=EPOCHS),)),
     _calibrated("ptq_max_tensor", calibration="max", per_channel=False),
     _calibrated("ptq_max", calibration="max"),
     _calibrated("ptq_mse"),
     *(_calibrated(f"ptq_{name}", float_layers=_alone(*groups)) for name, groups in MODULES.items()),
-    Row("ptq_mixed", mixed=True),
-    Row("qat_fixed", _STANDARD, _FIXED),
-    Row("qat_fixed_progressive", _LAST, _FIXED, start="progressive_fixed"),
+    AblationRow("ptq_mixed", mixed=True),
+    AblationRow("qat_fixed", _STANDARD, _FIXED),
+    AblationRow("qat_fixed_progressive", _LAST, _FIXED, start="progressive_fixed"),
     _QAT,
-    Row("qat_progressive", _LAST, start="progressive", curve=True),
+    AblationRow("qat_progressive", _LAST, start="progressive", curve=True),
     _distilling("distill_image", "image", weight=4.0, temperature=4.0),
     _distilling("distill_bev", "bev", weight=4.0, temperature=4.0),
     _distilling("vgd", "product", weight=4.0, temperature=1.0),
     _BEST,
-    Row("mixed", _STANDARD, mixed=True),
+    AblationRow("mixed", _STANDARD, mixed=True),
     _longer(_QAT),
     _longer(_BEST),
 )
@@ -149,7 +149,7 @@ SEARCH = (
 class Cell:
     """A row at a width with a seed, in the folder of the run."""
 
-    row: Row
+    row: AblationRow
     width: str
     seed: int
     run: Path
@@ -198,7 +198,7 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
                 yield Cell(row, width, seed, run, curve=row.curve and width == stress and seed == 0)
 
 
-def _widths(row: Row, stress: str) -> list[str]:
+def _widths(row: AblationRow, stress: str) -> list[str]:
     """Where a row is measured; one that quantizes nothing, once."""
     if row.name == "float_more":
         return ["w8a8"]
@@ -345,8 +345,8 @@ def _curve(cell: Cell) -> list[dict[str, float]]:
             metrics = json.loads(path.read_text())
             points.append(
                 {
-                    "stage": facts["stage"] + len(BEFORE) * (part is cell and cell.start is not None),
-                    "epochs": facts["epochs"],
+                    "stage": facts.stage + len(BEFORE) * (part is cell and cell.start is not None),
+                    "epochs": facts.epochs,
                     "nds": metrics["nds"],
                     "map": metrics["map"],
                 }

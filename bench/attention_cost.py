@@ -29,13 +29,14 @@ from bench.padded_attention import pad_attention
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
-from qdbev.data.rig import CAMERAS, network_rig
+from qdbev.data.rig import network_rig
 from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import pillar_points, project
 from qdbev.ops.sca import spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
+from qdbev.schema import CAMERAS, Batch
 
 ATOL = 1e-4
 """Of outputs and gradients, in float32."""
@@ -255,14 +256,15 @@ def _encoder(config: Config, form: str, _: bool) -> Work:
 def _model(config: Config, form: str, _: bool) -> Work:
     lidar2img, image_hw = _rig(config)
     images = torch.randn(1, len(CAMERAS), 3, *image_hw)
-    motion = _motion(config)
+    can_bus, prev_bev = _motion(config)
+    batch = Batch(images, lidar2img, can_bus, torch.ones(1), [], [], [])
     model = BEVFormer(config.model).eval()
     _with_form(model.encoder, config, form)
     clocks = {name: _Clock(model.get_submodule(name)) for name in ("backbone", "neck", "encoder", "decoder", "head")}
 
     @torch.no_grad()
     def work() -> tuple[list[Tensor], dict[str, float]]:
-        output = model(images, lidar2img, *motion)
+        output, _ = model(batch, prev_bev)
         return [output.bev, output.cls_logits, output.box_code], {f"{name}_s": clock.seconds for name, clock in clocks.items()}
 
     return work
@@ -307,12 +309,12 @@ def _rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare the forms of camera cross-attention in time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m bench.attention_cost", description=main.__doc__)
     parser.add_argument("--recipes", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     rows = []
     for case in CASES:

@@ -7,34 +7,34 @@ import argparse
 from pathlib import Path
 
 from bench import gpu_network
-from eval.comparison import Row, compare
-from eval.open_model import open_detector
+from eval.comparison import TensorDifference, compare
+from eval.open_model import open_model
 from qdbev import artifact
 from qdbev.command import entry_point
 
 
-def differences(engine: Path, onnx: Path) -> list[Row]:
+def differences(engine: Path, onnx: Path) -> list[TensorDifference]:
     """Rows of the engine against the ONNX, two successive frames.
 
     Raises:
         ArtifactError: A file is missing or damaged, or the engine was made from another one.
         EngineError: The engine cannot be opened here, or the GPU reports a failure.
     """
-    with open_detector(onnx) as source, open_detector(engine) as detector:
-        artifact.expect_parent(engine, detector.seal, onnx, source.seal)
-        height, width = detector.seal.facts["inputs"]["images"][-2:]
+    with open_model(onnx) as source, open_model(engine) as built:
+        artifact.expect_parent(engine, built.seal, onnx, source.seal)
+        height, width = built.seal.facts.interface.inputs["images"][-2:]
         frames = gpu_network.noise(source.config, (height, width))
-        return list(compare([(onnx.name, source), (engine.name, detector)], frames))
+        return list(compare([(onnx.name, source), (engine.name, built)], frames))
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare an engine with its ONNX; fails if an output is out of tolerance."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_engine", description=main.__doc__)
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--onnx", type=Path, required=True, help="what it was built from")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     gpu_network.save(differences(args.engine, args.onnx), args.out)
 
 

@@ -12,22 +12,19 @@ import logging
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from eval.comparison import DISTANCE, Row, compare, require_same
-from eval.open_model import Detector
-from qdbev import artifact
-from qdbev.artifact import Seal
+from eval.comparison import DISTANCE, TensorDifference, compare, require_same
+from eval.open_model import OpenModel
+from qdbev import artifact, detectors
 from qdbev.command import device, entry_point
-from qdbev.config import PIXEL_STD, Config, to_dict
-from qdbev.data.noise_frames import noise_frames
-from qdbev.detectors.bevformer.model import BEVFormer, Deployed
-from qdbev.recipes import at_bits, micro
-from qdbev.schema import INPUTS, OUTPUTS, Frame
+from qdbev.config import Config
+from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.detector import Arrays, Deployed, Detector
+from qdbev.recipes import RECIPES, at_bits
+from qdbev.schema import Frame
 
 IMAGE_HW = (96, 160)
 """Of the recipe's images, padded."""
@@ -39,29 +36,16 @@ _WEIGHT_STD = 0.02
 _log = logging.getLogger(__name__)
 
 
-class Two(NamedTuple):
-    """Two frames, as `eval.loop` takes a dataset."""
-
-    frames: tuple[Frame, Frame]
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def frame(self, index: int) -> Frame:
-        """Frame 0 or 1."""
-        return self.frames[index]
+def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
+    """Two successive frames that a network of `config` can run on where there is no data."""
+    return noise_frames(config.model.num_cameras, image_hw, PIXEL_STD / statistics.mean(config.data.std))
 
 
-def noise(config: Config, image_hw: tuple[int, int]) -> Two:
-    """What a network of `config` can run on where there is no data."""
-    return Two(noise_frames(config.model.num_cameras, image_hw, PIXEL_STD / statistics.mean(config.data.std)))
-
-
-def network(bits: str) -> tuple[Config, nn.Module]:
-    """The deployed graph with random weights, of `FLOAT` numbers or calibrated at widths like "w8a8"; the same one at every call."""
-    config = micro() if bits == FLOAT else at_bits(micro(), bits)
+def network(bits: str) -> tuple[Config, Deployed]:
+    """A config and its deployed network with random weights, float or calibrated at bit widths such as "w8a8"; the same at every call."""
+    config = RECIPES["micro"]() if bits == FLOAT else at_bits(RECIPES["micro"](), bits)
     torch.manual_seed(0)
-    model = BEVFormer(config.model).eval()
+    model = detectors.build(config.model).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=_WEIGHT_STD)
@@ -70,18 +54,18 @@ def network(bits: str) -> tuple[Config, nn.Module]:
     return config, Deployed(model).eval()
 
 
-def differences(config: Config, deployed: nn.Module, target: torch.device, allowed: float) -> list[Row]:
+def differences(config: Config, deployed: Deployed, target: torch.device, allowed: float) -> list[TensorDifference]:
     """Rows of the CPU, PyTorch on `target`, and the kernels there, each against the one before, with the distance that is allowed."""
     there = copy.deepcopy(deployed).to(target)
     sides = {
-        "cpu": _detector(config, deployed, torch.device("cpu"), torch.inference_mode),
-        f"pytorch_{target.type}": _detector(config, there, target, torch.enable_grad),  # with a gradient no kernel is called
-        f"kernels_{target.type}": _detector(config, there, target, torch.inference_mode),
+        "cpu": _open(config, deployed, torch.inference_mode),
+        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # with a gradient no kernel is called
+        f"kernels_{target.type}": _open(config, there, torch.inference_mode),
     }
     return list(compare(list(sides.items()), noise(config, IMAGE_HW), allowed))
 
 
-def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
     """Of each pair and tensor: lowest cosine, largest distance and difference over the frames, and whether all are within tolerance."""
     found = []
     for key in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
@@ -98,7 +82,7 @@ def worst(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return found
 
 
-def save(rows: Sequence[Row], out: Path) -> None:
+def save(rows: Sequence[TensorDifference], out: Path) -> None:
     """Write the worst of each tensor, then raise ComparisonError if one is out of tolerance."""
     found = worst(rows)
     with artifact.atomic(out) as temporary:
@@ -108,40 +92,31 @@ def save(rows: Sequence[Row], out: Path) -> None:
     require_same(rows)
 
 
-def _calibrated(model: BEVFormer, config: Config) -> BEVFormer:
-    from qdbev.quant.calibrate import calibrate
-    from qdbev.restore import quantized  # takes pytorch-quantization along, which a float network need not
+def _calibrated(model: Detector, config: Config) -> Detector:
+    from qdbev.quant.calibrate import calibrate  # imports pytorch-quantization, which a float network does not need
+    from qdbev.restore import quantized
+    from train.calibration import calibration_run
 
     student = quantized(config, model)
-    alone = Deployed(student).eval()
-    detector = _detector(config, alone, torch.device("cpu"), torch.no_grad)
-
-    def run() -> None:
-        for _ in compare([("calibration", detector), ("calibration", detector)], noise(config, IMAGE_HW)):
-            pass
-
-    calibrate(student, run, config.quant.calibration)
+    calibrate(student, calibration_run(student, config, [noise(config, IMAGE_HW)]), config.quant.calibration)
     return student
 
 
-def _detector(
-    config: Config, deployed: nn.Module, target: torch.device, mode: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> Detector:
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _open(config: Config, deployed: Deployed, mode: Callable[[], contextlib.AbstractContextManager[Any]]) -> OpenModel:
+    def run(inputs: Arrays) -> Arrays:
         with mode():
-            outputs: tuple[Tensor, ...] = deployed(*(torch.from_numpy(inputs[name]).to(target) for name in INPUTS))
-        return {name: tensor.detach().cpu().numpy() for name, tensor in zip(OUTPUTS, outputs, strict=True)}
+            return deployed.run(inputs)
 
-    return Detector(Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}), config, infer)
+    return OpenModel(config, run)
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare a network on the GPU with itself on the CPU; fails if an output is out of tolerance."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=main.__doc__)
     parser.add_argument("--bits", default=FLOAT, help="float, or widths of weights and activations, as w8a8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     target = device("cuda")
     from plugins import torch_ops
 

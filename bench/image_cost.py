@@ -15,7 +15,7 @@ import cv2
 
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import DataConfig
+from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform
 from qdbev.data.infos import Infos, load_or_build
 from qdbev.data.transforms import load_images, read_image

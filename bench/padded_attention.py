@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qdbev.config import ModelConfig
 from qdbev.detectors.bevformer.attention import CameraCrossAttention
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.encoder import Encoder
 
 
@@ -64,7 +64,7 @@ class PaddedCrossAttention(CameraCrossAttention):
         return out.view(cameras, C, R).transpose(1, 2)
 
 
-def pad_attention(encoder: Encoder, config: ModelConfig) -> None:
+def pad_attention(encoder: Encoder, config: BEVFormerConfig) -> None:
     """Swap every camera cross-attention of `encoder` for a padded one with the same weights."""
     for layer in encoder.layers:
         padded = PaddedCrossAttention(config)

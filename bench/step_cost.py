@@ -17,33 +17,33 @@ import torch
 from qdbev import artifact
 from qdbev.command import add_device, add_settings, device, entry_point
 from qdbev.config import Config, from_dict, override
-from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detector import Detector
+from qdbev.frames import open_frames
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from train.calibration import calibrated_student
 from train.distributed import World
 from train.loop import Learner, Run, batches, train_step
-from train.stage_loss import Guide
+from train.stage_loss import StageLoss
 
 WARM_UP = 3
 """First steps of each, which are not counted."""
 
 
-def measure(teacher: BEVFormer, config: Config, target: torch.device, steps: int) -> dict[str, float]:
+def measure(teacher: Detector, config: Config, target: torch.device, steps: int) -> dict[str, float]:
     """Median seconds of each kind of step over `steps` batches, and medians of the ratios to the float step of the same batch."""
-    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
+    frames = open_frames(config, config.data.train_split, training=True)
     student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
     world = World()
     kinds = {
-        "float": (copy.deepcopy(teacher), Guide(None, config, world)),
-        "qat": (copy.deepcopy(student), Guide(None, config, world)),
-        "distill": (student, Guide(teacher.to(target), config, world)),
+        "float": (copy.deepcopy(teacher), StageLoss(None, config, world)),
+        "qat": (copy.deepcopy(student), StageLoss(None, config, world)),
+        "distill": (student, StageLoss(teacher.to(target), config, world)),
     }
     learners = {name: Learner.of(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
     runs = {
-        name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=guide)
-        for name, (_, guide) in kinds.items()
+        name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=loss)
+        for name, (_, loss) in kinds.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for history, current in batches(frames, runs["float"], 0, WARM_UP + steps):

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.command import add_settings, entry_point
-from qdbev.config import PIXEL_STD, Config, override, to_dict
-from qdbev.data.image_transform import NUSCENES_HW, image_transform
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.config import Config, override, to_dict
+from qdbev.data.image_transform import image_transform
+from qdbev.data.noise_frames import PIXEL_STD
+from qdbev.detector import Detector
+from qdbev.facts import TeacherFacts
 from qdbev.nn.image_encoder import Bottleneck
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
@@ -29,10 +31,10 @@ _DEFORMATION = 0.3
 _FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
 
 
-def untrained(config: Config) -> BEVFormer:
+def untrained(config: Config) -> Detector:
     """A model whose every weight matters and whose activations stay near one; a function of `config.seed`."""
     torch.manual_seed(config.seed)
-    model = BEVFormer(config.model)
+    model = detectors.build(config.model)
     with torch.no_grad():
         model.backbone.conv1.weight.mul_(statistics.mean(config.data.std) / PIXEL_STD)
     for module in model.modules():
@@ -56,9 +58,9 @@ def main() -> None:
     add_settings(parser)
     args = parser.parse_args()
     config = override(RECIPES[args.recipe](), args.settings)
-    facts = {"image_hw": list(image_transform(config.data, NUSCENES_HW).padded_hw), "untrained": True}
+    facts = TeacherFacts(image_hw=image_transform(config.data, config.data.stored_hw).padded_hw, untrained=True)
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(args.teacher, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts=facts)
+    artifact.save_checkpoint(args.teacher, config=to_dict(config), weights=weights, parent=None, facts=facts)
     sys.stdout.write(f"{args.teacher}: {args.recipe}, random weights\n")
 
 

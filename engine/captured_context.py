@@ -1,8 +1,8 @@
-"""One way through an engine's buffers: an execution context with fixed addresses, replayed as a CUDA graph.
+"""An execution context with fixed buffer addresses, replayed as a CUDA graph.
 
-An engine whose `bev` feeds the next frame's `prev_bev` has two ways, which differ in which of the two buffers is which. TensorRT asks for
-one context per captured graph: it records addresses, and a context that is changed afterwards leaves its graph undefined. The contexts
-of one engine never run at the same time and so share the memory for intermediate results.
+There are two of them, because the buffers of a recurrent output and its input (`bev` and `prev_bev`) are exchanged after every frame.
+TensorRT asks for one context for each captured graph: the graph records addresses, and a context that is changed afterwards leaves its
+graph undefined. The contexts of one engine never run at the same time and so share the memory for intermediate results.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from engine import backend
 from engine.backend import EngineError, check
 
 
-class Lane:
+class CapturedContext:
     """A context and the buffer of each named tensor. `addresses` are on the GPU; `close` it before the engine goes."""
 
     def __init__(self, context: Any, addresses: Mapping[str, int], stream: Any) -> None:

@@ -1,39 +1,36 @@
-"""What a frame costs on the host, around the engine: camera images to the network's input, and its outputs to box_code."""
+"""The time of a frame on the host, around the engine: camera images to the network's input, and its outputs to boxes."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from engine.preprocess import Preparation
+from engine.preprocess import Preprocessor
+from qdbev import detectors
 from qdbev.config import Config
-from qdbev.nn import box_code
+from qdbev.schema import Interface
 
 _RUNS = 100
 _WARM_UP = 5
 
 
-def measure(config: Config, images_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Times in milliseconds of `_RUNS` frames of noise.
-
-    Args:
-        images_shape: (N, 3, height, width) of the network's input, padded. The camera images are the largest that it takes.
+def measure(config: Config, interface: Interface) -> dict[str, Any]:
+    """Times in milliseconds of `_RUNS` frames of noise. The camera images are the largest that the network takes.
 
     Returns:
-        "before" and "after", a list each, and "camera_hw".
+        "before" and "after", a list of times each, and "camera_hw", the size of the images in pixels.
     """
-    rng, model = np.random.default_rng(0), config.model
-    preparation = Preparation(config.data, images_shape)
-    height, width = preparation.largest_hw
-    images = rng.integers(0, 256, (images_shape[0], height, width, 3), dtype=np.uint8)
-    lidar2img, can_bus = np.tile(np.eye(4), (images_shape[0], 1, 1)), np.zeros(18)
-    logits = torch.from_numpy(rng.standard_normal((1, model.num_query, model.num_classes), dtype=np.float32))
-    code = torch.from_numpy(rng.standard_normal((1, model.num_query, 10), dtype=np.float32))
+    rng, stream = np.random.default_rng(0), detectors.stream(config.model)
+    num_cameras = interface.inputs["images"][1]
+    preprocessor = Preprocessor(config.data, interface.inputs["images"][1:])
+    height, width = preprocessor.largest_hw
+    images = rng.integers(0, 256, (num_cameras, height, width, 3), dtype=np.uint8)
+    lidar2img, can_bus = np.tile(np.eye(4), (num_cameras, 1, 1)), np.zeros(18)
+    outputs = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in interface.outputs.items()}
     return {
-        "before": _times(lambda: preparation.frame(images, lidar2img, can_bus, 0)),
-        "after": _times(lambda: box_code.decode(logits, code, model)),
+        "before": _times(lambda: preprocessor.frame(images, lidar2img, can_bus, 0)),
+        "after": _times(lambda: stream.decode(outputs)),
         "camera_hw": [height, width],
     }
 

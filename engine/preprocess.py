@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qdbev.config import DataConfig
+from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.transforms import prepare_image
 from qdbev.schema import CAMERAS, Frame
@@ -18,7 +18,7 @@ class FrameError(ValueError):
     """A frame that the network cannot take; the next one may be fine."""
 
 
-class Preparation:
+class Preprocessor:
     """Makes frames for one network. N cameras, H W the size of their images as they arrive."""
 
     def __init__(self, config: DataConfig, images_shape: tuple[int, ...]) -> None:

@@ -3,8 +3,8 @@
     with Session(path) as session:
         outputs = session.infer({"images": ..., "lidar2img": ..., "can_bus": ..., "prev_bev": ..., "has_prev": ...})
 
-The previous BEV need not leave the GPU: leave `prev_bev` out, and the `bev` of the last frame that succeeded is used, by exchanging the
-two buffers. A frame that fails leaves it as it was, and the session ready for the next.
+Recurrent tensors need not leave the GPU: leave `prev_bev` out, and the `bev` of the last frame that succeeded is used, by exchanging the
+two buffers. A frame that fails leaves it as it was, and the session is ready for the next.
 """
 
 import logging
@@ -18,19 +18,17 @@ import numpy as np
 
 from engine import backend, compatibility, trt_callbacks
 from engine.backend import EngineError, check
-from engine.captured_context import Lane, create_context, intermediate_bytes
+from engine.captured_context import CapturedContext, create_context, intermediate_bytes
 from engine.memory import Buffers
-from qdbev import artifact, schema
+from qdbev import artifact
 
 _log = logging.getLogger(__name__)
-_FED_BACK = ("prev_bev", "bev")
-"""Input and output that exchange buffers after each frame."""
 
 
 class Session:
     """An engine, its buffers and its stream; a context manager, because it owns GPU memory.
 
-    `seal` is the engine's; `shapes` and `dtypes` are those of the named tensors, known once it is open.
+    `seal` and `interface` are the engine's; `shapes` and `dtypes` are those of the named tensors, known once it is open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,10 +39,11 @@ class Session:
             EngineError: There is no GPU, its TensorRT is missing, or the engine is for another GPU or version.
         """
         self.seal = artifact.unseal(path, "engine")
+        self.interface = self.seal.facts.interface
         self.path = path
         device = backend.require_gpu(f"running {path}")
         compatibility.require_gpu(path, self.seal, device)
-        self._backend = backend.load(self.seal.facts["backend"]["name"])
+        self._backend = backend.load(self.seal.facts.backend.name)
         compatibility.require_version(path, self.seal, self._backend, device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
@@ -60,29 +59,31 @@ class Session:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def infer(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str] = schema.OUTPUTS) -> dict[str, np.ndarray]:
+    def infer(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """One frame.
 
         Args:
-            inputs: Named as in `schema.INPUTS`, with the engine's shapes; `prev_bev` may be left out. It is zero before the first frame.
-            outputs: What to copy back from the GPU.
+            inputs: Arrays by the names of the interface. Recurrent inputs may be left out: then the outputs of the last frame are used,
+                which are zero before the first frame.
+            outputs: Names of the outputs to copy back from the GPU; all of them if None.
 
         Raises:
             EngineError: A tensor is missing, unknown, or of the wrong shape or type; or the GPU reports a failure.
         """
+        outputs = tuple(self.interface.outputs) if outputs is None else outputs
         self._check(inputs, outputs)
-        lane = self._lanes[self._turn]
+        context = self._contexts[self._parity]
         start, end = self._events
         with self._settled():
             for name, value in inputs.items():
-                self._copy(name, lane, value)
+                self._copy(name, context, value)
             check(self._runtime.cudaEventRecord(start, self._stream))
-            self._run(lane)
+            self._run(context)
             check(self._runtime.cudaEventRecord(end, self._stream))
             for name in outputs:
-                self._copy(name, lane)
+                self._copy(name, context)
             check(self._runtime.cudaStreamSynchronize(self._stream))
-        self._turn = 1 - self._turn
+        self._parity = 1 - self._parity
         return {name: self._pinned(name).copy() for name in outputs}
 
     def compute_ms(self) -> float:
@@ -103,7 +104,7 @@ class Session:
         stack.callback(self._close_engine)
         self._deserialize(trt)
         self._describe(trt)
-        self._lay_lanes(trt)
+        self._create_contexts(trt)
         stack.callback(self._runtime.cudaStreamSynchronize, self._stream)
         self._warm_up()
 
@@ -126,43 +127,45 @@ class Session:
             if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
                 self._inputs.append(name)
         fixed = all(min(shape, default=1) > 0 for shape in self.shapes.values())
-        if not fixed or set(self.shapes) != {*schema.INPUTS, *schema.OUTPUTS}:
-            wanted = ", ".join(schema.INPUTS + schema.OUTPUTS)
-            self._fail(f"it has the tensors {self.shapes}; engines of this project have {wanted}, each of a fixed shape")
+        wanted = self.interface.inputs | self.interface.outputs
+        if not fixed or self.shapes != wanted:
+            self._fail(f"it has the tensors {self.shapes}; its seal says {wanted}")
 
-    def _lay_lanes(self, trt: Any) -> None:
+    def _create_contexts(self, trt: Any) -> None:
         sizes = {name: int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
         there = {name: self._buffers.device(name, size) for name, size in sizes.items()}
         size = intermediate_bytes(self._engine)
         shared = self._buffers.device("the layers' intermediate results", size)
-        earlier, later = _FED_BACK
-        for addresses in (there, there | {earlier: there[later], later: there[earlier]}):
+        swapped = dict(there)
+        for output, input_ in self.interface.recurrent:
+            swapped |= {output: there[input_], input_: there[output]}
+        for addresses in (there, swapped):
             context = create_context(trt, self._engine, shared, size)
             if context is None:
                 self._fail(f"no memory or kernels to run it here; {self._buffers.state()}")
-            self._lanes.append(Lane(context, addresses, self._stream))
+            self._contexts.append(CapturedContext(context, addresses, self._stream))
 
     def _warm_up(self) -> None:
-        """Run each lane once, on zeros, and record it; afterwards the history is zero again."""
+        """Run each context once, on zeros, and record it; afterwards the history is zero again."""
         reason = ""
-        for lane in self._lanes:
-            self._run(lane)
+        for context in self._contexts:
+            self._run(context)
             check(self._runtime.cudaStreamSynchronize(self._stream))
-            reason = reason or lane.record()
+            reason = reason or context.record()
         if reason:
             _log.warning("%s: no CUDA graph (%s); each frame starts its kernels one by one", self.path, reason)
-        for name in _FED_BACK:
+        for name in (name for pair in self.interface.recurrent for name in pair):
             size = int(np.prod(self.shapes[name])) * self.dtypes[name].itemsize
-            check(self._runtime.cudaMemset(self._lanes[0].addresses[name], 0, size))
+            check(self._runtime.cudaMemset(self._contexts[0].addresses[name], 0, size))
 
-    def _run(self, lane: Lane) -> None:
+    def _run(self, context: CapturedContext) -> None:
         self._messages.problems.clear()
-        if not lane.run():
+        if not context.run():
             self._fail(f"TensorRT could not start the frame; {self._buffers.state()}")
 
-    def _copy(self, name: str, lane: Lane, value: np.ndarray | None = None) -> None:
+    def _copy(self, name: str, context: CapturedContext, value: np.ndarray | None = None) -> None:
         """Queue a copy through page-locked memory: of `value` to the GPU, or back from it where there is none."""
-        host, device, kinds = self._pinned(name), lane.addresses[name], self._runtime.cudaMemcpyKind
+        host, device, kinds = self._pinned(name), context.addresses[name], self._runtime.cudaMemcpyKind
         if value is not None:
             np.copyto(host, value)
             check(self._runtime.cudaMemcpyAsync(device, host.ctypes.data, host.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
@@ -188,12 +191,16 @@ class Session:
             raise
 
     def _check(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str]) -> None:
-        if not self._lanes:
+        if not self._contexts:
             raise EngineError(f"the session of {self.path} is not open; use it in a with statement")
         if self._broken:
             raise EngineError(f"{self.path}: the GPU failed before ({self._broken}) and answers this process no more; start it again")
-        missing = [name for name in self._inputs if name not in inputs and name != _FED_BACK[0]]
-        unknown = [*(name for name in inputs if name not in self._inputs), *(name for name in outputs if name not in schema.OUTPUTS)]
+        recurrent = [name for _, name in self.interface.recurrent]
+        missing = [name for name in self._inputs if name not in inputs and name not in recurrent]
+        unknown = [
+            *(name for name in inputs if name not in self._inputs),
+            *(name for name in outputs if name not in self.interface.outputs),
+        ]
         if missing or unknown:
             raise EngineError(
                 f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; needed: {self._inputs}"
@@ -207,9 +214,9 @@ class Session:
 
     def _close_engine(self) -> None:
         """Contexts before the engine, the engine before the stream and the buffers."""
-        for lane in self._lanes:
-            lane.close()
-        self._lanes.clear()
+        for context in self._contexts:
+            context.close()
+        self._contexts.clear()
         self._engine = None
 
     def _forget(self) -> None:
@@ -222,6 +229,6 @@ class Session:
         self._events: list[Any] = []
         self._inputs: list[str] = []
         self._host: dict[str, np.ndarray] = {}
-        self._lanes: list[Lane] = []
-        self._turn = 0
+        self._contexts: list[CapturedContext] = []
+        self._parity = 0
         self._broken = ""

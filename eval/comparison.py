@@ -1,6 +1,6 @@
 """Models on the same frames, tensor by tensor: how far each is from the one before it.
 
-Each pair runs on the inputs of the first of the two, that one's history among them: what differs is then of this frame.
+Both models of a pair get the inputs of the reference model, including its recurrent inputs, so differences do not accumulate over frames.
 """
 
 import math
@@ -10,23 +10,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.loop import Frames, steps
-from eval.open_model import Detector, Infer
+from eval.open_model import OpenModel
+from qdbev.detector import run_stream
+from qdbev.schema import Frame, Interface
 
 TOLERANCE = 0.999
 """Cosine below which a tensor counts as different."""
 DISTANCE = math.sqrt(2 * (1 - TOLERANCE))
 """Length of the difference over that of the reference at which two tensors of one length have that cosine: a wrong scale, which the
 cosine does not see, counts as well."""
-_TENSORS = ("bev", "cls_logits", "box_code")
-"""In the order in which the network makes them."""
 
 
 class ComparisonError(ValueError):
     """Models that differ, or that cannot be compared."""
 
 
-class Row(NamedTuple):
+class TensorDifference(NamedTuple):
     """One tensor of one frame of `model` against `reference`, the file it was made of."""
 
     model: str
@@ -51,20 +50,23 @@ class Row(NamedTuple):
         return 1 - self.allowed**2 / 2
 
 
-def compare(models: Sequence[tuple[str, Detector]], frames: Frames, allowed: float = DISTANCE) -> Iterator[Row]:
-    """Rows of all frames: each model against the one before it, on that one's inputs.
+def compare(models: Sequence[tuple[str, OpenModel]], frames: Iterable[Frame], allowed: float = DISTANCE) -> Iterator[TensorDifference]:
+    """Differences in all frames: each model against the one before it, on that one's inputs.
+
+    Args:
+        models: Names and models, each made from the one before it.
+        frames: Frames in order of time; iterated once for every pair of models.
 
     Raises:
-        ComparisonError: A model gives NaN.
+        ComparisonError: A model gives NaN or infinity.
     """
-    for (reference, source), (name, detector) in pairwise(models):
-        seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]] = []
-        both = Detector(source.seal, source.config, _both(source, detector, seen))
-        for step in steps(both, frames):
-            wanted, found = seen.pop()
-            for tensor in _TENSORS:
-                _require_finite({reference: wanted[tensor], name: found[tensor]}, tensor, step.index)
-                yield Row(name, reference, step.index, step.frame.token, tensor, *figures(wanted[tensor], found[tensor]), allowed)
+    for (reference, source), (name, other) in pairwise(models):
+        for index, step in enumerate(run_stream(source.stream, source.run, frames)):
+            found = other.run(step.inputs)
+            for tensor in _in_order(source.config.model.interface(step.inputs["images"].shape[-2:])):
+                wanted = step.outputs[tensor]
+                _require_finite({reference: wanted, name: found[tensor]}, tensor, index)
+                yield TensorDifference(name, reference, index, step.frame.token, tensor, *figures(wanted, found[tensor]), allowed)
 
 
 def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
@@ -77,7 +79,7 @@ def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]
     return float(a @ b) / (lengths[0] * lengths[1]), apart / lengths[0], largest
 
 
-def require_same(rows: Iterable[Row]) -> None:
+def require_same(rows: Iterable[TensorDifference]) -> None:
     """Raise ComparisonError, naming the first tensor out of tolerance, if there is one."""
     for row in rows:
         if not row.passed:
@@ -88,14 +90,10 @@ def require_same(rows: Iterable[Row]) -> None:
             )
 
 
-def _both(source: Detector, detector: Detector, seen: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]) -> Infer:
-    """Both on the same inputs; the first one's outputs go on."""
-
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        seen.append((source(inputs), detector(inputs)))
-        return seen[-1][0]
-
-    return infer
+def _in_order(interface: Interface) -> list[str]:
+    """Output names, those first that the network computes first: the recurrent ones, from which it decodes the others."""
+    recurrent = [output for output, _ in interface.recurrent]
+    return recurrent + [name for name in interface.outputs if name not in recurrent]
 
 
 def _require_finite(outputs: dict[str, np.ndarray], tensor: str, frame: int) -> None:

@@ -19,16 +19,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval import comparison, run
-from eval.comparison import TOLERANCE, ComparisonError, Row, compare
-from eval.loop import Frames
+from eval import comparison, evaluate
+from eval.comparison import TOLERANCE, ComparisonError, TensorDifference, compare
+from eval.loop import FramesInOrder
 from eval.nds import EvaluationError
-from eval.open_model import open_detector
+from eval.open_model import open_model
+from eval.options import add_data, chosen_data
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import DataConfig
-from qdbev.data.dataset import FrameDataset
-from qdbev.schema import Frame
+from qdbev.config import Config
+from qdbev.frames import open_frames
 
 NDS_TOLERANCE = 0.002
 """By how much an engine's score may differ from that of its ONNX."""
@@ -37,20 +37,6 @@ _COMPARED_FRAMES = 40
 _STAGES = (".pt", ".onnx", ".engine")
 _METRICS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
 _log = logging.getLogger(__name__)
-
-
-class _First:
-    """The first frames of a dataset."""
-
-    def __init__(self, dataset: Frames, count: int) -> None:
-        self._dataset = dataset
-        self._count = count
-
-    def __len__(self) -> int:
-        return min(len(self._dataset), self._count)
-
-    def frame(self, index: int) -> Frame:
-        return self._dataset.frame(index)
 
 
 def family(model: Path) -> list[Path]:
@@ -68,7 +54,7 @@ def family(model: Path) -> list[Path]:
     return paths
 
 
-def evaluate(paths: Sequence[Path], data: DataConfig, split: str, out: Path, device: str | None) -> dict[str, Any]:
+def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Path, device: str | None) -> dict[str, Any]:
     """Compare and score models made of each other, the checkpoint first; metrics go into a folder of `out` each.
 
     Returns:
@@ -79,19 +65,18 @@ def evaluate(paths: Sequence[Path], data: DataConfig, split: str, out: Path, dev
         ValueError: A model cannot be opened here, or the split cannot be scored.
     """
     with ExitStack() as stack:
-        models = [(path.name, stack.enter_context(open_detector(path, device if path.suffix == ".pt" else None))) for path in paths]
-        for (parent, (_, source)), (child, (_, detector)) in pairwise(zip(paths, models, strict=True)):
-            artifact.expect_parent(child, detector.seal, parent, source.seal)
-        config = models[0][1].config
-        dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
-        rows = list(compare(models, _First(dataset, _COMPARED_FRAMES)))
+        models = [(path.name, stack.enter_context(open_model(path, device if path.suffix == ".pt" else None))) for path in paths]
+        for (parent, (_, source)), (child, (_, made)) in pairwise(zip(paths, models, strict=True)):
+            artifact.expect_parent(child, made.seal, parent, source.seal)
+        dataset = open_frames(config, split)
+        rows = list(compare(models, FramesInOrder(dataset, _COMPARED_FRAMES)))
         scores = [
-            run.evaluate(path, detector, data, split, out / path.name.replace(".", "_"))
-            for path, (_, detector) in zip(paths, models, strict=True)
+            evaluate.evaluate(path, model, config, split, out / path.name.replace(".", "_"))
+            for path, (_, model) in zip(paths, models, strict=True)
         ]
     return {
         "models": {score["model"]: {name: score[name] for name in (*_METRICS, "frames", "class_ap")} for score in scores},
-        "data": {"version": data.version, "split": split},
+        "data": {"version": config.data.version, "split": split},
         "compared_frames": min(len(dataset), _COMPARED_FRAMES),
         "tolerance": TOLERANCE,
         "first_difference": next((row._asdict() for row in rows if not row.passed), None),
@@ -116,7 +101,7 @@ def tensor_table(content: dict[str, Any]) -> Table:
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in ("model", "against", "tensor", "lowest cosine", "in frame", "distance", "max abs"):
         grid.add_column(title, justify="left" if title in ("model", "against", "tensor") else "right")
-    rows = [Row(**row) for row in content["rows"]]
+    rows = [TensorDifference(**row) for row in content["rows"]]
     for pair in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
         mine = [row for row in rows if (row.model, row.reference, row.tensor) == pair]
         worst = min(mine, key=lambda row: row.cosine)
@@ -127,7 +112,7 @@ def tensor_table(content: dict[str, Any]) -> Table:
 
 def require_same(content: dict[str, Any]) -> None:
     """Raise ComparisonError if a tensor or the score of an engine is out of tolerance; the first such tensor is named."""
-    comparison.require_same(Row(**row) for row in content["rows"])
+    comparison.require_same(TensorDifference(**row) for row in content["rows"])
     for (reference, wanted), (name, found) in pairwise(content["models"].items()):
         apart = abs(found["nds"] - wanted["nds"])
         if name.endswith(".engine") and apart > NDS_TOLERANCE:
@@ -137,23 +122,23 @@ def require_same(content: dict[str, Any]) -> None:
             )
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.engine_eval", description="Score and compare an engine, its ONNX and checkpoint.")
     parser.add_argument("--model", type=Path, required=True, help=".engine or .onnx file; what it was made of lies beside it")
     parser.add_argument("--out", type=Path, help="folder for the results (default: eval beside the model)")
-    run.add_data(parser)
-    return parser.parse_args()
+    add_data(parser)
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main() -> None:
-    """Model in, scores and comparison out; fails if a tensor is out of tolerance."""
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Score and compare a model with its sources; fails if a tensor is out of tolerance."""
+    args = parse_args(argv)
     paths, out = family(args.model), args.out or args.model.parent / "eval"
-    with open_detector(paths[0], args.device) as detector:
-        data, split = run.data_of(detector.config.data, args)
-    content = evaluate(paths, data, split, out, args.device)
+    with open_model(paths[0], args.device) as model:
+        config, split = chosen_data(model.config, args)
+    content = score_and_compare(paths, config, split, out, args.device)
     path = out / f"{args.model.name.replace('.', '_')}_compared.json"
     with artifact.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))

@@ -1,23 +1,17 @@
-"""The evaluation loop: frames of a split in order, with what each leaves for the next.
-
-This is the one place where time passes during evaluation; detectors remember nothing.
-"""
+"""The evaluation loop: the frames of a split in order of time, and the boxes that a model finds in each."""
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
-
-from eval.open_model import Detector
-from qdbev import temporal
-from qdbev.nn import box_code
+from eval.open_model import OpenModel
+from qdbev.detector import Arrays, run_stream
 from qdbev.schema import Detections, Frame
-from qdbev.temporal import Memory
 
 
 class Frames(Protocol):
-    """What the loop asks of a dataset: frames in order of time."""
+    """What the loop needs of a dataset: frames in order of time."""
 
     def __len__(self) -> int: ...
 
@@ -26,8 +20,8 @@ class Frames(Protocol):
         ...
 
 
-class Step(NamedTuple):
-    """One evaluated frame: its index, what was seen, what was found (lidar frame), and the seconds the model took."""
+class EvaluatedFrame(NamedTuple):
+    """One evaluated frame: its index, the frame, the boxes found in it (lidar frame), and the seconds the model took."""
 
     index: int
     frame: Frame
@@ -35,20 +29,33 @@ class Step(NamedTuple):
     model_seconds: float
 
 
-def steps(detector: Detector, dataset: Frames) -> Iterator[Step]:
+@dataclass(frozen=True)
+class FramesInOrder:
+    """The first `count` frames of a dataset, or all of them; each iteration reads them again."""
+
+    dataset: Frames
+    count: int | None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        for index in range(len(self.dataset) if self.count is None else min(self.count, len(self.dataset))):
+            yield self.dataset.frame(index)
+
+
+def evaluate_frames(model: OpenModel, dataset: Frames) -> Iterator[EvaluatedFrame]:
     """Evaluate every frame in order; the memory starts anew with every scene.
 
     Raises:
         FrameOrderError: Frames of a scene do not come in order of time.
     """
-    model = detector.config.model
-    memory: Memory | None = None
-    for index in range(len(dataset)):
-        frame = dataset.frame(index)
-        inputs = temporal.deployed_inputs(frame, memory, model)
+    seconds = 0.0
+
+    def timed(inputs: Arrays) -> Arrays:
+        nonlocal seconds
         started = time.perf_counter()
-        outputs = detector(inputs)
+        outputs = model.run(inputs)
         seconds = time.perf_counter() - started
-        memory = temporal.remember(frame, outputs["bev"])
-        found = box_code.decode(torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"]), model)[0]
-        yield Step(index, frame, found, seconds)
+        return outputs
+
+    stream = model.stream
+    for index, step in enumerate(run_stream(stream, timed, FramesInOrder(dataset))):
+        yield EvaluatedFrame(index, step.frame, stream.decode(step.outputs), seconds)

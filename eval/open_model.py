@@ -1,65 +1,70 @@
-"""A checkpoint, an ONNX file and an engine behind one call, with the deployed graph's names (schema.INPUTS, schema.OUTPUTS)."""
+"""A checkpoint, an ONNX file or an engine as one thing: a function from the deployed graph's inputs to its outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from qdbev import artifact, command
+from qdbev import artifact, command, detectors
 from qdbev.artifact import Seal
 from qdbev.config import Config, from_dict
-from qdbev.detectors.bevformer.model import Deployed
-from qdbev.schema import INPUTS, OUTPUTS
+from qdbev.detector import Arrays, Deployed, FrameStream
 
-Infer = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+Run = Callable[[Arrays], Arrays]
 
 
 @dataclass(frozen=True)
-class Detector:
-    """A model that is open: its seal, the config inside it, and one frame in, one frame out (arrays as in schema.py, on the host).
+class OpenModel:
+    """A model that can run: `run` maps one frame's inputs to its outputs, both on the host; `stream` is the detector's host side.
 
-    It remembers nothing; the caller hands `bev` back as the next `prev_bev`.
+    It remembers nothing; qdbev.detector.run_stream passes the memory from frame to frame.
     """
 
-    seal: Seal
     config: Config
-    infer: Infer
+    run: Run
 
-    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name from inputs by name."""
-        return self.infer(inputs)
+    @property
+    def stream(self) -> FrameStream:
+        """Makes the inputs of `run` from frames, and boxes from its outputs."""
+        return detectors.stream(self.config.model)
 
 
-class DetectorError(ValueError):
-    """A model file that this room cannot open."""
+@dataclass(frozen=True)
+class SealedModel(OpenModel):
+    """An open model with the seal of its file."""
+
+    seal: Seal
+
+
+class ModelFileError(ValueError):
+    """A model file that cannot be opened."""
 
 
 @contextmanager
-def open_detector(path: Path, device: str | None = None) -> Iterator[Detector]:
+def open_model(path: Path, device: str | None = None) -> Iterator[SealedModel]:
     """Open a `.pt`, `.onnx` or `.engine` file.
 
     Args:
         path: A sealed artifact.
-        device: Where a checkpoint runs, "cpu" when left out. Other files bring their own: ONNX runs on the CPU, an engine on its GPU.
+        device: Where a checkpoint runs, "cpu" when left out. An ONNX file always runs on the CPU, an engine on the GPU it was built for.
 
     Raises:
-        DetectorError: The suffix is unknown, or the file brings its own device.
+        ModelFileError: The suffix is unknown, or a device is given for a file that has its own.
         ArtifactError: The file or its seal is missing, damaged, or of another kind.
-        ValueError: The device is not there, or an engine does not fit it.
+        ValueError: The device does not exist, or an engine does not fit it.
     """
     openers = {".pt": _open_checkpoint, ".onnx": _open_onnx, ".engine": _open_engine}
     if path.suffix not in openers:
-        raise DetectorError(f"{path} ends in {path.suffix or 'nothing'!r}; a model is a {', '.join(openers)} file")
-    with openers[path.suffix](path, device) as detector:
-        yield detector
+        raise ModelFileError(f"{path} ends in {path.suffix or 'nothing'!r}; a model is a {', '.join(openers)} file")
+    with openers[path.suffix](path, device) as model:
+        yield model
 
 
 @contextmanager
-def _open_checkpoint(path: Path, device: str | None) -> Iterator[Detector]:
-    from qdbev.restore import restore  # takes pytorch-quantization along, which other files need not
+def _open_checkpoint(path: Path, device: str | None) -> Iterator[SealedModel]:
+    from qdbev.restore import restore  # imports pytorch-quantization, which the other kinds of file do not need
 
     target = command.device(device or "cpu")
     if target.type == "cuda":
@@ -69,39 +74,36 @@ def _open_checkpoint(path: Path, device: str | None) -> Iterator[Detector]:
     seal, model = restore(path)
     deployed = Deployed(model).to(target).eval()
 
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         with torch.inference_mode():
-            tensors = [torch.from_numpy(inputs[name]).to(target) for name in INPUTS]
-            outputs = deployed(*tensors)
-        return {name: tensor.float().cpu().numpy() for name, tensor in zip(OUTPUTS, outputs, strict=True)}
+            return deployed.run(inputs)
 
-    yield Detector(seal, from_dict(seal.config), infer)
+    yield SealedModel(from_dict(seal.config), run, seal)
 
 
 @contextmanager
-def _open_onnx(path: Path, device: str | None) -> Iterator[Detector]:
+def _open_onnx(path: Path, device: str | None) -> Iterator[SealedModel]:
     from export.runner import OnnxRunner
 
     if device not in (None, "cpu"):
-        raise DetectorError(f"{path} runs in onnxruntime on the CPU, not on {device!r}; leave --device out, or build an engine from it")
+        raise ModelFileError(f"{path} runs in onnxruntime on the CPU, not on {device!r}; leave --device out, or build an engine from it")
     seal = artifact.unseal(path, "onnx")
     runner = OnnxRunner(path)
 
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         try:
             return runner(inputs)
         except ValueError as error:
-            raise DetectorError(f"{path}: {error}; give data with the cameras and image size it was exported for") from error
+            raise ModelFileError(f"{path}: {error}; give data with the cameras and image size it was exported for") from error
 
-    yield Detector(seal, from_dict(seal.config), infer)
+    yield SealedModel(from_dict(seal.config), run, seal)
 
 
 @contextmanager
-def _open_engine(path: Path, device: str | None) -> Iterator[Detector]:
+def _open_engine(path: Path, device: str | None) -> Iterator[SealedModel]:
     from engine.session import Session
 
     if device is not None:
-        raise DetectorError(f"{path} runs on the GPU it was built for, --device {device!r} has no meaning for it; leave --device out")
-    seal = artifact.unseal(path, "engine")
+        raise ModelFileError(f"{path} runs on the GPU it was built for, so --device {device!r} has no effect; leave --device out")
     with Session(path) as session:
-        yield Detector(seal, from_dict(seal.config), session.infer)
+        yield SealedModel(from_dict(session.seal.config), session.infer, session.seal)

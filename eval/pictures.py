@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 from eval import draw
 from eval.draw import Scene
-from eval.loop import Step, steps
-from eval.open_model import open_detector
-from eval.run import add_data, data_of
+from eval.loop import EvaluatedFrame, evaluate_frames
+from eval.open_model import open_model
+from eval.options import add_data, chosen_data
 from qdbev import geometry
 from qdbev.artifact import atomic
 from qdbev.command import entry_point
-from qdbev.config import Config, DataConfig
+from qdbev.data.config import DataConfig
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.transforms import read_image
+from qdbev.frames import open_frames
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def choose(num_frames: int, total: int) -> list[int]:
     return sorted({int(index) for index in np.linspace(total / (num_frames + 1), total * num_frames / (num_frames + 1), num_frames)})
 
 
-def scene_of(step: Step, dataset: FrameDataset, data: DataConfig, threshold: float) -> Scene:
+def scene_of(step: EvaluatedFrame, dataset: FrameDataset, data: DataConfig, threshold: float) -> Scene:
     """What draw.py needs of an evaluated frame: stored images, ground truth, and detections above `threshold`."""
     info = dataset.info(step.index)
     image_hw = dataset.transform.image_hw
@@ -49,34 +50,33 @@ def scene_of(step: Step, dataset: FrameDataset, data: DataConfig, threshold: flo
     )
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.pictures", description="Draw a model's detections and the ground truth.")
     parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
     add_data(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")
     return args
 
 
 @entry_point
-def main() -> None:
-    """Model in, pictures out."""
-    args = parse_args()
-    with open_detector(args.model, args.device) as detector:
-        config: Config = detector.config
-        data, split = data_of(config.data, args)
-        dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
+def main(argv: list[str] | None = None) -> None:
+    """Draw some frames of a split."""
+    args = parse_args(argv)
+    with open_model(args.model, args.device) as model:
+        config, split = chosen_data(model.config, args)
+        dataset = open_frames(config, split)
         chosen = choose(args.frames, len(dataset))
-        for step in tqdm(steps(detector, dataset), desc="drawing", total=chosen[-1] + 1, unit="frame", disable=None):
+        for step in tqdm(evaluate_frames(model, dataset), desc="drawing", total=chosen[-1] + 1, unit="frame", disable=None):
             if step.index in chosen:
                 path = args.out / f"frame_{step.index:05d}.png"
                 with atomic(path) as temporary:
-                    draw.save(temporary, scene_of(step, dataset, data, args.threshold), config.model.pc_range)
+                    draw.save(temporary, scene_of(step, dataset, config.data, args.threshold), config.model.pc_range)
                 _log.info("%s", path)
             if step.index == chosen[-1]:
                 break

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from qdbev import artifact, schema, temporal
+from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import from_dict
 from qdbev.data.noise_frames import noise_frames
-from qdbev.detectors.bevformer.model import BEVFormer, Deployed
+from qdbev.detector import Deployed, Detector, run_stream
+from qdbev.facts import PackedFacts
 from qdbev.quant.bops import bops, costs, float_bops
 from qdbev.quant.pack import pack
 from qdbev.quant.size import packed_parts, paper_bytes
@@ -43,31 +43,31 @@ def main() -> None:
     sys.stdout.write(report(write(student, seal, args.packed)) + "\n")
 
 
-def write(student: BEVFormer, parent: Seal, path: Path) -> dict[str, Any]:
+def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
     """Pack the content of the student checkpoint `parent` into the file `path`; what it measures.
 
     Raises:
         ArtifactError: The student does not say its image size, or the packed form does not give its outputs; no file is left.
     """
     config = from_dict(parent.config)
-    if "image_hw" not in parent.facts:
+    if parent.facts.image_hw is None:
         raise ArtifactError(f"the student of {path} does not say its image size (fact image_hw); train it with this version")
-    frames = noise_frames(student.config.num_cameras, tuple(parent.facts["image_hw"]), _GREY_STD / statistics.mean(config.data.std))
+    frames = noise_frames(student.config.num_cameras, parent.facts.image_hw, _GREY_STD / statistics.mean(config.data.std))
     layers = costs(student, lambda: _outputs(student, frames[:1]))
     measured = {
         "parts": packed_parts(student),
         "float_bytes": paper_bytes(student, 32),
-        "paper_bytes": paper_bytes(student, config.quant.encoder.weight),
+        "paper_bytes": paper_bytes(student, config.quant.bits.weight),
         "macs": sum(layer.macs for layer in layers),
         "bops": bops(layers),
         "float_bops": float_bops(layers),
     }
     weights = {PACKED: torch.from_numpy(np.frombuffer(pack(student), np.uint8).copy())}
-    facts = {"image_hw": parent.facts["image_hw"]} | measured
+    facts = PackedFacts(image_hw=parent.facts.image_hw, **measured)
     with artifact.atomic(path) as temporary:
-        artifact.save_checkpoint(temporary, kind="packed", config=parent.config, weights=weights, parent=parent, facts=facts)
+        artifact.save_checkpoint(temporary, config=parent.config, weights=weights, parent=parent, facts=facts)
         _, restored = restore(temporary)
-        if not all(torch.equal(*pair) for pair in zip(_outputs(student, frames), _outputs(restored, frames), strict=True)):
+        if not all(np.array_equal(*pair) for pair in zip(_outputs(student, frames), _outputs(restored, frames), strict=True)):
             raise ArtifactError(f"{path}: the packed form does not give the student's outputs; nothing was written")
     return measured | {"bytes": path.stat().st_size}
 
@@ -85,15 +85,10 @@ def report(measured: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def _outputs(model: BEVFormer, frames: Sequence[Frame]) -> list[Tensor]:
-    """Deployed outputs of successive frames, the BEV of one going into the next."""
-    memory, results = None, []
-    for frame in frames:
-        inputs = temporal.deployed_inputs(frame, memory, model.config)
-        outputs = Deployed(model).eval()(*(torch.from_numpy(inputs[name]) for name in schema.INPUTS))
-        results += outputs
-        memory = temporal.remember(frame, outputs[schema.OUTPUTS.index("bev")].numpy())
-    return results
+def _outputs(model: Detector, frames: Sequence[Frame]) -> list[np.ndarray]:
+    """Deployed outputs of successive frames, each with the memory of the frame before it."""
+    steps = run_stream(detectors.stream(model.config), Deployed(model).eval().run, frames)
+    return [output for step in steps for output in step.outputs.values()]
 
 
 if __name__ == "__main__":

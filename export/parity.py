@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from export.runner import OnnxRunner
-from qdbev import schema, temporal
-from qdbev.detectors.bevformer.model import BEVFormer, Deployed
+from qdbev import detectors
+from qdbev.detector import Arrays, Deployed, Detector, run_stream
 from qdbev.schema import Frame
 
 FLOAT_TOLERANCE = 1e-3
@@ -34,11 +34,11 @@ ORDER = 1e-6
 HALF = 2.0**-11
 """The same for rounding to float16."""
 
-Side = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
-"""One implementation of the deployed graph."""
+Side = Callable[[Arrays], Arrays]
+"""One implementation of the deployed graph: outputs by name from inputs by name."""
 
 
-class Row(NamedTuple):
+class OutputParity(NamedTuple):
     """One output of one frame: how far ONNX is from PyTorch, how far PyTorch is from itself (quantized only), and the verdict."""
 
     frame: int
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     passed: bool
 
 
-def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], change: float | None = None) -> list[Row]:
+def measure(model: Detector, runner: OnnxRunner, frames: Sequence[Frame], change: float | None = None) -> list[OutputParity]:
     """Run both sides over consecutive frames of one scene and compare every output.
 
     Args:
@@ -57,10 +57,9 @@ def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], chang
     """
     deployed = Deployed(model).eval()
 
-    def torch_side(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def torch_side(inputs: Arrays) -> Arrays:
         with torch.no_grad():
-            outputs = deployed(*(torch.from_numpy(inputs[name]) for name in schema.INPUTS))
-        return {name: output.numpy() for name, output in zip(schema.OUTPUTS, outputs, strict=True)}
+            return deployed.run(inputs)
 
     ours = _chain(torch_side, frames, model)
     itself = ours if change is None else _chain(torch_side, _changed(frames, change), model)
@@ -68,11 +67,11 @@ def measure(model: BEVFormer, runner: OnnxRunner, frames: Sequence[Frame], chang
     return [
         _compare(index, name, ours[index][name], theirs[index][name], itself[index][name], change is not None)
         for index in range(len(frames))
-        for name in schema.OUTPUTS
+        for name in ours[index]
     ]
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[OutputParity]) -> str:
     """The rows as aligned text."""
     lines = [f"{'frame':<7}{'output':<12}{'max abs':>10}{'cosine':>13}{'torch itself':>14}"]
     for row in rows:
@@ -81,22 +80,18 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def facts(rows: Sequence[Row]) -> dict[str, float]:
-    """Worst figures of each output, for the seal."""
-    worst = {}
-    for name in schema.OUTPUTS:
-        worst[f"parity_{name}_max_abs"] = max(row.max_abs for row in rows if row.output == name)
-        worst[f"parity_{name}_cosine"] = min(row.cosine for row in rows if row.output == name)
-    return worst
+def worst(rows: Sequence[OutputParity]) -> dict[str, float]:
+    """Largest difference and smallest cosine of each output, as `<output>_max_abs` and `<output>_cosine`."""
+    figures = {}
+    for name in dict.fromkeys(row.output for row in rows):
+        figures[f"{name}_max_abs"] = max(row.max_abs for row in rows if row.output == name)
+        figures[f"{name}_cosine"] = min(row.cosine for row in rows if row.output == name)
+    return figures
 
 
-def _chain(side: Side, frames: Sequence[Frame], model: BEVFormer) -> list[dict[str, np.ndarray]]:
-    """Outputs of each frame, the BEV of one going into the next."""
-    memory, results = None, []
-    for frame in frames:
-        results.append(side(temporal.deployed_inputs(frame, memory, model.config)))
-        memory = temporal.remember(frame, results[-1]["bev"])
-    return results
+def _chain(side: Side, frames: Sequence[Frame], model: Detector) -> list[Arrays]:
+    """Outputs of each frame, each with the memory of the frame before it."""
+    return [step.outputs for step in run_stream(detectors.stream(model.config), side, frames)]
 
 
 def _changed(frames: Sequence[Frame], change: float) -> list[Frame]:
@@ -108,12 +103,12 @@ def _nudged(values: np.ndarray, change: float, rng: np.random.Generator) -> np.n
     return (values * (1 + change * rng.standard_normal(values.shape))).astype(np.float32)
 
 
-def _compare(frame: int, name: str, ours: np.ndarray, theirs: np.ndarray, itself: np.ndarray, quantized: bool) -> Row:
+def _compare(frame: int, name: str, ours: np.ndarray, theirs: np.ndarray, itself: np.ndarray, quantized: bool) -> OutputParity:
     max_abs = float(np.abs(ours - theirs).max())
     cosine, self_cosine = _cosine(ours, theirs), _cosine(ours, itself)
     tolerance = min(max(QUANTIZED_TOLERANCE, SELF_FACTOR * (1 - self_cosine)), WORST_TOLERANCE)
     passed = 1 - cosine <= tolerance if quantized else max_abs <= FLOAT_TOLERANCE
-    return Row(frame, name, max_abs, cosine, self_cosine, passed)
+    return OutputParity(frame, name, max_abs, cosine, self_cosine, passed)
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float:

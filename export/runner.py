@@ -10,8 +10,9 @@ import onnxruntime
 from onnx import numpy_helper
 
 from export import builtin_plugin
-from qdbev import artifact, schema
+from qdbev import artifact
 from qdbev.artifact import ArtifactError
+from qdbev.schema import Interface
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
 _STANDARD_DOMAINS = ("", "ai.onnx")
@@ -31,30 +32,31 @@ class OnnxRunner:
 
     def __init__(self, path: Path) -> None:
         self.seal: artifact.Seal | None = artifact.unseal(path, "onnx")
-        self._open(path)
+        self._open(path, self.seal.facts.interface)
 
     @classmethod
-    def unsealed(cls, path: Path) -> Self:
-        """The same for a file that is still being made."""
+    def unsealed(cls, path: Path, interface: Interface) -> Self:
+        """The same for a file that has no seal yet."""
         runner = cls.__new__(cls)
         runner.seal = None
-        runner._open(path)
+        runner._open(path, interface)
         return runner
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by the names of schema.OUTPUTS from inputs by those of schema.INPUTS.
+        """Outputs by name from inputs by name.
 
         Raises:
             ValueError: An input is missing or unknown, or has another shape or type than the graph's.
         """
         _check_inputs(inputs, self.shapes)
-        values = self._session.run(list(schema.OUTPUTS), {name: np.ascontiguousarray(value) for name, value in inputs.items()})
-        return dict(zip(schema.OUTPUTS, values, strict=True))
+        values = self._session.run(list(self.interface.outputs), {name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        return dict(zip(self.interface.outputs, values, strict=True))
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, interface: Interface) -> None:
         model = _load(path)
         source = model.SerializeToString() if builtin_plugin.with_bodies(model) else path
-        check(path, model)
+        check(path, model, interface)
+        self.interface = interface
         options = onnxruntime.SessionOptions()
         # Otherwise onnxruntime (seen in 1.31) rounds biases to int32 and runs Q/DQ groups in integer kernels, which moves numbers.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -81,9 +83,9 @@ def _register_allocator() -> None:
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(without_limit, as_requested, default, default))
 
 
-def check(path: Path, model: onnx.ModelProto) -> None:
+def check(path: Path, model: onnx.ModelProto, interface: Interface) -> None:
     """Raise ArtifactError unless `model`, read from `path`, is a deployed graph that any runtime without plugins can run."""
-    for what, found, wanted in (("inputs", model.graph.input, schema.INPUTS), ("outputs", model.graph.output, schema.OUTPUTS)):
+    for what, found, wanted in (("inputs", model.graph.input, interface.inputs), ("outputs", model.graph.output, interface.outputs)):
         names = tuple(item.name for item in found)
         if set(names) != set(wanted):
             raise ArtifactError(f"{path} has the {what} {', '.join(names) or 'none'}; the deployed graph has {', '.join(wanted)}")
@@ -111,7 +113,7 @@ def _load(path: Path) -> onnx.ModelProto:
 
 def _check_inputs(inputs: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
     if inputs.keys() != shapes.keys():
-        raise ValueError(f"inputs are {', '.join(sorted(inputs))}; the graph takes {', '.join(schema.INPUTS)}")
+        raise ValueError(f"inputs are {', '.join(sorted(inputs))}; the graph takes {', '.join(shapes)}")
     for name, value in inputs.items():
         if value.shape != shapes[name] or value.dtype != np.float32:
             raise ValueError(f"{name} is {value.dtype} {value.shape}; the graph takes float32 {shapes[name]}")

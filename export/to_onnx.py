@@ -25,11 +25,12 @@ from export.trace import trace
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
-from qdbev.config import GROUPS, PIXEL_STD, Config, from_dict
-from qdbev.data.noise_frames import noise_frames
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.config import Config, from_dict
+from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.detector import Detector
+from qdbev.facts import OnnxFacts
 from qdbev.restore import restore
-from qdbev.schema import Frame
+from qdbev.schema import Frame, Interface
 
 _INT4_BITS = 4
 
@@ -59,12 +60,12 @@ def main() -> None:
     forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts
-    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
-    sys.stdout.write(f"traced in {facts['trace_s']} s\n")
+    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
+    sys.stdout.write(f"traced in {facts.trace_s} s\n")
 
 
 def export(
-    model: BEVFormer,
+    model: Detector,
     parent: Seal,
     path: Path,
     image_hw: tuple[int, int],
@@ -72,7 +73,7 @@ def export(
     standard_deform_conv: bool = False,
     half: bool = False,
     builtin: bool = False,
-) -> tuple[list[parity.Row], Seal]:
+) -> tuple[list[parity.OutputParity], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
 
     Args:
@@ -94,6 +95,7 @@ def export(
         )
     config = from_dict(parent.config)
     quantized = parent.kind != "teacher"
+    interface = model.interface(image_hw)
     start = time.perf_counter()
     proto = trace(model, image_hw)
     qdq.pack_weights(proto)
@@ -102,22 +104,32 @@ def export(
         deform_conv.use_standard_node(proto)
     stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None
     arrange(proto, half, builtin)
-    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "builtin_plugin": builtin, "image_hw": list(image_hw)}
-    facts["trace_s"] = round(time.perf_counter() - start, 1)
+    trace_s = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
         temporary = files.enter_context(artifact.atomic(path))
-        facts["bytes"] = _save(proto, temporary)
-        runner = _open(temporary, path)
+        size, int4_size = _save(proto, temporary), None
+        runner = _open(temporary, path, interface)
         rows = parity.measure(model, runner, frames, parity.HALF if half else parity.ORDER if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:
-            facts["int4_bytes"] = _save(stored, files.enter_context(artifact.atomic(storage)))
-    facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    made = artifact.seal(path, kind="onnx", config=parent.config, parent=parent, facts=facts | parity.facts(rows))
-    if storage.is_file() and "int4_bytes" in facts:
-        artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})
+            int4_size = _save(stored, files.enter_context(artifact.atomic(storage)))
+    facts = OnnxFacts(
+        interface=interface,
+        bytes=size,
+        opset=opset(proto),
+        nodes=len(proto.graph.node),
+        float16=half,
+        builtin_plugin=builtin,
+        trace_s=trace_s,
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        int4_bytes=int4_size,
+        parity=parity.worst(rows),
+    )
+    made = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
+    if int4_size is not None:
+        artifact.seal(storage, config=parent.config, parent=made, facts=OnnxFacts(interface=interface, bytes=int4_size))
     return rows, made
 
 
@@ -136,7 +148,7 @@ def arrange(model: onnx.ModelProto, half: bool = False, builtin: bool = False) -
 
 def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:
     """Padded image size: as given, else what training noted."""
-    found = given or seal.facts.get("image_hw")
+    found = given or seal.facts.image_hw
     if found is None:
         raise ArtifactError(f"{checkpoint} does not say its image size (fact image_hw); give it, for example --image-hw 480 800")
     if len(found) != 2 or min(found) < 1:
@@ -149,18 +161,18 @@ def _save(proto: onnx.ModelProto, path: Path) -> int:
     return path.stat().st_size
 
 
-def _open(temporary: Path, path: Path) -> OnnxRunner:
+def _open(temporary: Path, path: Path, interface: Interface) -> OnnxRunner:
     """A runner whose errors name the file that the user asked for."""
     try:
-        return OnnxRunner.unsealed(temporary)
+        return OnnxRunner.unsealed(temporary, interface)
     except ArtifactError as error:
         raise ArtifactError(str(error).replace(str(temporary), str(path))) from error
 
 
 def _has_4_bit_weights(config: Config) -> bool:
     quant = config.quant
-    widths = [*(getattr(quant, group).weight for group in GROUPS), quant.edge.weight, quant.embedding_bits or _INT4_BITS + 1]
-    return min(widths) <= _INT4_BITS
+    bits = [quant.bits, quant.edge, *(entry.bits for entry in (*quant.group_bits, *quant.layer_bits))]
+    return min([entry.weight for entry in bits] + [quant.embedding_bits or _INT4_BITS + 1]) <= _INT4_BITS
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from torch import Tensor
 from export import functions
 from export.graph import Graph, integers, unused
 from qdbev import schema
-from qdbev.detectors.bevformer.model import BEVFormer, Deployed
+from qdbev.detector import Deployed, Detector
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
+from qdbev.schema import Interface
 
 _COMPUTE = ("Conv", "Gemm", "MatMul", *functions.INPUTS)
 """Nodes that carry exactly the name of their module, so that an engine's layers can be traced back to it."""
@@ -30,20 +31,21 @@ _DEPLOYED, _QUANT_OP = "model.", ".op"
 _LEGACY_CHECK = r".*isinstance\(treespec, LeafSpec\).*"
 
 
-def trace(model: BEVFormer, image_hw: tuple[int, int]) -> onnx.ModelProto:
+def trace(model: Detector, image_hw: tuple[int, int]) -> onnx.ModelProto:
     """The deployed graph of a float or quantized model, batch 1, for padded images of `image_hw`.
 
     Quantized weights are still float followed by Q/DQ (qdq.py packs them). The model is not changed.
     """
     model = fold_batch_norm(copy.deepcopy(model).eval())
+    interface = model.interface(image_hw)
     with exporting(model), _quiet():
         program = torch.onnx.export(
             Deployed(model).eval(),
-            example_inputs(model, image_hw),
+            _example_inputs(interface),
             dynamo=True,
             opset_version=schema.OPSET,
-            input_names=list(schema.INPUTS),
-            output_names=list(schema.OUTPUTS),
+            input_names=list(interface.inputs),
+            output_names=list(interface.outputs),
             custom_translation_table=_translations(),
             verbose=False,
         )
@@ -57,17 +59,9 @@ def trace(model: BEVFormer, image_hw: tuple[int, int]) -> onnx.ModelProto:
     return proto
 
 
-def example_inputs(model: BEVFormer, image_hw: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Tensors of the deployed shapes, in the order of schema.INPUTS."""
-    config = model.config
-    N, cells = config.num_cameras, config.bev_hw[0] * config.bev_hw[1]
-    return (
-        torch.zeros(1, N, 3, *image_hw),
-        torch.eye(4).repeat(1, N, 1, 1),
-        torch.zeros(1, 18),
-        torch.zeros(1, cells, config.embed_dim),
-        torch.ones(1),
-    )
+def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
+    """Tensors of the interface's shapes, in its order: the exporter reads shapes and types only."""
+    return tuple(torch.zeros(shape) for shape in interface.inputs.values())
 
 
 def _translations() -> dict[Any, Any]:
@@ -139,7 +133,7 @@ def _name_nodes(graph: Graph) -> None:
 
 
 def _module_path(node: NodeProto) -> str:
-    """Name of the module in which a node was traced, as `BEVFormer.named_modules` says it; empty for the outermost."""
+    """Name of the module in which a node was traced, as `named_modules` says it; empty for the outermost."""
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             *scopes, _ = ast.literal_eval(entry.value)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detector import Detector
 from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
 
@@ -13,7 +13,7 @@ PACKED = "packed"
 """Name of the one array of a packed file, uint8."""
 
 
-def restore(path: Path) -> tuple[Seal, BEVFormer]:
+def restore(path: Path) -> tuple[Seal, Detector]:
     """Seal and model, in evaluation mode on the CPU, of a teacher (float), a student (quantized) or a packed student.
 
     Raises:
@@ -21,7 +21,7 @@ def restore(path: Path) -> tuple[Seal, BEVFormer]:
     """
     seal, weights, _ = artifact.load_checkpoint(path, "teacher", "student", "packed")
     config = from_dict(seal.config)
-    model = BEVFormer(config.model) if seal.kind == "teacher" else quantized(config)
+    model = detectors.build(config.model) if seal.kind == "teacher" else quantized(config)
     try:
         if seal.kind == "packed":
             unpack(weights[PACKED].numpy().tobytes(), model)
@@ -34,8 +34,8 @@ def restore(path: Path) -> tuple[Seal, BEVFormer]:
     return seal, model.eval()
 
 
-def quantized(config: Config, teacher: BEVFormer | None = None) -> BEVFormer:
+def quantized(config: Config, teacher: Detector | None = None) -> Detector:
     """A model with batch norm folded and quantizers in place, of `teacher`'s weights (altered in place) or fresh ones."""
-    model = teacher if teacher is not None else BEVFormer(config.model)
+    model = teacher if teacher is not None else detectors.build(config.model)
     fold_batch_norm(model.eval())
     return prepare(model, config.quant)

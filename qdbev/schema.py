@@ -1,4 +1,4 @@
-"""The tensors that cross rooms, and the names of the deployed graph's inputs and outputs.
+"""The data that passes between rooms.
 
 B batch, N cameras, H W padded image size, C embedding width, Q object queries. Boxes and grids live in the lidar frame
 (x right, y forward, z up; metres, radians, seconds) of the key frame.
@@ -32,15 +32,12 @@ CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BA
 """Camera order of images, lidar2img and the learned camera embeddings."""
 
 OPSET = 18
-"""ONNX operator set of the deployed graph."""
 OP_DOMAIN = "qdbev"
-"""Domain of the custom operators: torch namespace, ONNX domain and TensorRT plugin namespace."""
 OP_VERSION = 1
-
 INPUTS = ("images", "lidar2img", "can_bus", "prev_bev", "has_prev")
-"""Deployed inputs: (1, N, 3, H, W), (1, N, 4, 4), (1, 18), (1, BEV cells, C), (1,); all float32."""
 OUTPUTS = ("cls_logits", "box_code", "bev")
-"""Deployed outputs: (1, Q, classes) and (1, Q, 10) of the last decoder layer, (1, BEV cells, C); all float32."""
+CODE_SIZE = 10
+"""Numbers of a box code, see qdbev/nn/box_code.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,7 @@ class Interface:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """One key frame as the data room gives it, before anything temporal.
+    """One key frame as the data room reads it, without history.
 
     images (N, 3, H, W) float32, normalised and padded; lidar2img (N, 4, 4) float32 from lidar to padded pixels; can_bus (18,)
     float64 with absolute position [0:3] and yaw [16] rad, [17] deg in the global frame; boxes (G, 9) float32 gravity centre,
@@ -82,7 +79,11 @@ class Frame:
 
 
 class Batch(NamedTuple):
-    """One step of B samples on one device. `can_bus` (B, 18) is relative to the previous frame (temporal.py)."""
+    """One step of B samples on one device.
+
+    images, lidar2img, boxes and labels as in `Frame`, with a batch axis or one entry for each sample; `can_bus` (B, 18) is relative to the
+    previous frame (qdbev/can_bus.py); `has_prev` (B,) is one where a sample has a previous frame, else zero.
+    """
 
     images: Tensor
     lidar2img: Tensor
@@ -91,21 +92,6 @@ class Batch(NamedTuple):
     boxes: list[Tensor]
     labels: list[Tensor]
     tokens: list[str]
-
-
-class BevOutput(NamedTuple):
-    """What the network gives; distillation, losses and decoding read these fields and nothing else.
-
-    image_features: per level (B, N, C, h, w), the neck's output.
-    bev: (B, BEV cells, C), row-major with y as the row; the next frame's `prev_bev`.
-    cls_logits: (decoder layers, B, Q, classes).
-    box_code: (decoder layers, B, Q, 10): cx, cy, log w, log l, cz, log h, sin yaw, cos yaw, vx, vy; metres, lidar frame.
-    """
-
-    image_features: tuple[Tensor, ...]
-    bev: Tensor
-    cls_logits: Tensor
-    box_code: Tensor
 
 
 class Detections(NamedTuple):

@@ -8,13 +8,14 @@ from golden_files import key_shapes
 from golden_inputs import fill_state_dict, make_can_bus, make_images, make_lidar2img
 from torch import Tensor
 
-from qdbev import temporal
-from qdbev.config import ModelConfig
+from qdbev.can_bus import relative_can_bus
+from qdbev.detector import Output
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.official import load_official
 from qdbev.recipes import RECIPES
-from qdbev.schema import Batch, BevOutput
-from train.loop import history_bev
+from qdbev.schema import Batch
+from train.loop import history_state
 
 ATOL = 1e-4
 """Largest difference from the official values. A float64 run of the official code differs from its float32 run by up to 1e-5."""
@@ -22,7 +23,7 @@ BOX_ATOL = 5e-4
 """The same for box codes, in metres where they are positions. The official float64 and float32 runs differ by up to 4e-5 there."""
 
 
-def micro_config(shifted_reference: bool) -> ModelConfig:
+def micro_config(shifted_reference: bool) -> BEVFormerConfig:
     """Return the configuration of the shrunken tiny network, without dropout."""
     return dataclasses.replace(
         RECIPES["tiny"]().model,
@@ -48,27 +49,29 @@ def official_micro(shifted_reference: bool) -> BEVFormer:
 
 def inputs(frame: int, previous: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return images, lidar2img and can_bus of a frame as a batch of one; can_bus is relative to the previous frame, if there is one."""
-    can_bus = temporal.delta(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
+    can_bus = relative_can_bus(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
     arrays = make_images("micro", frame), make_lidar2img("micro").astype(np.float32), can_bus
     return tuple(torch.from_numpy(array)[None] for array in arrays)
 
 
-def forward(model: BEVFormer, given: tuple[Tensor, Tensor, Tensor], prev_bev: Tensor | None = None) -> BevOutput:
+def forward(model: BEVFormer, given: tuple[Tensor, Tensor, Tensor], prev_bev: Tensor | None = None) -> Output:
     """Run the network on images, lidar2img and can_bus; `prev_bev` (1, BEV cells, C) is the BEV of the previous frame."""
-    return model(*given, prev_bev)
+    images, lidar2img, can_bus = given
+    has_prev = torch.full((len(images),), float(prev_bev is not None))
+    return model(Batch(images, lidar2img, can_bus, has_prev, boxes=[], labels=[], tokens=[]), prev_bev)[0]
 
 
-def two_frames(model: BEVFormer) -> tuple[BevOutput, BevOutput]:
+def two_frames(model: BEVFormer) -> tuple[Output, Output]:
     """Run the first frame without gradient and the second frame, which gets the first one's BEV."""
     with torch.no_grad():
         first = forward(model, inputs(0, None))
     return first, forward(model, inputs(1, 0), first.bev)
 
 
-def training_forward(model: BEVFormer, history: list[Batch], current: Batch) -> tuple[Tensor, BevOutput]:
+def training_forward(model: BEVFormer, history: list[Batch], current: Batch) -> tuple[Tensor, Output]:
     """Run a training queue; returns the BEV of the history, computed without gradient, and the output for the last frame."""
-    prev_bev = history_bev(model, history)
-    return prev_bev, model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev)
+    prev_bev = history_state(model, history)
+    return prev_bev, model(current, prev_bev)[0]
 
 
 def close(ours: Tensor, golden: np.ndarray, atol: float = ATOL) -> None:

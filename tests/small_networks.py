@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from qdbev.config import BackboneConfig, Config, ModelConfig
+from qdbev.config import Config
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.nn.config import BackboneConfig
 from qdbev.recipes import RECIPES
 
 TRAINED = {
@@ -29,7 +31,7 @@ def settings(**changes: str) -> list[str]:
 
 
 def exported_network(**changes: object) -> Config:
-    """The micro recipe with a network that exports in seconds; `changes` are of its ModelConfig."""
+    """The micro recipe with a network that exports in seconds; `changes` are of its BEVFormerConfig."""
     config = RECIPES["micro"]()
     small: dict[str, object] = {
         "backbone": BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),
@@ -42,5 +44,5 @@ def exported_network(**changes: object) -> Config:
         "num_query": 12,
         "rotate_center": (4.0, 4.0),
     }
-    model: ModelConfig = dataclasses.replace(config.model, **{**small, **changes})
+    model: BEVFormerConfig = dataclasses.replace(config.model, **{**small, **changes})
     return dataclasses.replace(config, model=model)

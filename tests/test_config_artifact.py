@@ -9,8 +9,9 @@ import torch
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.config import ConfigError, from_dict, override, to_dict
+from qdbev.config import from_dict, override, to_dict
 from qdbev.recipes import RECIPES, at_bits
+from qdbev.settings import ConfigError
 
 
 @pytest.mark.parametrize("name", RECIPES)

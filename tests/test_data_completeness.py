@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qdbev.config import DataConfig
 from qdbev.data import completeness, infos
+from qdbev.data.config import DataConfig
 from qdbev.data.infos import DatasetError, load_or_build
 from qdbev.schema import CAMERAS
 

@@ -16,8 +16,8 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.geometry_utils import view_points
 from pyquaternion import Quaternion
 
-from qdbev.config import DataConfig
 from qdbev.data import infos, tables
+from qdbev.data.config import DataConfig
 from qdbev.schema import CAMERAS, CLASSES
 
 VERSION = "v1.0-trainval"

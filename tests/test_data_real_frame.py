@@ -32,7 +32,7 @@ EDGES = ((0, 1), (1, 3), (3, 2), (2, 0), (4, 5), (5, 7), (7, 6), (6, 4), (0, 4),
 
 MIRRORED = CAMERAS.index("CAM_BACK_RIGHT")
 """Camera whose image is replaced. One cell of the tiny grid projects into the padding of its image, which counts as seen."""
-BASE = recipes.base().model
+BASE = recipes.RECIPES["base"]().model
 CELL = 102.4 / 200
 """Side of a BEV cell of the base grid in metres. The cells are small enough that several are inside a barrier."""
 
@@ -53,7 +53,7 @@ def frame() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def transform() -> ImageTransform:
-    return image_transform(recipes.tiny().data, IMAGE_HW)
+    return image_transform(recipes.RECIPES["tiny"]().data, IMAGE_HW)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_cells_under_the_red_barriers_project_onto_red_pixels_and_mistaken_cells
 @pytest.fixture(scope="module")
 def tiny() -> BEVFormer:
     torch.manual_seed(0)
-    return BEVFormer(recipes.tiny().model).eval()
+    return BEVFormer(recipes.RECIPES["tiny"]().model).eval()
 
 
 @torch.no_grad()

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qdbev.temporal import FrameOrderError
 from small_networks import exported_network
 
-from engine.preprocess import FrameError, Preparation
-from engine.stream import Detector
+from engine.preprocess import FrameError, Preprocessor
 from eval.loop import steps
 from eval.open_model import Detector as Evaluated
 from export import to_onnx
@@ -21,7 +21,6 @@ from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Detections, Frame
-from qdbev.temporal import FrameOrderError
 
 
 @pytest.fixture(scope="module")
@@ -200,8 +199,8 @@ def test_camera_images_that_do_not_fit_are_told_with_what_does(detector: Detecto
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.8])
 def test_the_sizes_that_are_said_to_fit_are_those_that_do(scale: float) -> None:
-    data = dataclasses.replace(exported_network().data, image_scale=scale, pad_multiple=32)
-    preparation = Preparation(data, (1, 3, 96, 160))
+    data = dataclasses.replace(exported_network().data, image_range_mode=scale, pad_multiple=32)
+    preparation = Preprocessor(data, (1, 3, 96, 160))
     fits = []
     for height in range(40, 260):
         try:

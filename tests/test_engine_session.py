@@ -22,7 +22,7 @@ from engine.backend import Backend, EngineError, Gpu
 from engine.memory import Buffers
 from engine.preprocess import FrameError
 from engine.session import Session
-from engine.stream import Detector, open_engine
+from engine.stream import open_engine
 from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal

@@ -19,7 +19,7 @@ from bench import checks, gpu_check, gpu_engine, gpu_network
 from bench.checks import Check, Result
 from bench.gpu_check import STUDENTS, GpuCheckError, file_name, plan
 from eval.comparison import DISTANCE, ComparisonError, Row
-from eval.open_model import open_detector
+from eval.open_model import open_model
 from plugins import torch_ops
 from qdbev import artifact
 from qdbev.data import rig
@@ -237,9 +237,9 @@ def test_a_checkpoint_runs_the_kernels_on_a_gpu_and_only_there(monkeypatch, tmp_
 
     monkeypatch.setattr(torch_ops, "install", install)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(AskedError), open_detector(tmp_path / "net.pt", "cuda"):
+    with pytest.raises(AskedError), open_model(tmp_path / "net.pt", "cuda"):
         pass
-    with pytest.raises(artifact.ArtifactError, match="does not exist"), open_detector(tmp_path / "net.pt", "cpu"):
+    with pytest.raises(artifact.ArtifactError, match="does not exist"), open_model(tmp_path / "net.pt", "cpu"):
         pass
 
 

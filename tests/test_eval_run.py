@@ -14,7 +14,7 @@ import torch
 from eval import draw, pictures, report, run
 from eval.loop import steps
 from eval.nds import EvaluationError
-from eval.open_model import Detector, DetectorError, open_detector
+from eval.open_model import Detector, ModelFileError
 from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
@@ -103,7 +103,7 @@ def test_a_random_model_is_scored_from_file_to_metrics(teacher: Path, metrics: d
 def test_a_checkpoint_has_the_inputs_and_outputs_of_the_deployed_graph(teacher: Path, tiny_world: Path) -> None:
     config = micro(tiny_world)
     dataset = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
-    with open_detector(teacher) as detector:
+    with open_model(teacher) as detector:
         outputs = detector(temporal.deployed_inputs(dataset.frame(0), None, config.model))
     assert set(outputs) == set(OUTPUTS)
     assert outputs["box_code"].shape == (1, config.model.num_query, 10)
@@ -134,16 +134,16 @@ def test_a_failed_evaluation_leaves_the_earlier_files(tiny_world: Path, tmp_path
 
 @pytest.mark.parametrize("suffix", [".pth", ""])
 def test_an_unknown_model_suffix_is_refused(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(DetectorError, match=r"\.pt, \.onnx, \.engine"), open_detector(tmp_path / f"model{suffix}"):
+    with pytest.raises(ModelFileError, match=r"\.pt, \.onnx, \.engine"), open_model(tmp_path / f"model{suffix}"):
         pass
 
 
 def test_a_missing_model_and_a_wrong_device_are_named_in_the_error(teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_detector(tmp_path / "gone.onnx"):
+    with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_model(tmp_path / "gone.onnx"):
         pass
-    with pytest.raises(DetectorError, match="onnxruntime .*'cuda'"), open_detector(tmp_path / "m.onnx", "cuda"):
+    with pytest.raises(ModelFileError, match="onnxruntime .*'cuda'"), open_model(tmp_path / "m.onnx", "cuda"):
         pass
-    with pytest.raises(ValueError, match="'gpu'"), open_detector(teacher, "gpu"):
+    with pytest.raises(ValueError, match="'gpu'"), open_model(teacher, "gpu"):
         pass
 
 

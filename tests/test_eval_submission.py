@@ -11,9 +11,9 @@ import pytest
 from eval import nds, submission
 from eval.nds import EvaluationError
 from eval.submission import SubmissionError
-from qdbev.config import ModelConfig
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.tables import rotation_matrix
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.geometry import rigid
 from qdbev.recipes import RECIPES
 from qdbev.schema import CLASSES, Detections
@@ -23,7 +23,7 @@ VERSION = "v1.0-trainval"
 
 def open_split(root: Path, split: str) -> FrameDataset:
     data = dataclasses.replace(RECIPES["micro"]().data, root=str(root))
-    return FrameDataset(data, ModelConfig().pc_range, split, training=False, seed=0)
+    return FrameDataset(data, BEVFormerConfig().pc_range, split, training=False, seed=0)
 
 
 def truth_records(dataset: FrameDataset) -> dict[str, list[submission.Record]]:

@@ -17,9 +17,10 @@ from export import builtin_plugin, functions, parity, to_onnx
 from export.trace import trace
 from qdbev import schema, temporal
 from qdbev.artifact import Seal
-from qdbev.config import BackboneConfig, to_dict
+from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.nn.config import BackboneConfig
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention

@@ -16,9 +16,10 @@ from engine.backend import EngineError
 from export import deform_conv, functions, parity, to_onnx
 from qdbev import artifact, schema, temporal
 from qdbev.artifact import Seal
-from qdbev.config import BackboneConfig, Config, to_dict
+from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.nn.config import BackboneConfig
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
 from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized

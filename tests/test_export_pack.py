@@ -59,7 +59,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> tuple[Seal, BEVFormer, 
 
 @pytest.mark.parametrize(("scale", "per_channel"), [("fixed", True), ("clip", True), ("step", False)])
 def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_channel: bool, tmp_path: Path) -> None:
-    seal, model = saved_student(tmp_path / "student.pt", scale=scale, per_channel=per_channel)
+    seal, model = saved_student(tmp_path / "student.pt", range_mode=scale, per_channel=per_channel)
     packing.write(model, seal, tmp_path / "student.packed.pt")
     _, restored = restore(tmp_path / "student.packed.pt")
     frames = noise_frames(model.config.num_cameras, IMAGE_HW, 2.0)
@@ -149,8 +149,8 @@ def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
     folder, (seal, model, _) = tmp_path_factory.mktemp("exports"), student
     students = {
         "tables 4": (seal, model),
-        "tables 8": saved_student(folder / "8.pt", embedding_bits=8, scale="clip"),
-        "fixed": saved_student(folder / "fixed.pt", scale="fixed", per_channel=False),
+        "tables 8": saved_student(folder / "8.pt", embedding_bits=8, range_mode="clip"),
+        "fixed": saved_student(folder / "fixed.pt", range_mode="fixed", per_channel=False),
     }
     made = {}
     for name, (parent, network) in students.items():

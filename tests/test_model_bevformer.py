@@ -9,7 +9,8 @@ from golden_inputs import make_can_bus, make_images, make_lidar2img
 from golden_model import micro_config
 
 from qdbev import temporal
-from qdbev.detectors.bevformer.model import BEVFormer, Deployed
+from qdbev.detector import Deployed
+from qdbev.detectors.bevformer.model import BEVFormer
 
 
 @pytest.fixture(scope="module")

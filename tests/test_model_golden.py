@@ -11,10 +11,10 @@ import torch
 from golden_model import ATOL, BOX_ATOL, close, inputs, micro_config, official_micro, two_frames
 from torch import Tensor
 
+from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import pillar_points, project
 from qdbev.nn.box_code import decode
-from qdbev.schema import BevOutput
 
 
 class Recorder:
@@ -35,7 +35,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[tuple[BevOutput, BevOutput], Recorder]:
+def recorded() -> tuple[tuple[Output, Output], Recorder]:
     """Run two frames; returns their outputs and a recorder of the layers in between."""
     model = official_micro(shifted_reference=False)
     layers = [f"encoder.layers.{layer}" for layer in (0, 1)]
@@ -113,7 +113,8 @@ def test_decoder_states_references_and_head_equal_the_official_ones(recorded, go
 @pytest.mark.parametrize("frame", [0, 1])
 def test_decoded_boxes_equal_the_official_ones(recorded, golden_micro, frame):
     output = recorded[0][frame]
-    detections = decode(output.cls_logits[-1], output.box_code[-1], micro_config(False))[0]
+    config = micro_config(shifted_reference=False)
+    detections = decode(output.cls_logits[-1], output.box_code[-1], config.max_boxes, config.post_center_range)[0]
     boxes = detections.boxes.copy()
     boxes[:, 2] -= boxes[:, 5] / 2  # the official boxes have their origin at the bottom
     np.testing.assert_allclose(detections.scores, golden_micro[f"f{frame}_scores_3d"], atol=ATOL)

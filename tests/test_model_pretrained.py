@@ -12,10 +12,11 @@ from test_train_loop import CPU, SETTINGS, small
 from torch import Tensor
 
 from qdbev import artifact
-from qdbev.config import ConfigError, ModelConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.nn.pretrained import load_pretrained
 from qdbev.recipes import RECIPES
+from qdbev.settings import ConfigError
 from train import teacher as float_training
 from train.distributed import World
 
@@ -60,7 +61,7 @@ def fcos3d(width: int, embed_dim: int, img: str = "") -> dict[str, Tensor]:
     return tensors | {"bbox_head.conv_cls.weight": torch.randn(10, embed_dim, 3, 3), "bbox_head.conv_cls.bias": torch.randn(10)}
 
 
-def narrow(recipe: str) -> ModelConfig:
+def narrow(recipe: str) -> BEVFormerConfig:
     """The recipe's model with all its blocks and an eighth of its channels."""
     config = RECIPES[recipe]().model
     return dataclasses.replace(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from qdbev.config import Bits, QuantConfig
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.calibrator import RangeCalibrator, weight_amax
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.prepare import prepare
 from qdbev.quant.quantizer import fake_quantize
 
@@ -95,7 +95,7 @@ def test_one_step_a_weight_is_fitted_to_the_whole_weight(method: str, scale: str
     with torch.no_grad():
         layer.weight.normal_()
         layer.weight[3] *= 5
-    policy = QuantConfig(head=Bits(weight=4), edge_layers=(), float_layers=(), scale=scale, per_channel=False)
+    policy = QuantConfig(head=Bits(weight=4), edge_layers=(), float_layers=(), range_mode=scale, per_channel=False)
     model = prepare(nn.ModuleDict({"head": layer}), policy).eval()
     calibrate(model, lambda: model["head"](torch.randn(10, 40)), method)
     (amax,) = weight_amax(layer.weight.view(1, -1), 4, method)

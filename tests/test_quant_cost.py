@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.ops.matmul import Matmul
 from qdbev.ops.msda import MultiScaleDeformableAttention
 from qdbev.quant.bops import Cost, bops, costs, float_bops
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.prepare import enable, prepare
 
 
@@ -48,7 +49,7 @@ def net() -> Net:
 
 def student() -> Net:
     bits = Bits(weight=4, activation=6)
-    model = prepare(net(), QuantConfig(**dict.fromkeys(GROUPS, bits), edge_layers=("head",), float_layers=()))
+    model = prepare(net(), QuantConfig(**dict.fromkeys(BEVFormerConfig.groups, bits), edge_layers=("head",), float_layers=()))
     calibrate(model, lambda: model(images()), "max")
     return model
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import Bits, ConfigError, QuantConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import QuantEmbedding, quant_layers, step_parameters, weight_of
 from qdbev.quant.prepare import describe, enable, prepare, table
 from qdbev.quant.quantizer import fake_quantize
 from qdbev.recipes import micro
+from qdbev.settings import ConfigError
 
 W4A6 = Bits(weight=4, activation=6)
 
@@ -52,7 +53,7 @@ def test_tables_have_their_own_bits_and_the_first_matching_pattern_decides():
 
 
 def test_the_whole_table_and_its_rows_read_as_quantized():
-    net = calibrated(policy(scale="step"))
+    net = calibrated(policy(range_mode="step"))
     layer = net.encoder
     step = (weight_of(layer).abs().amax(1, keepdim=True) / 7).detach()
     assert layer.weight_quantizer.log_step.numel() == 9

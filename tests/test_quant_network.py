@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.ops.matmul import Matmul
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.export import exporting
 from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, activation_quantizers, quant_layers, quantizers, step_parameters
 from qdbev.quant.prepare import bits_of, describe, enable, fold_batch_norm, prepare, table
@@ -73,7 +74,7 @@ LEAVES = {
 
 
 def policy(bits: Bits, **changes: object) -> QuantConfig:
-    settings = {**dict.fromkeys(GROUPS, bits), "edge_layers": ("head",), "float_layers": (), **changes}
+    settings = {**dict.fromkeys(BEVFormerConfig.groups, bits), "edge_layers": ("head",), "float_layers": (), **changes}
     return QuantConfig(**settings)
 
 
@@ -127,7 +128,7 @@ def test_float_layers_come_before_edge_layers_before_the_group() -> None:
     assert bits_of("decoder.2", rules) == edge
     assert bits_of("neck", rules) == Bits()
     plain = policy(Bits(weight=5, activation=3))
-    assert all(bits_of(f"{group}.x", plain) == Bits(weight=5, activation=3) for group in GROUPS)
+    assert all(bits_of(f"{group}.x", plain) == Bits(weight=5, activation=3) for group in BEVFormerConfig.groups)
     with pytest.raises(ValueError, match="'tail.1' is in none of the groups"):
         bits_of("tail.1", rules)
 
@@ -188,10 +189,10 @@ def test_groups_are_switched_on_one_after_another() -> None:
     model = quantized(W4A6)
     whole, exact = model(images()), folded()(images())
     errors = []
-    for count in range(len(GROUPS) + 1):
-        enable(model, GROUPS[:count])
+    for count in range(len(BEVFormerConfig.groups) + 1):
+        enable(model, BEVFormerConfig.groups[:count])
         on = {name.partition(".")[0] for name, layer in quant_layers(model) if all(q.enabled for q in quantizers(layer))}
-        assert on == set(GROUPS[:count])
+        assert on == set(BEVFormerConfig.groups[:count])
         errors.append((model(images()) - exact).abs().max().item())
     assert errors[0] == 0 and all(error > 0 for error in errors[1:])
     assert torch.equal(model(images()), whole)
@@ -203,8 +204,8 @@ def test_groups_are_switched_on_one_after_another() -> None:
 
 @pytest.mark.parametrize(("scale", "per_channel"), [("step", True), ("clip", True), ("fixed", True), ("step", False), ("fixed", False)])
 def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str, per_channel: bool) -> None:
-    model, learn = quantized(W4A6, scale=scale, per_channel=per_channel), scale != "fixed"
-    enable(model, GROUPS[:4])
+    model, learn = quantized(W4A6, range_mode=scale, per_channel=per_channel), scale != "fixed"
+    enable(model, BEVFormerConfig.groups[:4])
     target = folded()(images()).detach()
     assert len(step_parameters(model)) == (2 * 8 + 2 - 1 if learn else 0)  # two layers read one tensor and share a step
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -225,7 +226,7 @@ def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str,
         assert sum(moved) == (2 * 7 + 2 - 1 if learn else 0)
     assert not any(moved[-2:])  # the head is off and stays where it was
 
-    fresh = prepare(folded(), policy(W4A6, scale=scale, per_channel=per_channel))
+    fresh = prepare(folded(), policy(W4A6, range_mode=scale, per_channel=per_channel))
     state = model.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
     fresh.load_state_dict(state)
@@ -252,7 +253,7 @@ class Parallel(nn.Module):
 )
 def test_the_exported_graph_gives_the_same_numbers(bits: Bits, scale: str, per_channel: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = prepare(Parallel(), policy(bits, scale=scale, per_channel=per_channel)).eval()
+    model = prepare(Parallel(), policy(bits, range_mode=scale, per_channel=per_channel)).eval()
     calibrate(model, lambda: model(images()), "mse")
     for parameter in step_parameters(model):
         parameter.data += 0.5 * torch.randn_like(parameter)  # as if trained: no two steps are alike

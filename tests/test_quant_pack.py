@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import WeightLayer, quant_layers, step_parameters, weight_of
 from qdbev.quant.pack import PackError, _float_bytes, _Reader, pack, settle, unpack
 from qdbev.quant.prepare import enable, prepare
@@ -38,7 +39,7 @@ def images(seed: int = 1) -> Tensor:
 
 
 def policy(bits: Bits, **changes: object) -> QuantConfig:
-    settings = {**dict.fromkeys(GROUPS, bits), "edge_layers": ("head",), "float_layers": (), "embedding_bits": 4, **changes}
+    settings = {**dict.fromkeys(BEVFormerConfig.groups, bits), "edge_layers": ("head",), "float_layers": (), "embedding_bits": 4, **changes}
     return QuantConfig(**settings)
 
 
@@ -66,7 +67,7 @@ CASES = [(weight, scale, per_channel) for weight in range(2, 9) for scale in ("f
 
 @pytest.mark.parametrize(("weight", "scale", "per_channel"), CASES)
 def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, per_channel: bool) -> None:
-    rules = policy(Bits(weight=weight, activation=6), scale=scale, per_channel=per_channel)
+    rules = policy(Bits(weight=weight, activation=6), range_mode=scale, per_channel=per_channel)
     net, other = student(rules), fresh(rules)
     data = pack(net)
     unpack(data, other)
@@ -78,7 +79,7 @@ def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, pe
 
 @pytest.mark.parametrize("scale", ["fixed", "clip", "step"])
 def test_an_unpacked_student_can_be_trained_on(scale: str) -> None:
-    rules = policy(Bits(weight=4, activation=6), scale=scale)
+    rules = policy(Bits(weight=4, activation=6), range_mode=scale)
     other = fresh(rules)
     unpack(pack(student(rules)), other)
     other(images()).square().sum().backward()
@@ -94,7 +95,7 @@ def test_groups_that_are_off_keep_their_float_weights() -> None:
     unpack(pack(net), other)
     assert torch.equal(other(images()), net(images()))
     assert torch.equal(other.neck.weight, net.neck.weight)
-    enable(other, GROUPS)
+    enable(other, BEVFormerConfig.groups)
     assert torch.equal(other(images()), whole)  # the ranges were kept too
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from qdbev.config import GROUPS, BackboneConfig, QuantConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.nn.config import BackboneConfig
+from qdbev.quant.config import QuantConfig
 from qdbev.quant.prepare import Row, describe, fold_batch_norm, prepare, table
 from qdbev.recipes import at_bits, micro
 
@@ -38,7 +40,7 @@ def test_every_convolution_linear_layer_product_and_value_tensor_has_the_bits_of
     for name, row in rows.items():
         expected = {"Embedding": (4, None), "Matmul": (None, 6)}.get(row.kind, (None, 6) if "Attention" in row.kind else (4, 6))
         assert bits(row) == ((8, 8) if name in edge else (None, None) if name in floats else expected), name
-    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in GROUPS}
+    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in BEVFormerConfig.groups}
     assert kinds == {
         "backbone": {"Conv2d"},
         "neck": {"Conv2d"},

@@ -13,7 +13,7 @@ SCALES = ("fixed", "clip", "step")
 
 
 def ready(bits: int, amax: torch.Tensor, *, weight_steps: int | None = None, scale: Scale = "step", nonnegative: bool = False) -> Quantizer:
-    quantizer = Quantizer(bits, weight_steps=weight_steps, scale=scale)
+    quantizer = Quantizer(bits, weight_steps=weight_steps, range_mode=scale)
     quantizer.set_range(amax, nonnegative=nonnegative)
     return quantizer
 
@@ -31,7 +31,7 @@ def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: in
 def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, scale: Scale) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(bits)) * 2
     x = x.abs() if nonnegative else x
-    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, scale=scale)
+    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, range_mode=scale)
     unsigned = nonnegative and bits < 8
     qmin, qmax = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     if scale == "clip" and not unsigned:
@@ -50,7 +50,7 @@ def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool
 def test_weights_equal_quantize_then_dequantize(bits: int, scale: Scale, steps: int) -> None:
     weight = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
     amax = weight.abs().amax((1, 2, 3)) if steps == 5 else weight.abs().max().view(1)
-    quantizer = ready(bits, torch.ones(steps) if scale == "fixed" else amax, weight_steps=steps, scale=scale)
+    quantizer = ready(bits, torch.ones(steps) if scale == "fixed" else amax, weight_steps=steps, range_mode=scale)
     qmax = 2 ** (bits - 1) - 1
     assert quantizer.qrange == (-qmax, qmax)
     step = quantizer.step(weight)
@@ -93,7 +93,7 @@ def test_gradient_passes_inside_the_range_and_stops_outside() -> None:
 def test_the_largest_weight_keeps_its_gradient() -> None:
     weight = torch.randn(64, 100, requires_grad=True)
     for bits in range(2, 9):
-        quantizer = ready(bits, torch.ones(64), weight_steps=64, scale="fixed")
+        quantizer = ready(bits, torch.ones(64), weight_steps=64, range_mode="fixed")
         (grad,) = torch.autograd.grad(quantizer(weight).sum(), weight)
         assert (grad == 1).all()
 
@@ -149,7 +149,7 @@ def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | N
     x, grad = torch.randn(4, 500, generator=g), torch.randn(4, 500, generator=g)
     nonnegative = nonnegative and steps is None
     quantizer = ready(
-        4, torch.full((steps or 1,), 15 / 16 if nonnegative else 7 / 8), weight_steps=steps, scale="clip", nonnegative=nonnegative
+        4, torch.full((steps or 1,), 15 / 16 if nonnegative else 7 / 8), weight_steps=steps, range_mode="clip", nonnegative=nonnegative
     )
     clip = (quantizer.step(x) * quantizer.qrange[1]).detach().double()
     x[(x.abs() / clip - 1).abs() < 0.01] = 0  # where the range is a little wider on purpose (EDGE)
@@ -166,7 +166,7 @@ def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | N
 
 def test_a_learned_clip_is_still_while_all_values_lie_inside() -> None:
     for scale, still in (("clip", True), ("step", False)):
-        quantizer = ready(4, torch.tensor([4.0]), scale=scale)
+        quantizer = ready(4, torch.tensor([4.0]), range_mode=scale)
         quantizer(torch.rand(1000)).sum().backward()
         assert (quantizer.log_step.grad.item() == 0) == still
 
@@ -176,7 +176,7 @@ def test_a_learned_clip_is_still_while_all_values_lie_inside() -> None:
 def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, steps: int | None) -> None:
     x = torch.randn(8, 200, requires_grad=True)
     share = 0.3 * (row_amax(x.view(steps or 1, -1)) if scale != "fixed" or steps is None else torch.ones(steps))
-    quantizer = ready(4, share, weight_steps=steps, scale=scale)
+    quantizer = ready(4, share, weight_steps=steps, range_mode=scale)
     (grad,) = torch.autograd.grad(quantizer(x).sum(), x)
     quotient = x / quantizer.step(x)
     qmin, qmax = quantizer.qrange
@@ -190,7 +190,7 @@ def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Sc
     x, results = torch.randn(16, 100), []
     for autocast in (False, True):
         leaf = x.clone().requires_grad_()
-        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, scale=scale)
+        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, range_mode=scale)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = quantizer(leaf)
             y.square().sum().backward()
@@ -203,7 +203,7 @@ def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Sc
 @pytest.mark.parametrize("scale", ["clip", "step"])
 def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -> None:
     x = (torch.randn(5000) * 2).to(dtype).requires_grad_()
-    quantizer = ready(8, torch.tensor([5.0]), scale=scale)
+    quantizer = ready(8, torch.tensor([5.0]), range_mode=scale)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quantizer(x)
         y.float().square().sum().backward()
@@ -214,8 +214,8 @@ def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -
 
 def test_a_fixed_weight_range_follows_the_weight() -> None:
     weight = torch.randn(3, 20)
-    fixed = ready(4, torch.full((3,), 0.8), weight_steps=3, scale="fixed")
-    learned = ready(4, 0.8 * row_amax(weight), weight_steps=3, scale="step")
+    fixed = ready(4, torch.full((3,), 0.8), weight_steps=3, range_mode="fixed")
+    learned = ready(4, 0.8 * row_amax(weight), weight_steps=3, range_mode="step")
     torch.testing.assert_close(fixed(weight), learned(weight))
     torch.testing.assert_close(fixed(weight * 8), fixed(weight) * 8)
     assert not torch.allclose(learned(weight * 8), learned(weight) * 8)
@@ -224,7 +224,7 @@ def test_a_fixed_weight_range_follows_the_weight() -> None:
 
 def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None:
     weight = torch.tensor([[1.0, 0.2], [-7.0, 3.0]])
-    fixed = ready(4, torch.ones(1), weight_steps=1, scale="fixed")
+    fixed = ready(4, torch.ones(1), weight_steps=1, range_mode="fixed")
     assert fixed(weight).tolist() == [[1, 0], [-7, 3]]
     weight[1, 0] = 14
     assert fixed(weight).tolist() == [[0, 0], [14, 4]]  # half of a step of 2 rounds to even
@@ -233,7 +233,7 @@ def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None
 def test_a_channel_of_zeros_stays_zero() -> None:
     weight = torch.zeros(2, 4, requires_grad=True)
     for scale in SCALES:
-        y = ready(4, torch.zeros(2), weight_steps=2, scale=scale)(weight)
+        y = ready(4, torch.zeros(2), weight_steps=2, range_mode=scale)(weight)
         assert (y == 0).all()
         y.sum().backward()
         assert weight.grad.isfinite().all()
@@ -264,7 +264,7 @@ def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -
     """Also on the values that come out, as after packing; and again and again."""
     weight = torch.randn(6, 50) * torch.logspace(-9, 3, 6)[:, None]
     amax = row_amax(weight.view(steps or 1, -1))
-    quantizer = ready(bits, 0.6 * (amax / amax if scale == "fixed" and steps else amax), weight_steps=steps, scale=scale)
+    quantizer = ready(bits, 0.6 * (amax / amax if scale == "fixed" and steps else amax), weight_steps=steps, range_mode=scale)
     for _ in range(3):
         step = quantizer.step(weight).detach().flatten()
         y = quantizer(weight).detach()
@@ -278,8 +278,8 @@ def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_copy_and_a_reload_behave_the_same(scale: Scale) -> None:
     x = torch.rand(100)
-    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, scale=scale)
-    fresh = Quantizer(4, scale=scale)
+    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, range_mode=scale)
+    fresh = Quantizer(4, range_mode=scale)
     fresh.load_state_dict(quantizer.state_dict())
     for other in (copy.deepcopy(quantizer), fresh):
         assert torch.equal(other(x), quantizer(x))

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import Bits, QuantConfig
 from qdbev.quant.calibrate import calibrate
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.prepare import enable, prepare
 
 

@@ -7,19 +7,21 @@ import pytest
 import torch
 from golden_inputs import make_can_bus, make_images, make_lidar2img, make_rotate_input
 from golden_model import micro_config
+from qdbev.temporal import FrameOrderError
 from torch import Tensor
 
 from eval.loop import steps
 from eval.open_model import Detector
 from qdbev import temporal
 from qdbev.artifact import Seal
-from qdbev.config import Config, DataConfig, ModelConfig, to_dict
+from qdbev.config import Config, to_dict
 from qdbev.data.collate import queue_batch
+from qdbev.data.config import DataConfig
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
-from qdbev.temporal import FrameOrderError
-from train.loop import history_bev
+from train.loop import history_state
 
 BEV = np.ones((1, 4, 2), np.float32)
 MOVING = [*range(3), temporal.YAW_DEG]
@@ -193,7 +195,7 @@ def test_the_evaluation_loop_refuses_a_stream_that_is_replayed():
         evaluated([*frames, *frames])
 
 
-def small_config() -> ModelConfig:
+def small_config() -> BEVFormerConfig:
     config = micro_config(shifted_reference=True)
     backbone = dataclasses.replace(config.backbone, width=4)
     sizes = {"embed_dim": 16, "num_heads": 2, "ffn_dim": 16, "num_query": 20, "bev_hw": (8, 8), "rotate_center": (4.0, 4.0)}
@@ -222,7 +224,7 @@ def frames() -> dict[str, Frame]:
 def last_bev(model: BEVFormer, *queues: list[Frame]) -> Tensor:
     """(B, BEV cells, C) of the last frames, by the steps of training."""
     history, current = queue_batch(list(queues))
-    prev_bev = history_bev(model, history)
+    prev_bev = history_state(model, history)
     return model.encode(current.images, current.lidar2img, current.can_bus, prev_bev, None if prev_bev is None else current.has_prev)[1]
 
 
@@ -251,5 +253,5 @@ def test_a_dropped_frame_turns_and_shifts_the_history_of_the_network_by_the_whol
     assert not torch.allclose(found, last_bev(model, [frames["a1"], frames["a2"]]), atol=1e-3)
     with torch.no_grad():
         can_bus = torch.from_numpy(stream)[None]
-        alone = model.encode(current.images, current.lidar2img, can_bus, history_bev(model, history))[1]
+        alone = model.encode(current.images, current.lidar2img, can_bus, history_state(model, history))[1]
     torch.testing.assert_close(found, alone, atol=0, rtol=0)

@@ -10,7 +10,8 @@ from golden_model import forward, inputs, micro_config
 from bench import attention_cost
 from bench.attention_cost import Case
 from bench.padded_attention import PaddedCrossAttention, pad_attention
-from qdbev.config import Config, DataConfig
+from qdbev.config import Config
+from qdbev.data.config import DataConfig
 from qdbev.detectors.bevformer.attention import CameraCrossAttention
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.recipes import RECIPES

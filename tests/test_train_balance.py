@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qdbev.config import ConfigError, DistillConfig
+from qdbev.quant.config import DistillConfig
+from qdbev.settings import ConfigError
 from train.distill import Balance, Distillation
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdbev.config import DistillConfig, ModelConfig, TrainConfig
+from qdbev.config import TrainConfig
+from qdbev.detector import Output
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.geometry import pillar_points
-from qdbev.schema import BevOutput
+from qdbev.quant.config import DistillConfig
 from train.distill import Sight, carry, distillation_loss, head_divergence, look, mean_one, object_map, visible_cells
 
 B, N, C, Q, LAYERS, CLASSES, HEIGHTS = 2, 3, 5, 7, 2, 4, 2
@@ -30,11 +32,11 @@ VARIANTS = [
 ]
 
 
-def output(learns: bool = False) -> BevOutput:
+def output(learns: bool = False) -> Output:
     images = tuple(torch.randn(B, N, C, *hw, requires_grad=learns) for hw in LEVELS)
     bev = torch.randn(B, K, C, requires_grad=learns)
     box_code = 3 * torch.randn(LAYERS, B, Q, 10)
-    return BevOutput(images, bev, torch.randn(LAYERS, B, Q, CLASSES, requires_grad=learns), box_code.requires_grad_(learns))
+    return Output(images, bev, torch.randn(LAYERS, B, Q, CLASSES, requires_grad=learns), box_code.requires_grad_(learns))
 
 
 def some_sight() -> Sight:
@@ -44,17 +46,17 @@ def some_sight() -> Sight:
     return Sight(pillar_points(BEV_HW, 1, (-4.0, -3.0, -5.0, 4.0, 3.0, 3.0))[0, :, :2], torch.rand(B, N, K, HEIGHTS, 2), hit)
 
 
-def copied(source: BevOutput) -> BevOutput:
+def copied(source: Output) -> Output:
     """The same values as a student of its own."""
     images = tuple(level.detach().clone().requires_grad_(True) for level in source.image_features)
-    return BevOutput(images, *(field.detach().clone().requires_grad_(True) for field in source[1:]))
+    return Output(images, *(field.detach().clone().requires_grad_(True) for field in source[1:]))
 
 
-def leaves(out: BevOutput) -> list[Tensor]:
+def leaves(out: Output) -> list[Tensor]:
     return [*out.image_features, *out[1:]]
 
 
-def loss_of(student: BevOutput, teacher: BevOutput, seen: Sight, config: DistillConfig) -> Tensor:
+def loss_of(student: Output, teacher: Output, seen: Sight, config: DistillConfig) -> Tensor:
     distillation = distillation_loss(student, teacher, seen, config, TRAIN)
     return distillation.features + distillation.head
 
@@ -73,7 +75,7 @@ def divergences(student: Tensor, teacher: Tensor, config: DistillConfig) -> np.n
     return terms
 
 
-def cameras(student: BevOutput, teacher: BevOutput, config: DistillConfig) -> np.ndarray:
+def cameras(student: Output, teacher: Output, config: DistillConfig) -> np.ndarray:
     """(B, N) L_img: one number a camera, averaged over levels."""
     scalars = np.zeros((B, N))
     for b, n in np.ndindex(B, N):
@@ -83,7 +85,7 @@ def cameras(student: BevOutput, teacher: BevOutput, config: DistillConfig) -> np
     return scalars
 
 
-def truth(student: BevOutput, teacher: BevOutput, seen: Sight, config: DistillConfig) -> dict[str, float]:
+def truth(student: Output, teacher: Output, seen: Sight, config: DistillConfig) -> dict[str, float]:
     """The features of each form by the equations of the paper and of docs/distillation.md, sample after sample."""
     tau2, visible = config.temperature**2, seen.hit.any(-1).numpy()
     totals = dict.fromkeys(FORMS, 0.0)
@@ -130,8 +132,8 @@ def test_each_camera_is_logged_in_its_place():
 def test_a_batch_is_the_mean_of_its_samples(config):
     student, teacher, seen = output(), output(), some_sight()
 
-    def sample(out: BevOutput, b: int) -> BevOutput:
-        return BevOutput(tuple(level[b : b + 1] for level in out.image_features), out.bev[b : b + 1], *(x[:, b : b + 1] for x in out[2:]))
+    def sample(out: Output, b: int) -> Output:
+        return Output(tuple(level[b : b + 1] for level in out.image_features), out.bev[b : b + 1], *(x[:, b : b + 1] for x in out[2:]))
 
     parts = [
         loss_of(sample(student, b), sample(teacher, b), Sight(seen.cells, seen.points[b : b + 1], seen.hit[b : b + 1]), config)
@@ -199,7 +201,7 @@ def test_the_hot_limit_is_half_the_variance_of_the_difference():
 
 
 def test_the_map_is_that_of_spatial_cross_attention():
-    model = ModelConfig(embed_dim=8, num_heads=2, num_cameras=N, bev_hw=(6, 5), encoder_layers=1)
+    model = BEVFormerConfig(embed_dim=8, num_heads=2, num_cameras=N, bev_hw=(6, 5), encoder_layers=1)
     encoder, image_hw = Encoder(model), (96, 160)
     lidar2img = torch.eye(4).repeat(B, N, 1, 1)
     for n in range(N):  # cameras at the origin that look 120 degrees apart
@@ -247,7 +249,7 @@ def test_the_order_of_the_cameras_does_not_matter_and_one_that_sees_nothing_adds
     config = DistillConfig(form=form)
     loss = loss_of(student, teacher, seen, config)
 
-    def turned(out: BevOutput, index: list[int]) -> BevOutput:
+    def turned(out: Output, index: list[int]) -> Output:
         return out._replace(image_features=tuple(level[:, index] for level in out.image_features))
 
     order = [2, 0, 1]
@@ -370,7 +372,7 @@ def test_the_head_follows_query_by_query():
 
 def test_extreme_features_and_logits_stay_finite():
     student, teacher, seen = output(), output(), some_sight()
-    student = copied(BevOutput(tuple(1e4 * level for level in student.image_features), 1e4 * student.bev, *(100 * x for x in student[2:])))
+    student = copied(Output(tuple(1e4 * level for level in student.image_features), 1e4 * student.bev, *(100 * x for x in student[2:])))
     for config in (*VARIANTS, DistillConfig(form="product", axis="space", generalized=False)):
         loss = loss_of(student, teacher, seen, replace(config, temperature=0.5))
         loss.backward()
@@ -381,8 +383,8 @@ def test_extreme_features_and_logits_stay_finite():
 @pytest.mark.parametrize("config", VARIANTS, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_as_float32(config, dtype):
-    def cast(out: BevOutput, dtype: torch.dtype) -> BevOutput:
-        return BevOutput(tuple(level.to(dtype) for level in out.image_features), *(field.to(dtype) for field in out[1:]))
+    def cast(out: Output, dtype: torch.dtype) -> Output:
+        return Output(tuple(level.to(dtype) for level in out.image_features), *(field.to(dtype) for field in out[1:]))
 
     student, teacher, seen = cast(output(), dtype), cast(output(), dtype), some_sight()
     expected = loss_of(cast(student, torch.float32), cast(teacher, torch.float32), seen, config)

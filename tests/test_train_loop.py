@@ -73,8 +73,8 @@ def test_resuming_without_a_state_or_with_another_config_is_refused(tiny_world, 
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples(tiny_world, tmp_path, monkeypatch):
-    real = loop.history_bev
-    monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
+    real = loop.history_state
+    monkeypatch.setattr(loop, "history_state", lambda model, history: real(model, history) * torch.nan)
     with pytest.raises(DivergenceError, match=r"loss is nan at step 1, samples [0-9a-f]{32}, [0-9a-f]{32}"):
         train(small(tiny_world), tmp_path, CPU, World(), resume=False)
     assert not (tmp_path / "teacher.pt").exists()

@@ -9,8 +9,9 @@ from small_networks import settings
 
 from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import Bits, Config, LayerBits, override
+from qdbev.config import Config, override
 from qdbev.data.dataset import FrameDataset
+from qdbev.quant.config import Bits, LayerBits
 from qdbev.quant.layers import WeightLayer, quant_layers
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore

@@ -11,12 +11,15 @@ from small_networks import settings
 
 from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import GROUPS, Config, ConfigError, Stage, override, to_dict
+from qdbev.config import Config, override, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import RECIPES, at_bits, progressive
 from qdbev.restore import restore
+from qdbev.settings import ConfigError
 from train import calibration, loop, qat, stability, stages
 from train.distributed import World
 from train.loop import DivergenceError
@@ -45,7 +48,13 @@ def log(folder: Path, name: str, stage: int) -> list[dict]:
 
 
 def test_progressive_stages_add_one_group_after_the_other_and_the_head_with_the_decoder():
-    assert [stage.groups for stage in PLAN] == [GROUPS[:1], GROUPS[:2], GROUPS[:3], GROUPS, GROUPS]
+    assert [stage.groups for stage in PLAN] == [
+        BEVFormerConfig.groups[:1],
+        BEVFormerConfig.groups[:2],
+        BEVFormerConfig.groups[:3],
+        BEVFormerConfig.groups,
+        BEVFormerConfig.groups,
+    ]
     assert [stage.distill for stage in PLAN] == [False] * 4 + [True]
     with pytest.raises(ConfigError, match="'trunk'"):
         Stage(groups=("trunk",))
@@ -140,8 +149,8 @@ def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, 
 
 def test_a_diverged_step_says_which_quantizer_went_first(config, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(Watch, "summary", lambda self: "quantizers that went first: x")
-    real = loop.history_bev
-    monkeypatch.setattr(loop, "history_bev", lambda model, history: real(model, history) * torch.nan)
+    real = loop.history_state
+    monkeypatch.setattr(loop, "history_state", lambda model, history: real(model, history) * torch.nan)
     with pytest.raises(DivergenceError, match=r"loss is nan at step 1, .*; quantizers that went first: x"):
         qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
     assert not (tmp_path / "s.pt").exists()

@@ -10,7 +10,9 @@ from small_networks import settings
 from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.config import GROUPS, Config, Stage, override, to_dict
+from qdbev.config import Config, override, to_dict
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.recipes import RECIPES, at_bits, progressive
 from qdbev.restore import restore
@@ -61,7 +63,7 @@ def test_a_student_that_starts_from_another_sees_the_samples_that_come_next(conf
 def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(config, teacher, tmp_path):
     plain = staged(config)
     qat.train(teacher, tmp_path / "start.pt", plain, CPU, World(), resume=False)
-    wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, scale="clip", per_channel=False))
+    wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, range_mode="clip", per_channel=False))
     with pytest.raises(ArtifactError, match=r"start.pt has another policy \(differs in quant.scale, quant.per_channel\)"):
         qat.train(teacher, tmp_path / "s.pt", wide, CPU, World(), resume=False, start=tmp_path / "start.pt")
     other = tmp_path / "other.pt"
@@ -75,7 +77,7 @@ def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(co
 
 
 def test_students_on_the_way_are_kept_at_both_ends_of_a_stage_and_in_between_with_what_was_quantized_then(config, teacher, tmp_path):
-    two = Stage(groups=GROUPS[:2], epochs=0.75, learning_rate=1e-3)
+    two = Stage(groups=BEVFormerConfig.groups[:2], epochs=0.75, learning_rate=1e-3)
     qat.train(teacher, tmp_path / "s.pt", staged(config, BEFORE[0], two), CPU, World(), resume=False, keep_every=0.5)
     kept = {path.name: artifact.load_checkpoint(path, "student")[0].facts for path in tmp_path.glob("s.stage*.step*.pt")}
     assert {name: facts["epochs"] for name, facts in kept.items()} == {
@@ -85,7 +87,7 @@ def test_students_on_the_way_are_kept_at_both_ends_of_a_stage_and_in_between_wit
         "s.stage2.step2.pt": 0.75,
         "s.stage2.step3.pt": 1.0,
     }
-    for name, groups in (("s.stage1.step1.pt", GROUPS[:1]), ("s.stage2.step0.pt", GROUPS[:2])):
+    for name, groups in (("s.stage1.step1.pt", BEVFormerConfig.groups[:1]), ("s.stage2.step0.pt", BEVFormerConfig.groups[:2])):
         layers = quant_layers(restore(tmp_path / name)[1])
         assert {layer.partition(".")[0] for layer, module in layers if all(q.enabled for q in quantizers(module))} == set(groups)
     ends = [artifact.load_checkpoint(tmp_path / name, "student")[1] for name in ("s.stage1.step1.pt", "s.stage2.step0.pt")]

@@ -20,7 +20,7 @@ class Option(NamedTuple):
     harm: float
 
 
-def assign(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, int]:
+def allocate_bits(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, int]:
     """Bits of every layer, by name, with a total cost of at most `budget`.
 
     Raises:

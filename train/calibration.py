@@ -1,36 +1,44 @@
 """A float teacher to a student whose quantizers have ranges, found on frames that run as in deployment.
 
-Pairs of successive frames are spread over the whole split, and the second of each reads the BEV of the first: ranges of the temporal
-attention depend on it, and the first frames of a set are all of one place and hour.
+Pairs of successive frames are taken from the whole split, because consecutive frames come from the same scene. The second frame of each
+pair reads the state of the first, because the ranges of temporal attention depend on it.
 """
+
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
-from qdbev import temporal
+from qdbev import detectors
 from qdbev.config import Config
-from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detector import Deployed, Detector, run_stream
 from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
+from qdbev.schema import Frame
 
 
-def calibrated_student(teacher: BEVFormer, config: Config, frames: FrameDataset, device: torch.device) -> BEVFormer:
+def calibrated_student(teacher: Detector, config: Config, frames: FrameDataset, device: torch.device) -> Detector:
     """The teacher (altered in place) with calibrated quantizers."""
     student = quantized(config, teacher).to(device)
-    calibrate(student, lambda: stream(student, frames, config.quant.calibration_samples, device), config.quant.calibration)
+    pairs = frame_pairs(frames, config.quant.calibration_samples)
+    calibrate(student, calibration_run(student, config, pairs), config.quant.calibration)
     return student
 
 
-@torch.no_grad()
-def stream(model: BEVFormer, frames: FrameDataset, num_frames: int, device: torch.device) -> None:
-    """Run pairs of successive frames, spread evenly over the dataset, the second of each with the first one's BEV."""
+def calibration_run(student: Detector, config: Config, sequences: Iterable[Iterable[Frame]]) -> Callable[[], None]:
+    """A call that runs `student` over sequences of successive frames, each sequence without a history at its start."""
+
+    def run() -> None:
+        stream, deployed = detectors.stream(config.model), Deployed(student)
+        for sequence in sequences:
+            for _ in run_stream(stream, deployed.run, sequence):
+                pass
+
+    return run
+
+
+def frame_pairs(frames: FrameDataset, num_frames: int) -> Iterator[tuple[Frame, Frame]]:
+    """Pairs of successive frames, spread evenly over the dataset, with `num_frames` frames in all."""
     for index in np.linspace(1, len(frames) - 1, max(num_frames // 2, 1)).astype(int):
-        memory = None
-        for frame in (frames.frame(index - 1), frames.frame(index)):
-            can_bus, bev = temporal.observe(frame, memory)
-            batch = frame_batch([frame], [can_bus], [bev is not None])
-            prev_bev = None if bev is None else torch.from_numpy(bev).to(device)
-            output = model(batch.images.to(device), batch.lidar2img.to(device), batch.can_bus.to(device), prev_bev)
-            memory = temporal.remember(frame, output.bev.cpu().numpy())
+        yield frames.frame(index - 1), frames.frame(index)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdbev.config import TrainConfig
+from qdbev.detector import Output
 from qdbev.nn.box_code import encode
-from qdbev.schema import BevOutput
 from train.matcher import ALPHA, match
 
 
@@ -26,7 +26,7 @@ class Losses(NamedTuple):
 
 
 def detection_loss(
-    output: BevOutput, boxes: list[Tensor], labels: list[Tensor], config: TrainConfig, world_mean: Callable[[float], float] = lambda n: n
+    output: Output, boxes: list[Tensor], labels: list[Tensor], config: TrainConfig, world_mean: Callable[[float], float] = lambda n: n
 ) -> Losses:
     """Loss of one batch. Not finite where predictions are not: upstream replaces such a loss by zero and trains on.
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.config import Config, TrainConfig, to_dict
+from qdbev.config import Config, TrainConfig, from_dict, to_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset, start_worker
-from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.schema import Batch, BevOutput
+from qdbev.detector import Detector, Output, State
+from qdbev.facts import TrainingFacts
+from qdbev.schema import Batch
 from train.criterion import Losses
 from train.distributed import World
 from train.grid_mask import grid_mask
@@ -34,15 +35,15 @@ SAVE_EVERY_SECONDS = 120.0
 """Upper bound on the work a killed run loses, besides the end of each epoch."""
 
 
-Loss = Callable[[BevOutput, Batch, list[Batch]], Losses]
-"""What is minimised, from the network's output, the batch as the network saw it, and the history before it."""
+class Loss(Protocol):
+    """The loss of a training, with numbers of its own that a resumed run needs."""
 
-
-class Stateful(Protocol):
-    """Something with numbers to save and restore."""
+    def __call__(self, output: Output, batch: Batch, history: list[Batch]) -> Losses:
+        """Losses from the network's output, the batch as the network saw it, and the frames before it."""
+        ...
 
     def state_dict(self) -> dict[str, float]:
-        """The numbers."""
+        """The numbers to save."""
         ...
 
     def load_state_dict(self, state: dict[str, float]) -> None:
@@ -56,10 +57,10 @@ class DivergenceError(FloatingPointError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where and how one training runs. Files are called after `name`, the progress bar shows `title`.
+    """Where and how one training runs. Files are called after `name`; the progress bar shows `title`.
 
-    `first_step` are the steps of earlier stages: samples and masks go on from there, while the learning rate starts anew. `balance` is
-    what `loss` keeps from step to step; it is saved with the state. `keep` gets the model and the steps done, at the beginning too.
+    `first_step` is the number of steps of earlier stages: samples and masks continue from there, while the learning rate starts anew.
+    `keep` is called with the model and the number of steps done after every step, and once before the first.
     """
 
     config: Config
@@ -72,8 +73,7 @@ class Run:
     title: str = "training"
     resume: bool = False
     first_step: int = 0
-    balance: Stateful | None = None
-    keep: Callable[[BEVFormer, int], None] | None = None
+    keep: Callable[[Detector, int], None] | None = None
 
     @property
     def state_path(self) -> Path:
@@ -88,23 +88,32 @@ class Run:
 
 @dataclass
 class Learner:
-    """What a training changes. `forward` is the model, or its wrapper in a world of many processes."""
+    """Model and optimizer of a training. `ddp_model` is the model, or DistributedDataParallel around it where there are many processes."""
 
-    model: BEVFormer
-    forward: nn.Module
+    model: Detector
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
     @classmethod
-    def of(cls, model: BEVFormer, schedule: TrainConfig, device: torch.device) -> Self:
+    def of(cls, model: Detector, schedule: TrainConfig, device: torch.device) -> Self:
         """A fresh one around `model`, in training mode on `device`."""
         model.to(device).train()
         amp = schedule.amp and device.type == "cuda"
         return cls(model, model, build_optimizer(model, schedule), torch.amp.GradScaler(device.type, enabled=amp))
 
 
-def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
-    """Train `model` in place; facts about the run.
+class Fitted(NamedTuple):
+    """Result of a training: steps and epochs done, its duration in seconds, and the loss of the last step."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    final_loss: float
+
+
+def fit(model: Detector, frames: FrameDataset, run: Run) -> Fitted:
+    """Train `model` in place.
 
     Raises:
         ValueError: The batch does not divide among the processes, or there are too few samples.
@@ -122,7 +131,7 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
     watch = Watch(model)
     step, last_loss = _resume(learner, run) if run.resume else (0, math.nan)
     if world.size > 1:
-        learner.forward = DistributedDataParallel(model, broadcast_buffers=False)
+        learner.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
     begin = saved = time.monotonic()
     if run.keep is not None and step == 0:
         run.keep(model, 0)
@@ -142,7 +151,7 @@ def fit(model: BEVFormer, frames: FrameDataset, run: Run) -> dict[str, Any]:
                 saved = time.monotonic()
             if run.keep is not None:
                 run.keep(model, step)
-    return {"steps": step, "epochs": schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
+    return Fitted(step, schedule.epochs, round(time.monotonic() - begin, 1), last_loss)
 
 
 def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
@@ -150,11 +159,11 @@ def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run,
     rng = np.random.default_rng((run.config.seed, run.first_step + step))
     scaler = learner.scaler
     with torch.autocast(run.device.type, dtype=torch.float16, enabled=scaler.is_enabled()):
-        prev_bev = history_bev(learner.model, history)
-        images = grid_mask(current.images, run.schedule.grid_mask, rng)
-        output = learner.forward(images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
-    full = BevOutput(output.image_features, output.bev, output.cls_logits.float(), output.box_code.float())
-    losses = run.loss(full, current._replace(images=images), history)
+        state = history_state(learner.model, history)
+        current = current._replace(images=grid_mask(current.images, run.schedule.grid_mask, rng))
+        output, _ = learner.ddp_model(current, state)
+    full = output._replace(cls_logits=output.cls_logits.float(), box_code=output.box_code.float())
+    losses = run.loss(full, current, history)
     if not losses.total.isfinite():
         raise DivergenceError(
             f"loss is {losses.total.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
@@ -181,15 +190,15 @@ def _watched(watch: Watch, learner: Learner, history: list[Batch], current: Batc
 
 
 @torch.no_grad()
-def history_bev(model: BEVFormer, history: list[Batch]) -> Tensor | None:
-    """(B, BEV cells, C) after the frames before the current one, in evaluation mode as upstream; None without history."""
+def history_state(model: Detector, history: list[Batch]) -> State:
+    """The state after the frames before the current one, computed in evaluation mode as upstream; None without history."""
     was_training = model.training
     model.eval()
-    bev = None
-    for frame in history:
-        _, bev = model.encode(frame.images, frame.lidar2img, frame.can_bus, bev, frame.has_prev if bev is not None else None)
+    state: State = None
+    for batch in history:
+        state = model.advance(batch, state)
     model.train(was_training)
-    return bev
+    return state
 
 
 def total_steps(schedule: TrainConfig, num_samples: int) -> int:
@@ -218,10 +227,12 @@ def batches(frames: FrameDataset, run: Run, begin: int, end: int) -> Iterator[tu
         generator=torch.Generator().manual_seed(run.config.seed),
     )
     for history, current in loader:
-        yield [_to(batch, run.device) for batch in history], _to(current, run.device)
+        yield [to_device(batch, run.device) for batch in history], to_device(current, run.device)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with all its tensors on `device`."""
+
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=True)
@@ -234,8 +245,9 @@ def _resume(learner: Learner, run: Run) -> tuple[int, float]:
     """Load the state of an earlier run; the number of steps it has done, and its last loss."""
     seal, weights, state = artifact.load_checkpoint(run.state_path, "training")
     wanted = _fingerprint(run)
-    if seal.config != wanted:
-        changed = [key for key in wanted if seal.config.get(key) != wanted[key]]
+    found = _migrated(seal.config)
+    if found != wanted:
+        changed = [key for key in wanted if found.get(key) != wanted[key]]
         raise ArtifactError(
             f"{run.state_path} belongs to a run with another config (differs in {', '.join(changed)}); use another --run folder"
         )
@@ -243,8 +255,7 @@ def _resume(learner: Learner, run: Run) -> tuple[int, float]:
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    if run.balance is not None:
-        run.balance.load_state_dict(state["balance"])
+    run.loss.load_state_dict(state["balance"])
     return state["step"], state["loss"]
 
 
@@ -254,23 +265,33 @@ def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "rng": torch.get_rng_state(),
-        "balance": {} if run.balance is None else run.balance.state_dict(),
+        "balance": run.loss.state_dict(),
         "loss": last_loss,
     }
     artifact.save_checkpoint(
         run.state_path,
-        kind="training",
         config=_fingerprint(run),
         weights=learner.model.state_dict(),
         parent=None,
-        facts={"step": step},
+        facts=TrainingFacts(step=step),
         state=state,
     )
 
 
 def _fingerprint(run: Run) -> dict[str, Any]:
-    """The settings that decide a run's numbers; where the data lies and how it is loaded may change."""
-    values = {**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule), "first_step": run.first_step}
+    """The settings that decide a run's numbers; the folder of the data and the number of loader processes may change."""
+    return _comparable({**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule), "first_step": run.first_step})
+
+
+def _migrated(saved: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a saved state in the present format of configs."""
+    extra = {key: saved[key] for key in ("schedule", "first_step")}
+    config = {key: value for key, value in saved.items() if key not in extra}
+    config["data"] = {"root": "", **config["data"]}
+    return _comparable({**to_dict(from_dict(config)), **extra})
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     values["data"] = {key: value for key, value in values["data"].items() if key not in ("root", "workers")}
     return json.loads(json.dumps(values))
 

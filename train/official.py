@@ -7,12 +7,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.command import add_settings, entry_point
 from qdbev.config import override, to_dict
-from qdbev.data.image_transform import NUSCENES_HW, image_transform
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.data.image_transform import image_transform
 from qdbev.detectors.bevformer.official import fitting_recipe, load_official, read_official
+from qdbev.facts import TeacherFacts
 from qdbev.recipes import RECIPES
 
 
@@ -26,10 +26,11 @@ def convert(checkpoint: Path, teacher: Path, settings: list[str]) -> str:
     state_dict = read_official(checkpoint)
     name = fitting_recipe(state_dict)
     config = override(RECIPES[name](), settings)
-    model = BEVFormer(config.model)
+    model = detectors.build(config.model)
     load_official(model, state_dict)
-    facts = {"image_hw": list(image_transform(config.data, NUSCENES_HW).padded_hw), "official": artifact.sha256(checkpoint)}
-    artifact.save_checkpoint(teacher, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
+    image_hw = image_transform(config.data, config.data.stored_hw).padded_hw
+    facts = TeacherFacts(image_hw=image_hw, official=artifact.sha256(checkpoint))
+    artifact.save_checkpoint(teacher, config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
     return name
 
 

@@ -10,16 +10,17 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, device, entry_point
-from qdbev.config import Config, QuantConfig, from_dict, override
-from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.config import Config, from_dict, override
+from qdbev.detector import Detector
+from qdbev.facts import StudentFacts
+from qdbev.frames import open_frames
+from qdbev.quant.config import QuantConfig
 from qdbev.quant.pack import settle
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
@@ -28,7 +29,7 @@ from qdbev.restore import restore
 from train.calibration import calibrated_student
 from train.distributed import World, world
 from train.sensitivity import read_widths
-from train.stages import Output, run_stages
+from train.stages import StudentRun, run_stages
 
 
 def train(
@@ -48,24 +49,25 @@ def train(
     """
     teacher_seal, teacher = restore(teacher_path)
     torch.manual_seed(config.seed)
-    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
+    frames = open_frames(config, config.data.train_split, training=True)
     if start is None:
         student, steps = calibrated_student(copy.deepcopy(teacher), config, frames, device), 0
     else:
         student, steps = _started(start, teacher_path, teacher_seal, config.quant)
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
-    output = Output(path=student_path, teacher=teacher_seal, resume=resume, first_step=steps, keep_every=keep_every)
-    facts: dict[str, Any] = {"image_hw": list(frames.padded_hw)}
+    student_run = StudentRun(path=student_path, teacher=teacher_seal, resume=resume, first_step=steps, keep_every=keep_every)
+    facts = StudentFacts()
     if config.quant.stages:
-        facts |= run_stages(student, teacher.to(device), frames, config, output, device, world)
+        facts = run_stages(student, teacher.to(device), frames, config, student_run, device, world)
     settle(student)
     if world.is_main:
-        facts |= {"paper_bytes": paper_bytes(student, config.quant.encoder.weight), "packed_bytes": packed_bytes(student)}
-        output.save(student.cpu(), config, facts)
+        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
+        student_run.save(student.cpu(), config, facts)
 
 
-def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig) -> tuple[BEVFormer, int]:
+def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig) -> tuple[Detector, int]:
     """The student of `path` and the steps it has behind it."""
     seal, student = restore(path)
     if seal.kind != "student":
@@ -75,7 +77,7 @@ def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig)
     differs = [name for name in wanted if own[name] != wanted[name] and name not in ("stages", "distill")]
     if differs:
         raise ArtifactError(f"{path} has another policy (differs in quant.{', quant.'.join(differs)}); calibrate anew, without --start")
-    return student, seal.facts.get("steps", 0)
+    return student, seal.facts.steps or 0
 
 
 @entry_point

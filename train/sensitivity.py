@@ -24,28 +24,30 @@ from tqdm import tqdm
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.command import add_device, add_settings, device, entry_point
-from qdbev.config import GROUPS, Bits, Config, LayerBits, from_dict, override
+from qdbev.config import Config, from_dict, override
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detector import Detector, Output
+from qdbev.frames import open_frames
 from qdbev.quant.bops import costs
+from qdbev.quant.config import Bits, LayerBits
 from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
 from qdbev.quant.prepare import bits_of
 from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
-from qdbev.schema import Batch, BevOutput
-from train.bit_allocation import Option, assign
+from qdbev.schema import Batch
+from train.bit_allocation import Option, allocate_bits
 from train.calibration import calibrated_student
 from train.distill import head_divergence
-from train.loop import history_bev
+from train.loop import history_state, to_device
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 QUEUES = 8
 """Queues of frames, spread over the training split, on which everything is measured."""
 
 
-class Row(NamedTuple):
+class Sensitivity(NamedTuple):
     """One quantizer alone at one width: `part` is weight or activation, `bev_snr` in decibels, `harm` in units of the detection loss."""
 
     layer: str
@@ -56,7 +58,7 @@ class Row(NamedTuple):
 
 
 @torch.no_grad()
-def measure(teacher: BEVFormer, config: Config, frames: FrameDataset, target: torch.device) -> list[Row]:
+def measure(teacher: Detector, config: Config, frames: FrameDataset, target: torch.device) -> list[Sensitivity]:
     """Every quantizer of the policy alone, at every width."""
     queue = _queues(frames, target)
     taught = _forward(teacher.to(target).eval(), *queue)
@@ -70,13 +72,19 @@ def measure(teacher: BEVFormer, config: Config, frames: FrameDataset, target: to
             for quantizer in group:
                 quantizer.enable_quant()
             output = _forward(student, *queue)
-            rows.append(Row(name, part, width, _snr(output.bev, taught.bev), float(head_divergence(output, taught, config.train))))
+            rows.append(
+                Sensitivity(
+                    name, part, width, _snr(_features(output), _features(taught)), float(head_divergence(output, taught, config.train))
+                )
+            )
             for quantizer in group:
                 quantizer.disable_quant()
     return rows
 
 
-def choose(rows: list[Row], teacher: BEVFormer, config: Config, frames: FrameDataset, budget: str, target: torch.device) -> dict[str, int]:
+def choose(
+    rows: list[Sensitivity], teacher: Detector, config: Config, frames: FrameDataset, budget: str, target: torch.device
+) -> dict[str, int]:
     """Bits of every weight, costing as much in all as the uniform policy of `config`: bytes (`size`) or bit operations (`bops`)."""
     student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
     weights = {name: layer for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
@@ -92,7 +100,7 @@ def choose(rows: list[Row], teacher: BEVFormer, config: Config, frames: FrameDat
         name: [Option(row.bits, unit[name] * row.bits, row.harm) for row in rows if (row.layer, row.part) == (name, "weight")]
         for name in weights
     }
-    return assign(options, sum(unit[name] * layer.weight_quantizer.num_bits for name, layer in weights.items()))
+    return allocate_bits(options, sum(unit[name] * layer.weight_quantizer.num_bits for name, layer in weights.items()))
 
 
 def layer_bits(chosen: dict[str, int], config: Config) -> tuple[LayerBits, ...]:
@@ -114,7 +122,7 @@ def read_widths(path: Path) -> tuple[LayerBits, ...]:
         raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
 
 
-def read_rows(path: Path, teacher: Seal) -> list[Row]:
+def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
     """What was measured of the same teacher for another policy or budget; it depends on neither.
 
     Raises:
@@ -122,7 +130,7 @@ def read_rows(path: Path, teacher: Seal) -> list[Row]:
     """
     try:
         content = json.loads(path.read_text())
-        rows = [Row(**row) for row in content["rows"]]
+        rows = [Sensitivity(**row) for row in content["rows"]]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
     if content.get("teacher") != teacher.sha256:
@@ -133,13 +141,13 @@ def read_rows(path: Path, teacher: Seal) -> list[Row]:
 def _uniform(config: Config, width: int) -> Config:
     """Everything that the policy quantizes at one width."""
     bits = Bits(weight=width, activation=width)
-    policy = dataclasses.replace(config.quant, **dict.fromkeys(GROUPS, bits), edge=bits, layer_bits=())
+    policy = dataclasses.replace(config.quant, bits=bits, group_bits=(), edge=bits, layer_bits=())
     if policy.embedding_bits is not None:
         policy = dataclasses.replace(policy, embedding_bits=width)
     return dataclasses.replace(config, quant=policy)
 
 
-def _parts(student: BEVFormer) -> Iterator[tuple[str, str, list[Quantizer]]]:
+def _parts(student: Detector) -> Iterator[tuple[str, str, list[Quantizer]]]:
     """Layer name, part and quantizers that are measured together."""
     for name, layer in quant_layers(student):
         weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
@@ -153,16 +161,16 @@ def _parts(student: BEVFormer) -> Iterator[tuple[str, str, list[Quantizer]]]:
 def _queues(frames: FrameDataset, target: torch.device) -> tuple[list[Batch], Batch]:
     indices = np.linspace(0, len(frames) - 1, QUEUES).astype(int)
     history, current = queue_batch([frames.queue(int(index), 0) for index in indices])
-    return [_on(batch, target) for batch in history], _on(current, target)
+    return [to_device(batch, target) for batch in history], to_device(current, target)
 
 
-def _on(batch: Batch, target: torch.device) -> Batch:
-    return batch._replace(**{name: getattr(batch, name).to(target) for name in ("images", "lidar2img", "can_bus", "has_prev")})
+def _forward(model: Detector, history: list[Batch], current: Batch) -> Output:
+    return model(current, history_state(model, history))[0]
 
 
-def _forward(model: BEVFormer, history: list[Batch], current: Batch) -> BevOutput:
-    prev_bev = history_bev(model, history)
-    return model(current.images, current.lidar2img, current.can_bus, prev_bev, current.has_prev if prev_bev is not None else None)
+def _features(output: Output) -> torch.Tensor:
+    """The BEV, or the last level of image features of a detector without a BEV."""
+    return output.image_features[-1] if output.bev is None else output.bev
 
 
 def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
@@ -172,7 +180,7 @@ def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
 
 
 def _content(
-    rows: list[Row], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str, teacher: Seal
+    rows: list[Sensitivity], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str, teacher: Seal
 ) -> dict[str, Any]:
     return {
         "budget": budget,
@@ -200,7 +208,7 @@ def main() -> None:
     seal, teacher = restore(args.teacher)
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     target = device(args.device)
-    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=False, seed=config.seed)
+    frames = open_frames(config, config.data.train_split)
     rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, target)
     chosen = choose(rows, teacher, config, frames, args.budget, target)
     content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget, seal)

@@ -11,24 +11,26 @@ from pathlib import Path
 
 import torch
 
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.command import add_device, add_settings, device, entry_point
-from qdbev.config import Config, ConfigError, override, to_dict
-from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.config import Config, override, to_dict
+from qdbev.detector import Detector
 from qdbev.detectors.bevformer.official import read_official
+from qdbev.facts import TeacherFacts
+from qdbev.frames import open_frames
 from qdbev.nn.pretrained import load_pretrained
 from qdbev.recipes import RECIPES
-from train.criterion import detection_loss
+from qdbev.settings import ConfigError
 from train.distributed import World, sync_batch_norm, world
 from train.loop import Run, fit
+from train.stage_loss import StageLoss
 
 
 def train(config: Config, folder: Path, device: torch.device, world: World, resume: bool, pretrained: Path | None = None) -> Path:
     """Train the float model of `config`, from the backbone in `pretrained` if given; the teacher checkpoint's path."""
     torch.manual_seed(config.seed)
-    frames = FrameDataset(config.data, config.model.pc_range, config.data.train_split, training=True, seed=config.seed)
-    model = BEVFormer(config.model)
+    frames = open_frames(config, config.data.train_split, training=True)
+    model = detectors.build(config.model)
     origin = folder / "float.pretrained.json"
     facts = origin_facts(origin, pretrained, world) if resume else first_weights(model, origin, pretrained, world)
     if world.size > 1:
@@ -40,19 +42,17 @@ def train(config: Config, folder: Path, device: torch.device, world: World, resu
         name="float",
         device=device,
         world=world,
-        loss=lambda output, batch, history: detection_loss(output, batch.boxes, batch.labels, config.train, world.mean),
+        loss=StageLoss(None, config, world),
         resume=resume,
     )
-    facts = {"image_hw": list(frames.padded_hw), **facts, **fit(model, frames, run)}
+    facts = TeacherFacts(image_hw=frames.padded_hw, **facts, **fit(model, frames, run)._asdict())
     teacher = folder / "teacher.pt"
     if world.is_main:
-        artifact.save_checkpoint(
-            teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts
-        )
+        artifact.save_checkpoint(teacher, config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts)
     return teacher
 
 
-def first_weights(model: BEVFormer, origin: Path, pretrained: Path | None, world: World) -> dict[str, str]:
+def first_weights(model: Detector, origin: Path, pretrained: Path | None, world: World) -> dict[str, str]:
     """Start `model` from `pretrained`, say what of it was taken, and note the file in `origin`; facts for the teacher.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from qdbev import temporal
+from qdbev.can_bus import relative_can_bus
 from qdbev.schema import Batch, Frame
 
 
@@ -39,5 +39,5 @@ def _relative(queue: list[Frame]) -> list[tuple[np.ndarray, bool]]:
     motions = []
     for previous, frame in zip([None, *queue], queue):  # noqa: B905 (the last frame is nobody's previous)
         continues = previous is not None and previous.scene_token == frame.scene_token
-        motions.append((temporal.delta(frame.can_bus, previous.can_bus if continues else None), continues))
+        motions.append((relative_can_bus(frame.can_bus, previous.can_bus if continues else None), continues))
     return motions

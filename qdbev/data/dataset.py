@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 from torch.utils.data import Dataset
 
-from qdbev import temporal
-from qdbev.config import DataConfig
+from qdbev import can_bus
+from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.data.infos import DatasetError, Info, Infos, load_or_build
 from qdbev.data.transforms import load_images
@@ -123,10 +123,10 @@ class FrameDataset(Dataset):
 
     def _can_bus(self, info: Info) -> np.ndarray:
         """(18,) absolute can_bus of its own; see `DataConfig.full_quaternion`."""
-        can_bus = info.can_bus.copy()
+        absolute = info.can_bus.copy()
         if self._config.full_quaternion:
-            can_bus[temporal.ROTATION] = info.quaternion
-        return can_bus
+            absolute[can_bus.ROTATION] = info.quaternion
+        return absolute
 
 
 def start_worker(worker: int) -> None:

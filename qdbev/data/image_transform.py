@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdbev.config import DataConfig
+from qdbev.data.config import DataConfig
 from qdbev.data.infos import DatasetError
 
 NUSCENES_HW = (900, 1600)

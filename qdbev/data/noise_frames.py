@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from qdbev import temporal
+from qdbev import can_bus as layout
 from qdbev.data import rig
 from qdbev.schema import Frame
 
-_CAN_BUS_SIZE = 18
+PIXEL_STD = 57.0
+"""Standard deviation of a pixel of ordinary photographs, on the 0-255 scale."""
 _STEP = np.array((2.5, 0.1, 0.0))
 """Metres between the two frames: half a second at 5 m/s."""
 _TURN = np.deg2rad(2.0)
@@ -27,10 +28,10 @@ def noise_frames(num_cameras: int, image_hw: tuple[int, int], pixel_std: float =
 
 
 def _frame(rng: np.random.Generator, index: int, lidar2img: np.ndarray, image_hw: tuple[int, int], pixel_std: float) -> Frame:
-    can_bus = np.zeros(_CAN_BUS_SIZE)
-    can_bus[temporal.POSITION] = index * _STEP
-    can_bus[temporal.YAW_RAD] = index * _TURN
-    can_bus[temporal.YAW_DEG] = np.rad2deg(index * _TURN)
+    can_bus = np.zeros(layout.SIZE)
+    can_bus[layout.POSITION] = index * _STEP
+    can_bus[layout.YAW_RAD] = index * _TURN
+    can_bus[layout.YAW_DEG] = np.rad2deg(index * _TURN)
     return Frame(
         token=f"synthetic_{index}",
         scene_token="synthetic",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qdbev.config import DataConfig
+from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import NUSCENES_HW, image_transform, scale_lidar2img
 from qdbev.geometry import inverse, rigid, rotation_z
 from qdbev.schema import CAMERAS

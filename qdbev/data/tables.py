@@ -17,7 +17,8 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 from tqdm import tqdm
 
-from qdbev import geometry, temporal
+from qdbev import can_bus as layout
+from qdbev import geometry
 from qdbev.data.completeness import scenes_without_can_signals
 from qdbev.data.infos import DatasetError, Infos
 from qdbev.schema import CAMERAS, CLASSES
@@ -68,11 +69,11 @@ def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) 
     if yaw_deg < 0:
         yaw_deg += 360
     vector = np.empty(18)
-    vector[temporal.POSITION] = translation
-    vector[temporal.ROTATION] = rotation[0]
+    vector[layout.POSITION] = translation
+    vector[layout.ROTATION] = rotation[0]
     vector[7:16] = signals
-    vector[temporal.YAW_RAD] = np.deg2rad(yaw_deg)
-    vector[temporal.YAW_DEG] = yaw_deg
+    vector[layout.YAW_RAD] = np.deg2rad(yaw_deg)
+    vector[layout.YAW_DEG] = yaw_deg
     return vector
 
 

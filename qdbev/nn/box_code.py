@@ -9,7 +9,6 @@ Source: bevformer core/bbox/util.py and coders/nms_free_coder.py at 66b65f3.
 import torch
 from torch import Tensor
 
-from qdbev.config import ModelConfig
 from qdbev.schema import Detections
 
 
@@ -25,22 +24,27 @@ def from_code(code: Tensor) -> Tensor:
     return torch.stack((x, y, z, log_w.exp(), log_l.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy), -1)
 
 
-def decode(cls_logits: Tensor, box_code: Tensor, model: ModelConfig) -> list[Detections]:
-    """Detections of each sample: the best `max_boxes` (query, class) pairs, no suppression, no threshold.
+def decode(cls_logits: Tensor, box_code: Tensor, max_boxes: int, post_center_range: tuple[float, ...]) -> list[Detections]:
+    """Detections of each sample: the best `max_boxes` pairs of query and class, without suppression or threshold.
 
     Args:
         cls_logits: (B, Q, classes) of the last decoder layer.
         box_code: (B, Q, 10) of the same layer.
+        max_boxes: Largest number of boxes of a sample.
+        post_center_range: x, y, z minimum then maximum in metres, lidar frame; boxes with a centre outside are dropped.
     """
-    return [_decode_sample(logits, code, model) for logits, code in zip(cls_logits.float(), box_code.float(), strict=True)]
+    return [
+        _decode_sample(logits, code, max_boxes, post_center_range)
+        for logits, code in zip(cls_logits.float(), box_code.float(), strict=True)
+    ]
 
 
-def _decode_sample(logits: Tensor, code: Tensor, model: ModelConfig) -> Detections:
+def _decode_sample(logits: Tensor, code: Tensor, max_boxes: int, post_center_range: tuple[float, ...]) -> Detections:
     num_query, num_classes = logits.shape
-    scores, index = logits.sigmoid().flatten().topk(min(model.max_boxes, num_query * num_classes))
+    scores, index = logits.sigmoid().flatten().topk(min(max_boxes, num_query * num_classes))
     boxes = from_code(code[index // num_classes])
-    low = boxes.new_tensor(model.post_center_range[:3])
-    high = boxes.new_tensor(model.post_center_range[3:])
+    low = boxes.new_tensor(post_center_range[:3])
+    high = boxes.new_tensor(post_center_range[3:])
     keep = ((boxes[:, :3] >= low) & (boxes[:, :3] <= high)).all(-1)
     numpy = [t[keep].cpu().numpy() for t in (boxes, scores, index % num_classes)]
     return Detections(*numpy)

@@ -6,7 +6,7 @@ Source: ResNet (arXiv:1512.03385) in the "pytorch" and "caffe" arrangements of m
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdbev.config import BackboneConfig
+from qdbev.nn.config import BackboneConfig
 from qdbev.ops.deform_conv import DeformConv2d
 
 EXPANSION = 4

@@ -4,33 +4,44 @@ Source: bevformer dense_heads/bevformer_head.py at 66b65f3.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import ModelConfig
-from qdbev.detectors.bevformer.decoder import Decoded
+from qdbev.schema import CODE_SIZE
 
-CODE_SIZE = 10
 _FOREGROUND_PRIOR = 0.01
 
 
-class Head(nn.Module):
-    """Classification and regression branches."""
+class Decoded(NamedTuple):
+    """One decoder layer's result.
 
-    def __init__(self, config: ModelConfig) -> None:
+    state: (B, Q, C).
+    regression: (B, Q, 10) of this layer's box branch.
+    reference: (B, Q, 3) logits of the (x, y, z) that entered the layer, to which the regression adds.
+    """
+
+    state: Tensor
+    regression: Tensor
+    reference: Tensor
+
+
+class SetHead(nn.Module):
+    """Classification and regression branches, one of each for every decoder layer."""
+
+    def __init__(self, embed_dim: int, num_classes: int, num_layers: int, pc_range: tuple[float, ...]) -> None:
         super().__init__()
-        self.pc_range = config.pc_range
-        C = config.embed_dim
+        self.pc_range = pc_range
+        C = embed_dim
         self.cls_branches = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(C, C), nn.LayerNorm(C), nn.ReLU(), nn.Linear(C, C), nn.LayerNorm(C), nn.ReLU(), nn.Linear(C, config.num_classes)
+                nn.Linear(C, C), nn.LayerNorm(C), nn.ReLU(), nn.Linear(C, C), nn.LayerNorm(C), nn.ReLU(), nn.Linear(C, num_classes)
             )
-            for _ in range(config.decoder_layers)
+            for _ in range(num_layers)
         )
         self.reg_branches = nn.ModuleList(
-            nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, CODE_SIZE))
-            for _ in range(config.decoder_layers)
+            nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C), nn.ReLU(), nn.Linear(C, CODE_SIZE)) for _ in range(num_layers)
         )
         for branch in self.cls_branches:
             nn.init.constant_(branch[-1].bias, -math.log((1 - _FOREGROUND_PRIOR) / _FOREGROUND_PRIOR))

@@ -17,8 +17,7 @@ def calibrate(model: nn.Module, run: Callable[[], None], method: Method) -> None
     Args:
         model: A prepared model in eval mode, so that dropout does not widen the ranges.
         run: Drives the calibration frames through `model`; called once, while all quantizers let tensors through.
-        method: `max`; `percentile` 99.99; `mse`, the smallest squared error; `entropy`, the smallest KL divergence. mse suits
-            fewer than 8 bits best: entropy keeps too wide a range there.
+        method: `max`, the largest magnitude, or `mse`, the range with the smallest squared error.
 
     Raises:
         ValueError: The model is in training mode or has no quantizers; or a quantizer, named, saw no data, only zeros, or values

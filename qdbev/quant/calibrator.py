@@ -1,31 +1,24 @@
-"""Ranges from data: a histogram of bounded size for activations, an exhaustive search for weights.
+"""Ranges from data: a histogram of bounded size for activations, an exhaustive search for weights."""
 
-The activation side is NVIDIA's HistogramCalibrator with its collection replaced: theirs grows without bound when the first frame is
-dim and keeps no minimum, and its search for the smallest squared error needs CUDA. Its percentile and entropy searches are used.
-"""
-
-import math
 from typing import Literal
 
 import torch
-from pytorch_quantization.calib import HistogramCalibrator
 from torch import Tensor
 
 from qdbev.quant.quantizer import fake_quantize, row_amax
 
-Method = Literal["max", "percentile", "mse", "entropy"]
+Method = Literal["max", "mse"]
+"""How a range is found: the largest magnitude, or the range with the smallest squared error."""
 
 NUM_BINS = 2048
-PERCENTILE = 99.99
+"""Bins of an activation's histogram."""
 NUM_RANGES = 512
+"""Ranges of an activation tried in the search for the smallest squared error: equal parts of the largest value."""
 NUM_WEIGHT_RANGES = 100
-"""Ranges tried in a search for the smallest squared error: so many equal parts of the largest value."""
-ENTROPY_COUNTS = 2**20
-"""The entropy search counts in 32-bit integers; the histogram is scaled to this total."""
-ENTROPY_STRIDE = 16
+"""The same for a weight."""
 
 
-class RangeCalibrator(HistogramCalibrator):
+class RangeCalibrator:
     """Histogram of |x| over everything collected, with the exact largest magnitude and minimum.
 
     The bins span 0 to `top`. A larger value doubles `top` until it fits, merging neighbouring bins, so memory stays the same and at
@@ -33,8 +26,8 @@ class RangeCalibrator(HistogramCalibrator):
     """
 
     def __init__(self, name: str, bits: int) -> None:
-        super().__init__(bits, axis=None, unsigned=False, num_bins=NUM_BINS)
         self.name = name
+        self.bits = bits
         self.amax = 0.0
         self.minimum = float("inf")
         self.top = 0.0
@@ -82,22 +75,13 @@ class RangeCalibrator(HistogramCalibrator):
             )
         if method == "max":
             return torch.tensor([self.amax])
-        if method == "mse":
-            return self._least_squared_error()
-        counts = self.counts
-        if method == "entropy":
-            counts = (counts * (ENTROPY_COUNTS / counts.sum())).ceil()
-        self._calib_hist = counts.cpu().numpy().astype("int64")
-        self._calib_bin_edges = torch.linspace(0, self.top, NUM_BINS + 1).numpy()
-        self._unsigned = self.minimum >= 0 and self._num_bits < 8
-        amax = super().compute_amax(method, stride=ENTROPY_STRIDE, percentile=PERCENTILE)
-        return amax.float().view(1).clamp_max(self.amax)
+        return self._least_squared_error()
 
     def _least_squared_error(self) -> Tensor:
         width = self.top / NUM_BINS
         centers = (torch.arange(NUM_BINS, device=self.counts.device) + 0.5) * width  # (NUM_BINS,)
-        unsigned = self.minimum >= 0 and self._num_bits < 8
-        qmax = 2 ** (self._num_bits - (0 if unsigned else 1)) - 1
+        unsigned = self.minimum >= 0 and self.bits < 8
+        qmax = 2 ** (self.bits - (0 if unsigned else 1)) - 1
         amaxes = torch.arange(1, NUM_RANGES + 1, device=centers.device) / NUM_RANGES * self.amax
         steps = (amaxes / qmax)[:, None]  # (NUM_RANGES, 1)
         error = fake_quantize(centers.expand(NUM_RANGES, -1), steps, -qmax, qmax) - centers
@@ -107,14 +91,8 @@ class RangeCalibrator(HistogramCalibrator):
 
 @torch.no_grad()
 def weight_amax(rows: Tensor, bits: int, method: Method) -> Tensor:
-    """(G,) end of the range of each row of (G, N) weights.
-
-    `entropy` takes the maximum, as NVIDIA's tools do: a channel has too few values for a histogram.
-    """
+    """(G,) end of the range of each row of (G, N) weights."""
     amax = row_amax(rows)
-    if method == "percentile":
-        magnitudes = rows.detach().float().abs()  # (G, N)
-        return magnitudes.kthvalue(math.ceil(PERCENTILE / 100 * magnitudes.shape[1]), dim=1).values
     if method == "mse":
         return amax * _least_squared_shrink(rows.detach().float(), amax, 2 ** (bits - 1) - 1)
     return amax

@@ -9,26 +9,28 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev.config import Bits
-from qdbev.quant.quantizer import Quantizer, Scale
+from qdbev.quant.config import Bits
+from qdbev.quant.quantizer import Quantizer, RangeMode
 
 
 @dataclass(frozen=True)
-class Form:
+class LayerSpec:
     """How one layer is quantized."""
 
     bits: Bits
-    scale: Scale = "step"
+    range_mode: RangeMode = "step"
     per_channel: bool = True
     """The weight has a step for each channel; False gives it one."""
 
     def activation(self) -> Quantizer:
         """A quantizer for an input."""
-        return Quantizer(self.bits.activation, scale=self.scale)
+        return Quantizer(self.bits.activation, range_mode=self.range_mode)
 
     def weight(self, weight: Tensor) -> Quantizer:
         """A quantizer for a weight (C, ...)."""
-        return Quantizer(self.bits.weight, weight_steps=weight.shape[0] if self.per_channel else 1, scale=self.scale).to(weight.device)
+        return Quantizer(self.bits.weight, weight_steps=weight.shape[0] if self.per_channel else 1, range_mode=self.range_mode).to(
+            weight.device
+        )
 
 
 class QuantConv2d(nn.Conv2d):
@@ -38,11 +40,11 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, form: Form) -> Self:
+    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec) -> Self:
         """Quantized layer around the parameters of `conv`."""
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         layer = cls(*shape, conv.bias is not None, conv.padding_mode, device="meta")
-        _adopt(layer, conv, form)
+        _adopt(layer, conv, spec)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,10 +58,10 @@ class QuantLinear(nn.Linear):
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, linear: nn.Linear, form: Form) -> Self:
+    def from_float(cls, linear: nn.Linear, spec: LayerSpec) -> Self:
         """Quantized layer around the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _adopt(layer, linear, form)
+        _adopt(layer, linear, spec)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ class QuantEmbedding(nn.Module):
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, form: Form) -> Self:
+    def from_float(cls, embedding: nn.Embedding, spec: LayerSpec) -> Self:
         """Quantized table around the parameter of `embedding`.
 
         Raises:
@@ -82,7 +84,7 @@ class QuantEmbedding(nn.Module):
             raise ValueError(f"{embedding} pads or renormalises its rows; name it in quant.float_layers")
         layer = cls()
         layer._parameters["weight"] = embedding.weight  # register_parameter refuses the name of a property
-        layer.weight_quantizer = form.weight(embedding.weight)
+        layer.weight_quantizer = spec.weight(embedding.weight)
         return layer.train(embedding.training)
 
     @property
@@ -114,10 +116,10 @@ class QuantOp(nn.Module):
         self.input_quantizers = nn.ModuleList(input_quantizers)
 
     @classmethod
-    def from_float(cls, op: nn.Module, form: Form) -> Self:
+    def from_float(cls, op: nn.Module, spec: LayerSpec) -> Self:
         """Wrapper around `op` itself."""
         device = next((p.device for p in op.parameters()), None)
-        layer = cls(op, [form.activation().to(device) for _ in op.quantized_inputs])
+        layer = cls(op, [spec.activation().to(device) for _ in op.quantized_inputs])
         return layer.train(op.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +162,8 @@ def step_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [module.log_step for module in model.modules() if isinstance(module, Quantizer) and module.learn]
 
 
-def _adopt(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, form: Form) -> None:
+def _adopt(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, spec: LayerSpec) -> None:
     layer.weight, layer.bias = source.weight, source.bias
-    layer.input_quantizer = form.activation().to(source.weight.device)
-    layer.weight_quantizer = form.weight(source.weight)
+    layer.input_quantizer = spec.activation().to(source.weight.device)
+    layer.weight_quantizer = spec.weight(source.weight)
     layer.train(source.training)

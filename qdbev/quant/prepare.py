@@ -1,7 +1,8 @@
 """From a float model to one with quantizers: fold batch norms, swap leaf modules by policy, switch groups on and off.
 
-Knows no network: leaves are found by type, and the policy speaks of them by the names of `named_modules`. A module that adds batch
-norm to its convolutions says which belong together in a class attribute `norm_pairs` of (convolution, norm) child names.
+This file knows no network: leaves are found by type, and the policy names them as `named_modules` does. A group is a top-level child
+of the network. A module that follows convolutions by batch norms lists the pairs in an attribute `norm_pairs` of (convolution, norm)
+child names.
 """
 
 from collections.abc import Iterable
@@ -11,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from qdbev.config import GROUPS, Bits, QuantConfig
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import (
-    Form,
+    LayerSpec,
     QuantConv2d,
     QuantEmbedding,
     QuantLayer,
@@ -26,7 +27,7 @@ from qdbev.quant.layers import (
 )
 
 
-class Row(NamedTuple):
+class LeafReport(NamedTuple):
     """One leaf of the model. Bits are None where there is no weight or no quantized input, and both where the layer stays float."""
 
     name: str
@@ -64,30 +65,27 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
     The quantizers let everything through until `calibrate` gave them a range.
 
     Raises:
-        ValueError: The model is already prepared, a pattern of the policy matches no leaf, or a leaf belongs to no group.
+        ValueError: The model is already prepared, or a pattern or group of the policy matches no leaf.
     """
     if quant_layers(model):
         raise ValueError("the model is already prepared; start from the float model")
     leaves = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_leaf(module)}
     own = [chosen.layers for chosen in policy.layer_bits]
     _refuse_unmatched("quant.float_layers, layer_bits and edge_layers", (*policy.float_layers, *own, *policy.edge_layers), leaves)
+    _refuse_unmatched("quant.group_bits", (f"{entry.group}.*" for entry in policy.group_bits), leaves)
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
-        form = _form(name, leaf, policy)
-        if form is None:
+        spec = _spec(name, leaf, policy)
+        if spec is None:
             continue
         if leaf not in swapped:
-            swapped[leaf] = _quantized(leaf, form)
+            swapped[leaf] = _quantized(leaf, spec)
         model.set_submodule(name, swapped[leaf])
     return model
 
 
 def bits_of(name: str, policy: QuantConfig) -> Bits | None:
-    """Bits of the leaf `name`, None if it stays float: the first of float_layers, layer_bits, edge_layers and group that matches.
-
-    Raises:
-        ValueError: The name matches no pattern and begins with no group.
-    """
+    """Bits of the leaf `name`, None if it stays float: the first of float_layers, layer_bits, edge_layers, group_bits and bits."""
     if _matches(name, policy.float_layers):
         return None
     for chosen in policy.layer_bits:
@@ -95,14 +93,11 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
             return chosen.bits
     if _matches(name, policy.edge_layers):
         return policy.edge
-    group = name.partition(".")[0]
-    if group not in GROUPS:
-        raise ValueError(f"layer {name!r} is in none of the groups {', '.join(GROUPS)}; name it in quant.float_layers to keep it float")
-    return getattr(policy, group)
+    return next((entry.bits for entry in policy.group_bits if name.startswith(f"{entry.group}.")), policy.bits)
 
 
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
-    """Quantize exactly these groups; the others run in float with their ranges kept.
+    """Quantize exactly these groups, which are top-level children of `model`; the others run in float with their ranges kept.
 
     A quantizer that layers of several groups share (sharing.py) is on while one of them is.
 
@@ -110,20 +105,21 @@ def enable(model: nn.Module, groups: Iterable[str]) -> None:
         ValueError: A group does not exist, or its layers have no range yet.
     """
     groups = tuple(groups)
-    unknown = [group for group in groups if group not in GROUPS]
+    known = [name for name, _ in model.named_children()]
+    unknown = [group for group in groups if group not in known]
     if unknown:
-        raise ValueError(f"no such group: {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+        raise ValueError(f"no such group: {', '.join(unknown)}; there are {', '.join(known)}")
     layers = dict(quant_layers(model))
     _switch(layers, {name for name in layers if name.partition(".")[0] in groups})
 
 
-def describe(model: nn.Module) -> list[Row]:
+def describe(model: nn.Module) -> list[LeafReport]:
     """One row for every leaf, float or quantized, in the model's order."""
     inside = {id(layer.op) for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
     return [_row(name, module) for name, module in model.named_modules() if _is_leaf(module) and id(module) not in inside]
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[LeafReport]) -> str:
     """The rows as aligned text."""
     cells = [("layer", "kind", "W", "A", "state")]
     for row in rows:
@@ -161,38 +157,38 @@ def _is_leaf(module: nn.Module) -> bool:
     return plain or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
 
 
-def _form(name: str, leaf: nn.Module, policy: QuantConfig) -> Form | None:
+def _spec(name: str, leaf: nn.Module, policy: QuantConfig) -> LayerSpec | None:
     """How the leaf is quantized, None if it stays float. A table that no pattern names has `embedding_bits`."""
     bits = bits_of(name, policy)
     if bits is None or not isinstance(leaf, nn.Embedding):
-        return None if bits is None else Form(bits, policy.scale, policy.per_channel)
+        return None if bits is None else LayerSpec(bits, policy.range_mode, policy.per_channel)
     if policy.embedding_bits is None:
         return None
     named = _matches(name, (*policy.edge_layers, *(chosen.layers for chosen in policy.layer_bits)))
-    return Form(bits if named else Bits(weight=policy.embedding_bits), policy.scale)
+    return LayerSpec(bits if named else Bits(weight=policy.embedding_bits), policy.range_mode)
 
 
-def _quantized(leaf: nn.Module, form: Form) -> QuantLayer:
+def _quantized(leaf: nn.Module, spec: LayerSpec) -> QuantLayer:
     if isinstance(leaf, nn.Conv2d):
-        return QuantConv2d.from_float(leaf, form)
+        return QuantConv2d.from_float(leaf, spec)
     if isinstance(leaf, nn.Linear):
-        return QuantLinear.from_float(leaf, form)
+        return QuantLinear.from_float(leaf, spec)
     if isinstance(leaf, nn.Embedding):
-        return QuantEmbedding.from_float(leaf, form)
-    return QuantOp.from_float(leaf, form)
+        return QuantEmbedding.from_float(leaf, spec)
+    return QuantOp.from_float(leaf, spec)
 
 
-def _row(name: str, module: nn.Module) -> Row:
+def _row(name: str, module: nn.Module) -> LeafReport:
     if not isinstance(module, QuantLayer):
-        return Row(name, type(module).__name__, None, None, False, False)
+        return LeafReport(name, type(module).__name__, None, None, False, False)
     parts, inputs = quantizers(module), activation_quantizers(module)
     kind = type(module.op).__name__ if isinstance(module, QuantOp) else type(module).__name__.removeprefix("Quant")
     weight_bits = module.weight_quantizer.num_bits if isinstance(module, WeightLayer) else None
     input_bits = inputs[0].num_bits if inputs else None
-    return Row(name, kind, weight_bits, input_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
+    return LeafReport(name, kind, weight_bits, input_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
 
 
-def _state(row: Row) -> str:
+def _state(row: LeafReport) -> str:
     if row.weight_bits is None and row.activation_bits is None:
         return "float"
     if not row.calibrated:

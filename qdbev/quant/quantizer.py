@@ -19,7 +19,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-Scale = Literal["fixed", "clip", "step"]
+RangeMode = Literal["fixed", "clip", "step"]
 """What is learned: nothing, the end of the range (PACT) or the step (LSQ)."""
 
 SMALLEST_STEP = 1e-10
@@ -93,19 +93,19 @@ class Quantizer(TensorQuantizer):
     Args:
         bits: 2 to 8.
         weight_steps: G, the number of channels of the weight or 1; None makes an activation quantizer.
-        scale: Under `clip` and `step` the step is a parameter. Under `fixed` an activation keeps its calibrated step, and a weight's
+        range_mode: Under `clip` and `step` the step is a parameter. Under `fixed` an activation keeps its calibrated step, and a weight's
             step follows the largest value of its channel, or of the whole weight, while the weight trains.
     """
 
     log_step: Tensor
     """(1,) or (G,): natural logarithm of the step; of the step of a unit range where `follows`."""
 
-    def __init__(self, bits: int, *, weight_steps: int | None = None, scale: Scale = "step") -> None:
+    def __init__(self, bits: int, *, weight_steps: int | None = None, range_mode: RangeMode = "step") -> None:
         axis = None if weight_steps is None else (0,)
-        narrow = weight_steps is not None or scale == "clip"
+        narrow = weight_steps is not None or range_mode == "clip"
         super().__init__(QuantDescriptor(num_bits=bits, axis=axis, narrow_range=narrow, calib_method="none"), if_quant=False)
         self._calibrator = None
-        self.scale_mode = scale
+        self.range_mode = range_mode
         self.calibrated = False
         self.frozen: float | tuple[Tensor, Tensor] | None = None
         """Set inside `exporting` (export.py): one step, or step (G,) and zero point (G,) of a baked weight."""
@@ -118,7 +118,7 @@ class Quantizer(TensorQuantizer):
     @property
     def learn(self) -> bool:
         """True where the step is a parameter."""
-        return self.scale_mode != "fixed"
+        return self.range_mode != "fixed"
 
     @property
     def follows(self) -> bool:
@@ -198,7 +198,7 @@ class Quantizer(TensorQuantizer):
             return self._export_forward(inputs)
         if torch.compiler.is_exporting():
             raise RuntimeError("a quantized model is exported inside `with exporting(model):` (qdbev.quant.export)")
-        return fake_quantize(inputs, self.step(inputs), *self.qrange, "clip" if self.scale_mode == "clip" else "step")
+        return fake_quantize(inputs, self.step(inputs), *self.qrange, "clip" if self.range_mode == "clip" else "step")
 
     def _export_forward(self, x: Tensor) -> Tensor:
         """The same values from operations that ONNX has: Clip, QuantizeLinear and DequantizeLinear of int8."""
@@ -222,7 +222,7 @@ class Quantizer(TensorQuantizer):
     def extra_repr(self) -> str:
         """Width, sign, range and state, for print(model)."""
         sign = "unsigned" if self._unsigned else "signed"
-        kind = f"learned {self.scale_mode}" if self.learn else "follows weight" if self.follows else "fixed"
+        kind = f"learned {self.range_mode}" if self.learn else "follows weight" if self.follows else "fixed"
         state = "on" if self._if_quant else "off" if self.calibrated else "not calibrated"
         return f"{self._num_bits} bit {sign}, {self.log_step.numel()} step(s), {kind}, {state}"
 

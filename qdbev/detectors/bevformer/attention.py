@@ -1,4 +1,4 @@
-"""The attention blocks and the feed-forward block; each adds its input, and leaves normalisation to its caller.
+"""The deformable attention blocks of BEVFormer; each adds its input, and leaves normalisation to its caller.
 
 Source: BEVFormer (arXiv:2203.17270), equations 2-5; bevformer modules/{temporal_self_attention,spatial_cross_attention,decoder}.py
 at 66b65f3. Linear layers that give sampling offsets are initialised to rays, one direction a head (Deformable DETR).
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import ModelConfig
-from qdbev.ops.matmul import Matmul
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.nn.transformer import output_projection
 from qdbev.ops.msda import MultiScaleDeformableAttention
 from qdbev.ops.sca import SpatialCrossAttention
 
@@ -40,27 +40,19 @@ class _DeformableProjections(nn.Module):
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(_ray_bias(num_heads, num_maps, num_points))
-        for layer in (self.attention_weights,):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
         nn.init.xavier_uniform_(self.value_proj.weight)
         nn.init.zeros_(self.value_proj.bias)
-
-
-def _output_projection(embed_dim: int) -> nn.Linear:
-    layer = nn.Linear(embed_dim, embed_dim)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class TemporalSelfAttention(_DeformableProjections):
     """Each BEV cell reads the previous BEV and the current one, and averages the two."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__(2 * config.embed_dim, config.embed_dim, config.num_heads, 2, config.num_points)
         self.attention = MultiScaleDeformableAttention()
-        self.output_proj = _output_projection(config.embed_dim)
+        self.output_proj = output_projection(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
@@ -92,14 +84,14 @@ class TemporalSelfAttention(_DeformableProjections):
 class CameraCrossAttention(nn.Module):
     """Each BEV cell reads the cameras that see its pillar. The projections sit one level down, as in the official keys."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.num_levels = config.num_levels
         self.deformable_attention = _DeformableProjections(
             config.embed_dim, config.embed_dim, config.num_heads, config.num_levels, config.num_spatial_points
         )
         self.attention = SpatialCrossAttention()
-        self.output_proj = _output_projection(config.embed_dim)
+        self.output_proj = output_projection(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -131,10 +123,10 @@ class CameraCrossAttention(nn.Module):
 class BevCrossAttention(_DeformableProjections):
     """Each object query reads the BEV around its reference point."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__(config.embed_dim, config.embed_dim, config.num_heads, 1, config.num_points)
         self.attention = MultiScaleDeformableAttention()
-        self.output_proj = _output_projection(config.embed_dim)
+        self.output_proj = output_projection(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
@@ -150,46 +142,3 @@ class BevCrossAttention(_DeformableProjections):
             [bev_hw],
         )
         return self.dropout(self.output_proj(read)) + query
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention among object queries, as nn.MultiheadAttention, with every product a module of its own."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q_proj, self.k_proj, self.v_proj = (_output_projection(config.embed_dim) for _ in range(3))
-        self.scores = Matmul()
-        self.mix = Matmul()
-        self.out_proj = _output_projection(config.embed_dim)
-        self.attention_dropout = nn.Dropout(config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, query: Tensor, query_pos: Tensor) -> Tensor:
-        """query, query_pos (B, Q, C): (B, Q, C), with `query` added."""
-        B, Q, C = query.shape
-        positioned = query + query_pos
-        q, k, v = (
-            project(x).view(B, Q, self.num_heads, -1).transpose(1, 2)  # (B, M, Q, C/M)
-            for project, x in ((self.q_proj, positioned), (self.k_proj, positioned), (self.v_proj, query))
-        )
-        scores = self.scores(q * (C // self.num_heads) ** -0.5, k.transpose(2, 3))  # (B, M, Q, Q)
-        mixed = self.mix(self.attention_dropout(scores.softmax(-1)), v)
-        return self.dropout(self.out_proj(mixed.transpose(1, 2).reshape(B, Q, C))) + query
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(config.embed_dim, config.ffn_dim)
-        self.linear2 = nn.Linear(config.ffn_dim, config.embed_dim)
-        self.relu = nn.ReLU()
-        self.dropout = nn.Dropout(config.dropout)
-        for layer in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(layer.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, C) to (B, Q, C), with `x` added."""
-        return self.dropout(self.linear2(self.dropout(self.relu(self.linear1(x))))) + x

@@ -5,13 +5,13 @@ Source: Deformable DETR (arXiv:2010.04159), box refinement; bevformer modules/de
 B batch, C width, K BEV cells, Q queries.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import ModelConfig
-from qdbev.detectors.bevformer.attention import BevCrossAttention, FeedForward, SelfAttention
+from qdbev.detectors.bevformer.attention import BevCrossAttention
+from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.nn.set_head import Decoded
+from qdbev.nn.transformer import FeedForward, SelfAttention
 
 _EPS = 1e-5
 
@@ -25,12 +25,12 @@ def inverse_sigmoid(x: Tensor) -> Tensor:
 class DecoderLayer(nn.Module):
     """Self-attention, BEV cross-attention, feed-forward; each followed by a LayerNorm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.bev_hw = config.bev_hw
-        self.self_attention = SelfAttention(config)
+        self.self_attention = SelfAttention(config.embed_dim, config.num_heads, config.dropout)
         self.cross_attention = BevCrossAttention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.embed_dim, config.ffn_dim, config.dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(config.embed_dim) for _ in range(3))
 
     def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor) -> Tensor:
@@ -40,23 +40,10 @@ class DecoderLayer(nn.Module):
         return self.norms[2](self.ffn(query))
 
 
-class Decoded(NamedTuple):
-    """One decoder layer's result.
-
-    state: (B, Q, C).
-    regression: (B, Q, 10) of this layer's box branch.
-    reference: (B, Q, 3) logits of the (x, y, z) that entered the layer, to which the regression adds.
-    """
-
-    state: Tensor
-    regression: Tensor
-    reference: Tensor
-
-
 class Decoder(nn.Module):
     """Query embeddings, their first reference points, and the decoder layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.query_embedding = nn.Embedding(config.num_query, 2 * config.embed_dim)
         self.reference_points = nn.Linear(config.embed_dim, 3)

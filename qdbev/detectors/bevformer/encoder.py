@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qdbev.config import ModelConfig
-from qdbev.detectors.bevformer.attention import CameraCrossAttention, FeedForward, TemporalSelfAttention
+from qdbev.can_bus import YAW_DEG, YAW_RAD
+from qdbev.detectors.bevformer.attention import CameraCrossAttention, TemporalSelfAttention
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.geometry import cell_centers, pillar_points, project
+from qdbev.nn.transformer import FeedForward
 from qdbev.ops.rotate import rotate_bev
-from qdbev.temporal import YAW_DEG, YAW_RAD
 
 _LEVEL_EMBEDDINGS = 4
 """Rows of the official table in every model, however many levels are used."""
@@ -33,12 +34,12 @@ class Views(NamedTuple):
 class EncoderLayer(nn.Module):
     """Temporal self-attention, camera cross-attention, feed-forward; each followed by a LayerNorm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.bev_hw = config.bev_hw
         self.temporal = TemporalSelfAttention(config)
         self.spatial = CameraCrossAttention(config)
-        self.ffn = FeedForward(config)
+        self.ffn = FeedForward(config.embed_dim, config.ffn_dim, config.dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(config.embed_dim) for _ in range(3))
 
     def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, views: Views) -> Tensor:
@@ -51,7 +52,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """BEV queries, the geometry between them and the cameras, and the encoder layers."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.config = config
         rows, columns = config.bev_hw
@@ -104,7 +105,7 @@ class Encoder(nn.Module):
         return query
 
     def _motion(self, can_bus: Tensor) -> Tensor:
-        """(B, 18): what the network reads of `can_bus`; see `ModelConfig.absolute_yaw`."""
+        """(B, 18): what the network reads of `can_bus`; see `BEVFormerConfig.absolute_yaw`."""
         if self.config.absolute_yaw:
             return can_bus
         turn = can_bus[:, YAW_DEG:]  # (B, 1)

@@ -1,63 +1,77 @@
-"""Images to boxes: the one forward. Training, evaluation, quantization and export all run this.
+"""BEVFormer: from images to boxes. Training, evaluation, quantization and export all run this one forward.
 
 Source: BEVFormer (arXiv:2203.17270); fundamentalvision/BEVFormer at 66b65f3.
+
+B batch, N cameras, H W padded image size, C embedding width, K BEV cells, Q queries.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qdbev.config import ModelConfig
+from qdbev.detector import Detector, Output
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.decoder import Decoder
 from qdbev.detectors.bevformer.encoder import Encoder
+from qdbev.geometry import project
 from qdbev.nn.image_encoder import FeaturePyramid, ResNet
-from qdbev.nn.set_head import Head
-from qdbev.schema import BevOutput
+from qdbev.nn.set_head import SetHead
+from qdbev.schema import Batch
 
 
-class BEVFormer(nn.Module):
-    """Five children, which are also the groups of the quantization policy: backbone, neck, encoder, decoder, head."""
+class BEVFormer(Detector):
+    """The network. Its state is the BEV (B, K, C), which the next frame's temporal attention reads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    groups = BEVFormerConfig.groups
+
+    def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
         self.config = config
         self.backbone = ResNet(config.backbone)
         self.neck = FeaturePyramid(self.backbone.out_channels, config.embed_dim, config.num_levels)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.head = Head(config)
+        self.head = SetHead(config.embed_dim, config.num_classes, config.decoder_layers, config.pc_range)
 
-    def forward(
-        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None = None, has_prev: Tensor | None = None
-    ) -> BevOutput:
-        """One frame of each sample.
+    def forward(self, batch: Batch, state: Tensor | None = None) -> tuple[Output, Tensor]:
+        """One frame of each sample: the output, and the BEV (B, K, C) as the next frame's state.
 
         Args:
-            images: (B, N, 3, H, W) float32, normalised and padded.
-            lidar2img: (B, N, 4, 4) from lidar metres to pixels of the padded image.
-            can_bus: (B, 18) after the temporal delta (temporal.py).
-            prev_bev: (B, BEV cells, C) of the previous frame, or None for first frames.
-            has_prev: (B,) one where `prev_bev` counts; all ones where it is not given.
-
-        Returns:
-            All that losses, distillation and decoding read; shapes in schema.py.
+            batch: `images` (B, N, 3, H, W) normalised and padded, `lidar2img` (B, N, 4, 4) from lidar metres to pixels of the padded
+                image, `can_bus` (B, 18) relative to the previous frame, `has_prev` (B,) one where the state counts.
+            state: (B, K, C) BEV of the previous frame, or None for first frames.
 
         Raises:
             ValueError: Shapes do not fit each other or the config.
         """
-        features, bev = self.encode(images, lidar2img, can_bus, prev_bev, has_prev)
+        features, bev = self._encode(batch.images, batch.lidar2img, batch.can_bus, state, batch.has_prev)
         cls_logits, box_code = self.head(self.decoder(bev, self.head.reg_branches))
-        return BevOutput(features, bev, cls_logits, box_code)
+        return Output(features, bev, cls_logits, box_code), bev
 
-    def encode(
-        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None = None, has_prev: Tensor | None = None
+    def advance(self, batch: Batch, state: Tensor | None = None) -> Tensor:
+        """The BEV (B, K, C) for the next frame; the decoder does not run."""
+        return self._encode(batch.images, batch.lidar2img, batch.can_bus, state, batch.has_prev)[1]
+
+    def deployed(
+        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor, has_prev: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (1, Q, classes) and box code (1, Q, 10) of the last decoder layer, and the BEV (1, K, C)."""
+        _, bev = self._encode(images, lidar2img, can_bus, prev_bev, has_prev)
+        cls_logits, box_code = self.head(self.decoder(bev, self.head.reg_branches))
+        return cls_logits[-1], box_code[-1], bev
+
+    def visibility(self, batch: Batch) -> Tensor:
+        """(B, N, K) bool: the camera sees some point of the BEV cell's pillar, as spatial cross-attention counts it."""
+        image_hw = (batch.images.shape[-2], batch.images.shape[-1])
+        return project(self.encoder.pillars, batch.lidar2img, image_hw)[1].any(-1)
+
+    def _encode(
+        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None, has_prev: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """`image_features` and `bev` of `forward`: all that a frame leaves for the next one."""
+        """Image features per level (B, N, C, h, w), and the BEV (B, K, C)."""
         self._check(images, lidar2img, can_bus, prev_bev)
         B, N = images.shape[:2]
         if prev_bev is None:
             prev_bev = images.new_zeros(B, self.encoder.bev_embedding.num_embeddings, self.config.embed_dim)
             has_prev = images.new_zeros(B)
-        elif has_prev is None:
-            has_prev = images.new_ones(B)
         levels = self.neck(self.backbone(images.flatten(0, 1)))
         features = tuple(level.unflatten(0, (B, N)) for level in levels)
         image_hw = (images.shape[-2], images.shape[-1])
@@ -76,18 +90,3 @@ class BEVFormer(nn.Module):
         for name, (shape, wanted) in expected.items():
             if tuple(shape) != wanted:
                 raise ValueError(f"{name} has shape {tuple(shape)}, this model takes {wanted}")
-
-
-class Deployed(nn.Module):
-    """The model with the deployed graph's inputs and outputs (schema.INPUTS, schema.OUTPUTS)."""
-
-    def __init__(self, model: BEVFormer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor, has_prev: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Last decoder layer's logits and box code, and the BEV."""
-        output = self.model(images, lidar2img, can_bus, prev_bev, has_prev)
-        return output.cls_logits[-1], output.box_code[-1], output.bev

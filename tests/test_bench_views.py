@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from eval import draw_views, views
+from bench import draw_views, views
+from bench.draw_views import Views
 from eval.draw import Page
-from eval.draw_views import Views
 from qdbev import artifact, geometry
-from qdbev.config import DataConfig, to_dict
+from qdbev.config import to_dict
+from qdbev.data.config import DataConfig
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.image_transform import image_transform
 from qdbev.data.transforms import prepare_image
+from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.recipes import RECIPES
-from qdbev.schema import CAMERAS, BevOutput
+from qdbev.schema import CAMERAS
 
 HOTTEST = np.array(matplotlib.colormaps["inferno"](1.0))[:3] * 255
 
@@ -97,7 +99,7 @@ def test_points_and_visibility_are_those_that_the_encoder_works_with(model: BEVF
 
 
 def test_features_are_norms_over_channels_of_what_the_network_gives(model: BEVFormer, dataset: FrameDataset, seen: Views) -> None:
-    caught: list[BevOutput] = []
+    caught: list[Output] = []
     handle = model.register_forward_hook(lambda _, __, output: caught.append(output))
     views.views_of(model, dataset, 1, torch.device("cpu"))
     handle.remove()

@@ -1,6 +1,6 @@
 """Pictures of what one frame is to a model: its cameras with the reference points of the BEV, its features, and its BEV.
 
-    python -m eval.views --model runs/demo/teacher.pt --out runs/demo/views
+    python -m bench.views --model runs/demo/teacher.pt --out runs/demo/views
 
 The frame is seen alone, without what an earlier one would leave for it.
 """
@@ -13,19 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval import draw_views
-from eval.draw_views import Views
-from eval.run import add_data, data_of
-from qdbev import command, geometry, temporal
+from bench import draw_views
+from bench.draw_views import Views
+from eval.options import add_data, chosen_data
+from qdbev import command, geometry
 from qdbev.artifact import atomic
+from qdbev.can_bus import relative_can_bus
 from qdbev.command import entry_point
 from qdbev.config import from_dict
+from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.image_transform import ImageTransform
 from qdbev.data.infos import DatasetError
+from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.frames import open_frames
 from qdbev.restore import restore
-from qdbev.schema import BevOutput, Frame
+from qdbev.schema import Frame
+from train.loop import to_device
 
 _log = logging.getLogger(__name__)
 
@@ -65,33 +70,31 @@ def colors(planes: np.ndarray, transform: ImageTransform) -> np.ndarray:
 
 
 @torch.inference_mode()
-def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[BevOutput, Tensor, Tensor]:
+def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[Output, Tensor, Tensor]:
     """What the network gives, and where the encoder's pillars fall."""
-    images, lidar2img = (torch.from_numpy(array)[None].to(device) for array in (frame.images, frame.lidar2img))
-    can_bus = torch.from_numpy(temporal.delta(frame.can_bus, None))[None].to(device)
-    image_hw = (images.shape[-2], images.shape[-1])
-    return model(images, lidar2img, can_bus), *geometry.project(model.encoder.pillars, lidar2img, image_hw)
+    batch = to_device(frame_batch([frame], [relative_can_bus(frame.can_bus, None)], [False]), device)
+    image_hw = (batch.images.shape[-2], batch.images.shape[-1])
+    return model(batch)[0], *geometry.project(model.encoder.pillars, batch.lidar2img, image_hw)
 
 
-def parse_args() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.views", description="Draw a frame's reference points, features and BEV.")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.views", description="Draw a frame's reference points, features and BEV.")
     parser.add_argument("--model", type=Path, required=True, help=".pt file with its seal")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
     add_data(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main() -> None:
-    """Model and frame in, two pictures out."""
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Draw one frame as the network sees it."""
+    args = parse_args(argv)
     device = command.device(args.device or "cpu")
     seal, model = restore(args.model)
-    config = from_dict(seal.config)
-    data, split = data_of(config.data, args)
-    dataset = FrameDataset(data, config.model.pc_range, split, training=False, seed=config.seed)
+    config, split = chosen_data(from_dict(seal.config), args)
+    dataset = open_frames(config, split)
     views = views_of(model, dataset, args.frame, device)
     for name, save in (("points", draw_views.save_points), ("features", draw_views.save_features)):
         path = args.out / f"frame_{args.frame:05d}_{name}.png"

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from train.bit_allocation import Option, assign
+from train.bit_allocation import Option, allocate_bits
 
 
 def layers(rng: np.random.Generator, count: int) -> dict[str, list[Option]]:
@@ -23,7 +23,7 @@ def totals(options: dict[str, list[Option]], chosen: dict[str, int]) -> tuple[fl
 def test_the_choice_is_the_best_within_the_budget(seed):
     options = layers(np.random.default_rng(seed), 5)
     budget = totals(options, dict.fromkeys(options, 4))[0]
-    cost, harm = totals(options, assign(options, budget))
+    cost, harm = totals(options, allocate_bits(options, budget))
     assert cost <= budget
     every = (totals(options, dict(zip(options, bits, strict=True))) for bits in itertools.product((2, 3, 4, 6, 8), repeat=5))
     best = min(found for spent, found in every if spent <= budget)
@@ -34,7 +34,7 @@ def test_the_choice_is_the_best_within_the_budget(seed):
 def test_with_many_layers_the_choice_is_as_good_as_any(seed):
     options = layers(np.random.default_rng(seed), 100)
     budget = totals(options, dict.fromkeys(options, 4))[0]
-    harm = totals(options, assign(options, budget))[1]
+    harm = totals(options, allocate_bits(options, budget))[1]
     prices = np.geomspace(1e-6, 1, 400)
     least = max(sum(min(o.harm + price * o.cost for o in choices) for choices in options.values()) - price * budget for price in prices)
     assert least <= harm <= 1.01 * least, "no assignment within the budget does less harm than the dual bound"
@@ -45,11 +45,11 @@ def test_layers_that_hurt_get_more_bits_at_equal_cost():
         name: [Option(bits, float(bits), harm / bits) for bits in (2, 4, 6)]
         for name, harm in (("robust", 0.1), ("middling", 1.0), ("fragile", 10.0))
     }
-    assert assign(options, 12.0) == {"robust": 2, "middling": 4, "fragile": 6}
+    assert allocate_bits(options, 12.0) == {"robust": 2, "middling": 4, "fragile": 6}
 
 
 def test_all_bits_fit_a_large_budget_and_a_budget_below_the_cheapest_is_refused():
     options = layers(np.random.default_rng(0), 3)
-    assert set(assign(options, 1e9).values()) == {8}
+    assert set(allocate_bits(options, 1e9).values()) == {8}
     with pytest.raises(ValueError, match="the budget is 1, but the cheapest widths already cost"):
-        assign(options, 1.0)
+        allocate_bits(options, 1.0)

@@ -1,0 +1,133 @@
+"""Score a model on a split with the official nuScenes metric, and write results_nusc.json and metrics.json."""
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tqdm import tqdm
+
+from eval import nds, submission
+from eval.loop import evaluate_frames
+from eval.open_model import OpenModel, SealedModel
+from eval.submission import Record
+from qdbev import artifact
+from qdbev.config import Config
+from qdbev.data.dataset import FrameDataset
+from qdbev.facts import MetricsFacts, PredictionsFacts
+from qdbev.frames import open_frames
+
+RESULTS = "results_nusc.json"
+METRICS = "metrics.json"
+
+
+def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Path) -> dict[str, Any]:
+    """Run the model in `path` over a split, score it, and write the files into `out`, which changes only when all is done.
+
+    Args:
+        config: The model's config with the dataset to use.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        DatasetError: The dataset or the split is missing or incomplete.
+        EvaluationError: The devkit cannot score the split.
+    """
+    dataset, data = open_frames(config, split), config.data
+    results, seconds = predict(model, dataset)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        scratch = Path(name)
+        submission.write(scratch / RESULTS, results)
+        predictions = artifact.seal(scratch / RESULTS, config=model.seal.config, parent=model.seal, facts=PredictionsFacts(split=split))
+        started = time.perf_counter()
+        metrics = nds.evaluate(Path(data.root), data.version, split, scratch / RESULTS)
+        seconds["metric"] = time.perf_counter() - started
+        content = {
+            **metrics.to_dict(),
+            **_about(path, model),
+            "data": {"version": data.version, "split": split},
+            "frames": len(dataset),
+            "boxes": sum(map(len, results.values())),
+            "seconds": seconds,
+            "predictions_sha256": predictions.sha256,
+        }
+        (scratch / METRICS).write_text(json.dumps(content, indent=1, allow_nan=False))
+        facts = MetricsFacts(nds=metrics.nds, map=metrics.map)
+        artifact.seal(scratch / METRICS, config=model.seal.config, parent=model.seal, facts=facts)
+        _move(scratch, out)
+    return content
+
+
+def predict(model: OpenModel, dataset: FrameDataset) -> tuple[dict[str, list[Record]], dict[str, float]]:
+    """Records of every sample, and seconds of a frame: `model`, the median of the model alone; `frame`, the mean with data and decoding."""
+    results: dict[str, list[Record]] = {}
+    model_seconds = []
+    started = time.perf_counter()
+    for step in tqdm(evaluate_frames(model, dataset), desc="evaluating", total=len(dataset), unit="frame", disable=None):
+        info = dataset.info(step.index)
+        results[step.frame.token] = submission.records(step.frame.token, step.detections, info.ego_from_lidar, info.global_from_ego)
+        model_seconds.append(step.model_seconds)
+    frame_seconds = (time.perf_counter() - started) / len(dataset)
+    if not any(results.values()):
+        first = dataset.info(0)
+        results[first.token] = [submission.placeholder(first.token, first.global_from_ego)]
+    return results, {"model": statistics.median(model_seconds), "frame": frame_seconds}
+
+
+def table(content: dict[str, Any]) -> Table:
+    """The metrics of one model for the terminal: the means, then a row per class."""
+    grid = Table(title=f"{content['model']}: {content['frames']} frames of {content['data']['split']}", title_justify="left")
+    grid.add_column("class")
+    for title in ("NDS", "AP", "ATE", "ASE", "AOE", "AVE", "AAE"):
+        grid.add_column(title, justify="right")
+    means = [content[name] for name in ("nds", "map", "mate", "mase", "maoe", "mave", "maae")]
+    grid.add_row("all", *map(_three, means), style="bold", end_section=True)
+    for name, ap in content["class_ap"].items():
+        errors = content["class_tp"][name].values()
+        grid.add_row(name, "", *map(_three, (ap, *errors)), style="dim" if name in content["absent"] else "")
+    return grid
+
+
+def warnings(metrics: dict[str, Any]) -> list[str]:
+    """Remarks that a reader of the metrics needs, one sentence each."""
+    found, data = [], metrics["data"]
+    if metrics["absent"]:
+        found.append(
+            f"the ground truth of this split has no scored {', '.join(metrics['absent'])}: the metric counts each as AP 0 with errors "
+            "of 1, so NDS and mAP compare only with runs on the same split"
+        )
+    if data["version"].endswith("mini"):
+        found.append(
+            f"{data['version']} is for smoke runs: {data['split']} is {metrics['frames']} frames of a few scenes, so NDS and mAP say "
+            "nothing of the model and compare with no published number"
+        )
+    return found
+
+
+def _about(path: Path, model: SealedModel) -> dict[str, Any]:
+    """The model's file, hashes and size. Weights that an ONNX file keeps in a second file count as its bytes."""
+    files = [path, path.with_name(path.name + ".data")]
+    return {
+        "model": path.name,
+        "sha256": model.seal.sha256,
+        "parent_sha256": model.seal.parent,
+        "kind": model.seal.kind,
+        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
+    }
+
+
+def _move(scratch: Path, out: Path) -> None:
+    """Move the finished files into `out`, the metrics last."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (RESULTS, METRICS):
+        for file in (artifact.seal_path(scratch / name), scratch / name):
+            file.replace(out / file.name)
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,77 @@
+"""Configs saved by earlier versions of this project, brought to the present format.
+
+A config carries its format version. Whoever renames, moves or removes a setting raises `FORMAT` by one and appends a function that
+turns a config of the format before into one of the new format. Configs without a version are of format 1.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from qdbev.settings import ConfigError
+
+FORMAT = 2
+"""Version of the configs that this code writes."""
+
+_log = logging.getLogger(__name__)
+_BEVFORMER_GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
+_REMOVED_DISTILL = {"axis": "channel", "generalized": True, "image_map": "camera", "foreground": 0.0, "balance": "start"}
+"""Settings of distillation that format 2 no longer has, with the only value that is left of each."""
+_REMOVED_CHOICES = {"distill.form": ("sum",), "calibration": ("percentile", "entropy")}
+
+
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the saved config `values` in the present format.
+
+    Raises:
+        ConfigError: The config is of a later format than this code knows.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"a config must be a mapping, got {values!r}")
+    values = copy.deepcopy(values)
+    found = values.get("format", 1)
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise ConfigError(
+            f"the config is of format {found!r}, this version of qdbev reads formats 1 to {FORMAT}; "
+            "the file was made by a later version: update qdbev to open it"
+        )
+    for step in _MIGRATIONS[found - 1 :]:
+        values = step(values)
+    return values | {"format": FORMAT}
+
+
+def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """The detector gets a `kind`; bit widths are one value and exceptions; range modes and distillation lose what was removed."""
+    values["model"] = {"kind": "bevformer", **values.get("model", {})}
+    quant = values.get("quant", {})
+    given = {group: quant.pop(group) for group in _BEVFORMER_GROUPS if group in quant}
+    if given:
+        quant["bits"] = given.get("encoder", {})
+        quant["group_bits"] = [{"group": group, "bits": bits} for group, bits in given.items() if bits != quant["bits"]]
+    quant.setdefault("edge_layers", ("backbone.conv1", "head.cls_branches.*.6", "head.reg_branches.*.4"))
+    quant.setdefault("float_layers", ("encoder.can_bus_mlp.*", "decoder.reference_points"))
+    if "scale" in quant:
+        quant["range_mode"] = quant.pop("scale")
+    for stage in quant.get("stages", ()):
+        if tuple(stage.get("groups", _BEVFORMER_GROUPS)) == _BEVFORMER_GROUPS:
+            stage["groups"] = None
+    _drop_removed(quant)
+    values["quant"] = quant
+    return values
+
+
+def _drop_removed(quant: dict[str, Any]) -> None:
+    """Leave out settings and choices that no longer exist. Finished models compute the same without them; a warning names each loss."""
+    distill = quant.get("distill", {})
+    lost = [f"quant.distill.{name}={distill[name]!r}" for name, kept in _REMOVED_DISTILL.items() if distill.pop(name, kept) != kept]
+    for path, removed in _REMOVED_CHOICES.items():
+        node, name = (distill, "form") if path == "distill.form" else (quant, path)
+        if node.get(name) in removed:
+            lost.append(f"quant.{path}={node.pop(name)!r}")
+    if lost:
+        _log.warning("warning: a config of an earlier version has settings that no longer exist and are left out: %s", ", ".join(lost))
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_to_format_2,)
+"""Step k leads from format k + 1 to format k + 2."""

@@ -1,0 +1,16 @@
+"""The frames of a run: one split of the dataset that a config names, as its detector wants them."""
+
+from qdbev.config import Config
+from qdbev.data.dataset import FrameDataset
+
+
+def open_frames(config: Config, split: str, training: bool = False) -> FrameDataset:
+    """The key frames of `split`; objects outside the detector's `pc_range` are left out.
+
+    Args:
+        training: Distort the images of training queues, if the config asks for it.
+
+    Raises:
+        DatasetError: The dataset or the split is missing or incomplete.
+    """
+    return FrameDataset(config.data, config.model.pc_range, split, training=training, seed=config.seed)

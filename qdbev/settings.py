@@ -1,0 +1,124 @@
+"""Typed settings: frozen dataclasses from and to plain JSON values, and single values changed on the command line."""
+
+import ast
+import dataclasses
+import types
+import typing
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or has the wrong type or value."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def build(kind: type[T], values: Any, path: str = "") -> T:
+    """An instance of the dataclass `kind` from plain values, as `dataclasses.asdict` and JSON give them.
+
+    Nested dataclasses are built too. Where a field's type is a union of dataclasses, the value's `kind` entry selects the member whose
+    own `kind` field has that literal. Integers become floats and lists become tuples where the annotation asks for it; nothing else is
+    converted.
+
+    Args:
+        values: A mapping from field names to values.
+        path: Where `values` was found, for messages: empty, or dotted names with a final dot.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value has the wrong type.
+    """
+    require(isinstance(values, dict), f"{path or 'config'} must be a mapping, got {values!r}")
+    hints = get_type_hints(kind)
+    known = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    for key in values:
+        require(key in known, f"{path}{key} is no setting; known: {', '.join(known)}")
+    built = {key: _coerce(value, hints[key], f"{path}{key}") for key, value in values.items()}
+    missing = [
+        field.name
+        for field in dataclasses.fields(typing.cast(Any, kind))
+        if field.name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    require(not missing, f"{path or 'config'} lacks {', '.join(missing)}")
+    return kind(**built)
+
+
+def override(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """`values` with settings of the form `a.b=value` applied in place; the values are read as Python literals, else as text.
+
+    Raises:
+        ConfigError: A setting has no '=' or names no single value.
+    """
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        require(bool(separator), f"--set {setting!r}: expected name=value, for example train.epochs=2")
+        *parents, leaf = path.strip().split(".")
+        node: Any = values
+        for depth, name in enumerate([*parents, leaf]):
+            known = isinstance(node, dict) and name in node
+            where = ".".join(parents[:depth]) or "the config"
+            choices = ", ".join(sorted(node)) if isinstance(node, dict) else "nothing"
+            require(known, f"--set {setting!r}: {where} has no {name!r}; it has {choices}")
+            if depth < len(parents):
+                node = node[name]
+        require(not isinstance(node[leaf], dict), f"--set {setting!r}: {path} is a group; name one of its settings")
+        node[leaf] = _parse(text.strip())
+    return values
+
+
+def _parse(text: str) -> Any:
+    named = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotated type."""
+    origin = get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, f"{path}.")
+    if origin is Literal:
+        require(value in get_args(hint), f"{path} is {value!r}, must be one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, get_args(hint), path)
+    if origin is dict:
+        require(isinstance(value, dict), f"{path} is {value!r}, must be a mapping")
+        key_kind, value_kind = get_args(hint)
+        return {_coerce(k, key_kind, f"key of {path}"): _coerce(v, value_kind, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        require(isinstance(value, list | tuple), f"{path} is {value!r}, must be a list")
+        args = get_args(hint)
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        require(len(kinds) == len(value), f"{path} is {value!r}, must have {len(kinds)} values")
+        return tuple(_coerce(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = type(value) is hint
+    require(fits, f"{path} is {value!r} ({type(value).__name__}), must be {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _coerce_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
+    """None, a value of the only other member, or a dataclass that the value's `kind` selects."""
+    if value is None and type(None) in members:
+        return None
+    members = tuple(member for member in members if member is not type(None))
+    if len(members) == 1:
+        return _coerce(value, members[0], path)
+    by_kind = {get_args(get_type_hints(member)["kind"])[0]: member for member in members}
+    require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
+    chosen = value.get("kind")
+    require(chosen in by_kind, f"{path}.kind is {chosen!r}, must be one of {', '.join(map(repr, by_kind))}")
+    return build(by_kind[chosen], value, f"{path}.")
