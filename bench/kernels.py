@@ -151,7 +151,7 @@ def measure(case: Case) -> dict[str, Any]:
     for name, value in times.items():
         _log.info("%s: %s", name, value if isinstance(value, str) else f"{value:.3f} ms")
     views = float(case.visible.sum(1).mean())
-    about = {"visible_cameras_a_query": views, "corners_inside": corners, "traffic": moved}
+    about = {"visible_cameras_per_query": views, "corners_inside": corners, "traffic": moved}
     return {**about, "ceilings": ceilings, "times_ms": times, "floors_ms": floors, "largest_errors": errors}
 
 
