@@ -9,13 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(
-    [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "plugins/README.md", "results/README.md", "examples/cpp/README.md")),
-        *ROOT.glob("docs/*.md"),
-    ]
-)
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+FOLDERS = sorted({*PACKAGES, "docs", "examples", "results", "tests"})
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 FOREIGN = {"pip", "pytest", "venv", "ruff", "build"}
 """Modules that pages and Makefile run and that are not ours."""
 RESULTS_NOT_YET_MEASURED = {"results/kernel_bench.json"}
@@ -46,8 +42,7 @@ def without_code(text: str) -> str:
 
 def paths(text: str) -> list[str]:
     """Files in backticks that begin with one of our folders, as `train/qat.py`."""
-    tops = "|".join(sorted({*PACKAGES, "tests", "results", "docs", "examples"}))
-    return re.findall(rf"`((?:{tops})/[\w./-]+\.\w+)`", text)
+    return re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)`", text)
 
 
 def modules(text: str) -> set[str]:
