@@ -32,12 +32,12 @@ _GREY_STD = 57.0
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Pack a student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--packed", type=Path, required=True, help="file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     artifact.load_checkpoint(args.student, "student")  # and nothing else
     seal, student = restore(args.student)
     sys.stdout.write(report(write(student, seal, args.packed)) + "\n")

@@ -40,7 +40,7 @@ class ParityError(ValueError):
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
@@ -53,7 +53,7 @@ def main() -> None:
         "--builtin-plugin", action="store_true", help="attention by TensorRT's own plugin, in operator set 17: for TensorRT 8.6 to 10.6"
     )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
