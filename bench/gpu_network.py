@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from eval.open_model import Detector
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.command import device, entry_point
-from qdbev.config import PIXEL_STD, Config, to_dict
+from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer, Deployed
 from qdbev.recipes import at_bits, micro
@@ -54,7 +53,7 @@ class Two(NamedTuple):
 
 def noise(config: Config, image_hw: tuple[int, int]) -> Two:
     """What a network of `config` can run on where there is no data."""
-    return Two(noise_frames(config.model.num_cameras, image_hw, PIXEL_STD / statistics.mean(config.data.std)))
+    return Two(noise_frames(config.data, config.model.num_cameras, image_hw))
 
 
 def network(bits: str) -> tuple[Config, nn.Module]:

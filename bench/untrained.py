@@ -13,8 +13,9 @@ from torch import nn
 
 from qdbev import artifact
 from qdbev.command import add_settings, entry_point
-from qdbev.config import PIXEL_STD, Config, override, to_dict
+from qdbev.config import Config, override, to_dict
 from qdbev.data.image_transform import NUSCENES_HW, image_transform
+from qdbev.data.noise_frames import PIXEL_STD
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.nn.image_encoder import Bottleneck
 from qdbev.ops.deform_conv import DeformConv2d

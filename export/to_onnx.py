@@ -9,7 +9,6 @@ excepted, as float16. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
 
 import argparse
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from export.trace import trace
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
-from qdbev.config import GROUPS, PIXEL_STD, Config, from_dict
+from qdbev.config import GROUPS, Config, from_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.restore import restore
@@ -55,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
+    frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
     forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts

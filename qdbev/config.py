@@ -21,10 +21,6 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-PIXEL_STD = 57.0
-"""Standard deviation of a pixel of ordinary photographs, on the 0-255 scale."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where samples come from and how pixels reach the network."""

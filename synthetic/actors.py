@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from synthetic.boxes import footprints, outlines_overlap
 from synthetic.classes import CLASSES
 from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
-from synthetic.frames import footprints, outlines_overlap
 from synthetic.road import EgoMotion, Road
 from synthetic.solids import Solid, draw_colour, draw_rider, make_solid
 from synthetic.zones import EGO_CENTRE_AHEAD, EGO_WLH, ROW_SPACING, STREET_PLACED_PER_SHARE, ZONES, Zone

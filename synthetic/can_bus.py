@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from qdbev.data.rig import yaw_quaternion
+from synthetic.rotations import yaw_quaternion
 from synthetic.street import Street
 
 _LEAD = 0.1  # seconds before the first and after the last key frame

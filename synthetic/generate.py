@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qdbev.command import entry_point
-from qdbev.data.infos import TABLES
+from qdbev.data.nuscenes.files import TABLES
 from qdbev.data.rig import CHANNELS
 from synthetic.config import WORLDS, WorldConfig
 from synthetic.scene_files import PARTS_FOLDER, part_path, replace_text, write_scene

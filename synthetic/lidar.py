@@ -6,7 +6,7 @@ The beams are those of a 32-beam sensor. R beams, C columns, N boxes.
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import rotation_z
+from qdbev.geometry import rotation_z
 
 _ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
 _MAX_RANGE, _MIN_RANGE = 70.0, 1.0

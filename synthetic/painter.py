@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import footprints, rotation_z
+from qdbev.geometry import rotation_z
+from synthetic.boxes import footprints
 from synthetic.ground import HAZE, HAZE_PER_METRE
 from synthetic.solids import DECAL_PX_PER_M, Solid
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import footprints
+from synthetic.boxes import footprints
 from synthetic.ground import HAZE, paint_ground
 from synthetic.painter import (
     SUBPIXEL_BITS,

@@ -7,10 +7,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from qdbev.data.rig import CAMERAS, CHANNELS, LIDAR, Sensor, View, make_sensor, view_from
+from qdbev.data.rig import CHANNELS, LIDAR, Sensor, View, make_sensor, view_from
+from qdbev.schema import CAMERAS
+from synthetic.boxes import box_corners
 from synthetic.can_bus import can_messages
 from synthetic.config import WorldConfig
-from synthetic.frames import box_corners
 from synthetic.lidar import sweep
 from synthetic.renderer import Renderer
 from synthetic.street import Street, build_street

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from synthetic.boxes import CUBE, CUBE_FACES
 from synthetic.classes import CLASSES, Colour
-from synthetic.frames import CUBE, CUBE_FACES
 
 DARK, GLASS, WHITE, SKIN = (38, 36, 36), (112, 88, 66), (242, 242, 242), (140, 175, 225)
 HEADLIGHT, TAILLIGHT, TROUSERS = (225, 255, 255), (25, 25, 240), (95, 60, 45)

@@ -11,11 +11,12 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from qdbev.data.infos import TABLES
-from qdbev.data.rig import CHANNELS, LIDAR, Sensor, yaw_quaternion
+from qdbev.data.nuscenes.files import TABLES
+from qdbev.data.rig import CHANNELS, LIDAR, Sensor
 from synthetic.actors import Actor
 from synthetic.classes import ATTRIBUTES, CATEGORIES, CLASSES
 from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
+from synthetic.rotations import sensor_quaternion, yaw_quaternion
 from synthetic.street import Street
 from synthetic.visibility import LEVELS, level_token
 
@@ -166,7 +167,7 @@ def _calibration(seed: int, scene_name: str, sensor: Sensor) -> dict:
         "token": token(seed, "calibrated_sensor", scene_name, sensor.channel),
         "sensor_token": token(seed, "sensor", sensor.channel),
         "translation": sensor.translation.tolist(),
-        "rotation": sensor.quaternion,
+        "rotation": sensor_quaternion(sensor),
         "camera_intrinsic": [] if sensor.intrinsic is None else sensor.intrinsic.tolist(),
     }
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import CUBE_FACES
+from synthetic.boxes import CUBE_FACES
 from synthetic.painter import clip_near, project
 
 LEVELS = (("1", "v0-40", 0.0), ("2", "v40-60", 0.4), ("3", "v60-80", 0.6), ("4", "v80-100", 0.8))  # token, level, least

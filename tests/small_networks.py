@@ -5,6 +5,9 @@ import dataclasses
 from qdbev.config import BackboneConfig, Config, ModelConfig
 from qdbev.recipes import RECIPES
 
+DATA = RECIPES["micro"]().data
+"""Data settings of the networks here."""
+
 TRAINED = {
     "data.image_scale": "0.2",
     "model.embed_dim": "16",

@@ -8,9 +8,9 @@ import pytest
 
 from qdbev.data.rig import LIDAR, View, make_sensor, view_from
 from synthetic.actors import Actor
+from synthetic.boxes import box_corners, footprints, outlines_overlap
 from synthetic.classes import CLASSES
 from synthetic.config import micro, street
-from synthetic.frames import box_corners, footprints, outlines_overlap
 from synthetic.lidar import sweep
 from synthetic.painter import Placement, clip_near, gather_quads, paint, visible_order
 from synthetic.road import Road
