@@ -154,9 +154,7 @@ def test_can_bus_equals_that_of_the_official_code_with_its_error(golden_modules:
         np.testing.assert_allclose(vector, golden_modules["info_can_bus"][frame], atol=1e-11)  # degrees of float64
 
 
-def test_can_signals_are_from_the_message_after_the_sample_and_the_pose_from_the_lidar(
-    world: Path, devkit: NuScenes, known: Infos
-) -> None:
+def test_can_signals_are_from_the_message_after_the_sample_and_the_pose_from_the_lidar(world: Path, devkit: NuScenes, known: Infos) -> None:
     info = known[2]
     sample = devkit.get("sample", info.token)
     scene = devkit.get("scene", info.scene_token)["name"]
