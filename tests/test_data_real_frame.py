@@ -1,6 +1,6 @@
-"""One real nuScenes key frame goes through the transforms, the geometry of the BEV and the network, and its boxes land on its pixels.
+"""One real nuScenes key frame through the image transforms, the BEV geometry and the network: its boxes project onto its pixels.
 
-To look at it: QDBEV_PICTURE=/tmp/frame.png python -m pytest tests/test_data_real_frame.py
+To write a picture of it: QDBEV_PICTURE=frame.png python -m pytest tests/test_data_real_frame.py
 """
 
 import json
@@ -15,19 +15,18 @@ import torch
 
 from qdbev import geometry, recipes
 from qdbev.data import transforms
-from qdbev.data.image_transform import ImageTransform, image_transform, scale_lidar2img
+from qdbev.data.image_transform import NUSCENES_HW, ImageTransform, image_transform, scale_lidar2img
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import CAMERAS
 
 FOLDER = Path(__file__).parents[2] / "shared/real_frame"
-IMAGE_HW = (900, 1600)
 EDGES = ((0, 1), (1, 3), (3, 2), (2, 0), (4, 5), (5, 7), (7, 6), (6, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 
 MIRRORED = CAMERAS.index("CAM_BACK_RIGHT")
-"""A camera that sees one cell of the tiny grid in the padding only, which counts."""
+"""Index of the camera whose image is changed. One cell of the tiny grid projects into its padding only, which counts as visible."""
 BASE = recipes.base().model
 CELL = 102.4 / 200
-"""Metres of a cell of the base grid, which is fine enough to fall into small objects."""
+"""Edge length in metres of a cell of the base grid, which is small enough to be inside small objects."""
 
 pytestmark = [
     pytest.mark.nuscenes,
@@ -42,7 +41,7 @@ def frame() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def transform() -> ImageTransform:
-    return image_transform(recipes.tiny().data, IMAGE_HW)
+    return image_transform(recipes.tiny().data, NUSCENES_HW)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def corners(box: list[float]) -> np.ndarray:
 
 
 def draw(images: np.ndarray, lidar2img: np.ndarray, boxes: list[list[float]], transform: ImageTransform, path: Path) -> None:
-    """Write the six network inputs, back in colours, with the boxes in front of each camera."""
+    """Write a picture of the six network inputs, converted back to colours, with the boxes in front of each camera."""
     pictures = []
     for planes, matrix in zip(images, lidar2img, strict=True):
         rgb = planes.transpose(1, 2, 0) * transform.std + transform.mean
@@ -160,7 +159,7 @@ def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: di
     assert min(inside) > -0.01  # pixels; float32 in the projection
 
 
-def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
+def test_cells_under_the_barriers_project_onto_red_pixels_and_displaced_cells_do_not(
     frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
     is_barrier = np.array([i["bbox_label"] == frame["categories"]["barrier"] and i["num_lidar_pts"] > 0 for i in frame["instances"]])
@@ -192,7 +191,7 @@ def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
         "below the ground": points - (0, 0, 1.5),
     }
     for mistake, wrong in mistaken.items():
-        assert redness(wrong) < own - 10, mistake  # the road is a little red too, at 15
+        assert redness(wrong) < own - 10, mistake  # the road is slightly red too: 15
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +201,10 @@ def tiny() -> BEVFormer:
 
 
 @torch.no_grad()
-def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_it_sees(
+def test_a_change_of_one_cameras_image_changes_exactly_the_cells_it_sees_after_one_layer(
     tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
-    """Temporal attention, which spreads between cells, comes first in a layer: only from the second on does it carry the news further."""
+    """Temporal attention, which connects cells, comes first in a layer, so the change spreads to others only from the second layer on."""
     matrices = scaled_lidar2img(frame, transform.scale)
     lidar2img, can_bus, whole = torch.from_numpy(matrices)[None].float(), torch.zeros(1, 18), torch.from_numpy(images)[None]
     first_layer: list[torch.Tensor] = []
@@ -229,7 +228,7 @@ def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_i
 
 
 def cells_seen_by(lidar2img: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    """(2500,) bool: cells of the tiny grid with one of their four heights in a camera's image; float64, apart from geometry.py."""
+    """(2500,) bool: cells of the tiny grid that project into a camera's image at one of four heights; float64, without geometry.py."""
     centers = -51.2 + (np.arange(50) + 0.5) * 2.048
     x, y, z = (axis.ravel() for axis in np.meshgrid(centers, centers, np.linspace(-4.5, 2.5, 4), indexing="xy"))
     u, v, depth, _ = lidar2img @ np.stack((x, y, z, np.ones_like(x)))
