@@ -37,26 +37,22 @@ def load_or_build(config: DataConfig) -> Infos:
     """
     root = Path(config.root)
     cached = _load(cache_path(root, config.version), fingerprint(root, config.version))
-    return build(root, config.version, config.workers) if cached is None else cached
+    return build(config) if cached is None else cached
 
 
-def build(root: Path, version: str, workers: int) -> Infos:
-    """Check that the version is complete, read it, write the sealed file and return the infos.
-
-    Args:
-        root: Folder of the dataset.
-        version: Name of the folder of tables inside it.
-        workers: Number of reading processes; with 0 the calling process reads.
+def build(config: DataConfig) -> Infos:
+    """Check that `config.version` is complete, read it with `config.workers` processes, write the sealed file and return the infos.
 
     Raises:
         DatasetError: As for `load_or_build`. One message names everything that is missing.
     """
     from qdbev.data.nuscenes import completeness, tables  # the devkit takes seconds to import and is needed only here
 
+    root, version = Path(config.root), config.version
     _log.info("checking %s in %s", version, root)
     completeness.require(root, version)
     stamp = fingerprint(root, version)
-    infos = tables.read(root, version, workers)
+    infos = tables.read(root, version, config.workers)
     path = cache_path(root, version)
     try:
         with artifact.atomic(path) as temporary, temporary.open("wb") as file:
@@ -112,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--version", default="v1.0-trainval", help="folder of tables in it (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 0, help="reading processes (default: %(default)s)")
     args = parser.parse_args(argv)
-    infos = build(args.root, args.version, args.workers)
+    infos = build(DataConfig(root=str(args.root), version=args.version, workers=args.workers))
     lines = [f"{cache_path(args.root, args.version)}", *(f"  {name}: {value}" for name, value in summary(infos).items())]
     sys.stdout.write("\n".join(lines) + "\n")
 
