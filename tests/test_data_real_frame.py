@@ -27,7 +27,6 @@ from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import CAMERAS
 
 FOLDER = Path(__file__).parents[2] / "shared/real_frame"
-IMAGE_HW = (900, 1600)
 EDGES = ((0, 1), (1, 3), (3, 2), (2, 0), (4, 5), (5, 7), (7, 6), (6, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 
 MIRRORED = CAMERAS.index("CAM_BACK_RIGHT")
@@ -53,7 +52,8 @@ def frame() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def transform() -> ImageTransform:
-    return image_transform(recipes.RECIPES["tiny"]().data, IMAGE_HW)
+    data = recipes.RECIPES["tiny"]().data
+    return image_transform(data, data.stored_hw)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_cells_under_the_red_barriers_project_onto_red_pixels_and_mistaken_cells
         "below the ground": points - (0, 0, 1.5),
     }
     for mistake, wrong in mistaken.items():
-        assert redness(wrong) < own - 10, mistake  # the road is a little red too, at 15
+        assert redness(wrong) < own - 10, mistake  # the road is slightly red too: 15
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def tiny() -> BEVFormer:
 
 
 @torch.no_grad()
-def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_it_sees(
+def test_a_change_of_one_cameras_image_changes_exactly_the_cells_it_sees_after_one_layer(
     tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
     """Temporal attention, which mixes cells, comes first in a layer, so that a changed cell affects others from the second layer on."""

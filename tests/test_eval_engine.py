@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from engine import backend
 from engine.backend import Backend, Gpu
@@ -48,7 +48,7 @@ def made(config: Config, dataset: FrameDataset, tmp_path_factory: pytest.TempPat
     weights = model.state_dict()
     artifact.save_checkpoint(folder / "net.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
     parent, *_ = artifact.load_checkpoint(folder / "net.pt", "teacher")
-    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, noise_frames(model.config.num_cameras, dataset.padded_hw))
+    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
     return folder
 
 

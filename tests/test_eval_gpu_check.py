@@ -23,6 +23,7 @@ from eval.open_model import open_model
 from plugins import torch_ops
 from qdbev import artifact
 from qdbev.data import rig
+from qdbev.data.config import DataConfig
 from qdbev.data.noise_frames import noise_frames
 
 ROOT = Path(__file__).parent.parent
@@ -272,11 +273,12 @@ def test_points_ahead_and_behind_are_in_the_middle_of_the_front_and_rear_images(
 
 
 def test_noise_frames_are_successive_and_the_same_at_every_call():
-    first, second = noise_frames(2, (32, 64), 3.0)
-    again, _ = noise_frames(2, (32, 64), 3.0)
+    data = DataConfig(root="", std=(19.0, 19.0, 19.0))
+    first, second = noise_frames(data, 2, (32, 64))
+    again, _ = noise_frames(data, 2, (32, 64))
     assert np.array_equal(first.images, again.images) and not np.array_equal(first.images, second.images)
     assert first.images.dtype == first.lidar2img.dtype == np.float32
-    assert first.images.std() == pytest.approx(3.0, rel=0.02)
+    assert first.images.std() == pytest.approx(57.0 / 19.0, rel=0.02)
     assert first.scene_token == second.scene_token and first.timestamp_us < second.timestamp_us
     assert second.can_bus[0] - first.can_bus[0] == 2.5 and second.can_bus[17] == pytest.approx(2.0)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from eval import nds, submission
 from eval.nds import EvaluationError
 from eval.submission import SubmissionError
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.tables import rotation_matrix
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.geometry import rigid
 from qdbev.recipes import RECIPES
@@ -37,7 +37,7 @@ def truth_records(dataset: FrameDataset) -> dict[str, list[submission.Record]]:
 
 
 def pose(values: np.ndarray) -> np.ndarray:
-    return rigid(rotation_matrix(values[3:]), values[:3])
+    return rigid(Rotation.from_quat(values[3:], scalar_first=True).as_matrix(), values[:3])
 
 
 def one_car(**changed: float) -> Detections:
