@@ -67,6 +67,8 @@ class _Typing:
         self._floats = {value for value in (*known, *(value for node in graph for value in node.outputs)) if value.dtype == _WIDE}
         self._forms: dict[ir.Value, dict[ir.DataType, ir.Value]] = defaultdict(dict)
         """Each float tensor in the types that exist so far. The original value is the first form."""
+        self._scales: dict[ir.Node, ir.Value] = {}
+        """The float32 scale of each DequantizeLinear that has a type."""
         for value in self._floats.intersection(known):
             self._forms[value][_WIDE] = value
 
@@ -111,8 +113,8 @@ class _Typing:
         producer = value.producer()
         if value.is_initializer():
             forms[kind] = add_constant(self._graph, f"{value.name}.{kind.name.lower()}", _to_half(value.name, constant(value)))
-        elif producer.op_type == "DequantizeLinear":
-            scale = self._in_type(producer.inputs[1], kind, producer)
+        elif producer is not None and producer.op_type == "DequantizeLinear":
+            scale = self._in_type(self._scales.setdefault(producer, producer.inputs[1]), kind, producer)
             if not forms:
                 producer.replace_input_with(1, scale)
                 self._set_type(value, kind)

@@ -101,7 +101,8 @@ def _exchange(move: ir.Node, clip: ir.Node) -> None:
     clip.replace_input_with(0, move.inputs[0])
     move.replace_input_with(0, clipped)
     moved.name, clipped.name = clipped.name, moved.name
-    clipped.shape = clip.inputs[0].shape
+    moved.type, moved.shape = clipped.type, clipped.shape
+    clipped.type, clipped.shape = clip.inputs[0].type, clip.inputs[0].shape
     graph = move.graph
     graph.remove(clip)
     graph.insert_before(move, clip)

@@ -31,11 +31,8 @@ CLASSES = (
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 """Camera order of images, lidar2img and the learned camera embeddings."""
 
-OPSET = 18
-"""ONNX operator set of the deployed graph."""
 OP_DOMAIN = "qdbev"
-"""Domain of the custom operators: torch namespace, ONNX domain and TensorRT plugin namespace."""
-OP_VERSION = 1
+"""Same as `qdbev.ops.contract.DOMAIN`; only plugins/tensorrt_ops.py still reads it here."""
 
 INPUTS = ("images", "lidar2img", "can_bus", "prev_bev", "has_prev")
 """Deployed inputs: (1, N, 3, H, W), (1, N, 4, 4), (1, 18), (1, BEV cells, C), (1,); all float32."""

@@ -22,12 +22,16 @@ from onnx import helper
 
 from engine import backend, build
 from engine.backend import Backend, Gpu
-from export.functions import ATTRIBUTES, INPUTS, PLUGIN
 from plugins import tensorrt_ops
 from plugins.nvrtc import CompileError
 from plugins.variant import TYPES, Variant, VariantError, of_recipe
 from qdbev import schema
+from qdbev.ops import contract
 from qdbev.recipes import RECIPES
+
+INPUTS = {name: operator.inputs for name, operator in contract.OPERATORS.items()}
+ATTRIBUTES = {name: operator.attributes for name, operator in contract.OPERATORS.items()}
+PLUGIN = contract.PLUGIN_ATTRIBUTES
 
 VARIANTS = [variant for recipe in ("micro", "base") for variant in of_recipe(RECIPES[recipe]())]
 SMALL = [variant for variant in VARIANTS if variant.num_keys < 1000]

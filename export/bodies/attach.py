@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from export.bodies import im2col, msda, sca
 from export.bodies.nodes import BodyNodes, Sizes
+from export.graph import infer_shapes
 from qdbev.ops import contract
 
 Body = Callable[..., ir.Value]
@@ -26,6 +27,7 @@ def attach(model: ir.Model) -> None:
     """
     sizes: dict[str, set[Sizes]] = {}
     model.functions.clear()
+    infer_shapes(model)
     for node in model.graph:
         if node.domain == contract.DOMAIN:
             sizes.setdefault(node.op_type, set()).add(_sizes(node))
