@@ -10,10 +10,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import backend, build, compatibility, onnx_products, trt86_check
+from engine import backend, build, compatibility, trt86_check
 from engine.backend import Backend, EngineError, Gpu
-from qdbev import artifact, schema
+from qdbev import artifact, deployed_graph, schema
 from qdbev.artifact import Seal
+from qdbev.ops import contract
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", bus_id="0000:00:1E.0")
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", bus_id="0000:00:1E.0")
@@ -108,16 +109,16 @@ def network(
 ) -> onnx.ModelProto:
     """An attention, a product and a cast."""
     nodes = [
-        helper.make_node(op, ["x"], ["y"], name="encoder.attention", domain=schema.OP_DOMAIN),
+        helper.make_node(op, ["x"], ["y"], name="encoder.attention", domain=contract.DOMAIN),
         helper.make_node("MatMul", ["y", "w"], ["z"], name="encoder.linear"),
         helper.make_node("Cast", ["z"], ["out"], name="encoder.cast", to=cast),
     ]
     weights = [numpy_helper.from_array(np.ones((4, 4), weight), "w")]
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "out")]
     drawn = helper.make_graph(nodes, "drawn", info[:1], info[1:], weights)
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(schema.OP_DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(contract.DOMAIN, 1)]
     inner = [helper.make_node("Identity", ["x"], ["y"])]
-    functions = [helper.make_function(schema.OP_DOMAIN, op, ["x"], ["y"], inner, opsets[:1])] if body else []
+    functions = [helper.make_function(contract.DOMAIN, op, ["x"], ["y"], inner, opsets[:1])] if body else []
     return helper.make_model(drawn, opset_imports=opsets, functions=functions)
 
 
@@ -129,7 +130,7 @@ def test_tensorrt_8_reads_float32_of_operator_set_17_with_its_own_attention() ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"opset": schema.OPSET}, r"of operator set 18; TensorRT 8\.6 reads up to 17 and would read newer nodes wrongly"),
+        ({"opset": contract.OPSET}, r"of operator set 18; TensorRT 8\.6 reads up to 17 and would misread newer nodes"),
         ({"op": "SpatialCrossAttention", "body": True}, r"node encoder\.attention is a qdbev::SpatialCrossAttention; .*no local functions"),
         ({"weight": np.float16}, r"weight w is float16; TensorRT 8\.6 has no strong typing"),
         ({"cast": TensorProto.FLOAT16}, r"the output of node encoder\.cast is float16"),
@@ -151,7 +152,7 @@ def test_a_node_that_tensorrt_8_refuses_is_found_by_its_position(tmp_path: Path)
     onnx.save(network(), tmp_path / "m.onnx")
     assert build._refused_node(Refusal(1), tmp_path / "m.onnx") == ("encoder.linear", "MatMul")
     assert build._refused_node(Refusal(-1), tmp_path / "m.onnx") == ("", "")
-    assert onnx_products.node_name(network().graph.node[1]) == "encoder.linear"
+    assert deployed_graph.node_name(network().graph.node[1]) == "encoder.linear"
 
 
 def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, mon
     registered = SimpleNamespace(plugin_creator_list=[SimpleNamespace(name=PLUGIN[0], plugin_version="1", plugin_namespace="")])
     module = SimpleNamespace(init_libnvinfer_plugins=lambda logger, namespace: None, get_plugin_registry=lambda: registered)
     monkeypatch.setattr(backend, "select", lambda wanted: Backend(name="tensorrt", module=module, version="8.6.1"))
-    model = network(opset=schema.OPSET)
+    model = network(opset=contract.OPSET)
     for names, items in ((schema.INPUTS, model.graph.input), (schema.OUTPUTS, model.graph.output)):
         del items[:]
         items.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in names)

@@ -1,4 +1,4 @@
-"""The door of the ONNX room: what it opens and what it refuses."""
+"""OnnxRunner: which files it opens, which it refuses, and how it runs them."""
 
 import numpy as np
 import onnx
@@ -8,6 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from export.runner import OnnxRunner
 from qdbev import artifact, schema
 from qdbev.artifact import ArtifactError
+from qdbev.deployed_graph import DeployedGraphError
+from qdbev.ops import contract
 
 SHAPE = [1, 3]
 
@@ -23,7 +25,7 @@ def deployed_model(**changes):
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in outputs],
         [numpy_helper.from_array(np.full(3, changes.get("weight", 1.0), np.float32), "one")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, 1)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)])
     model.ir_version = 10
     return model
 
@@ -56,25 +58,25 @@ def test_a_file_that_changed_after_sealing_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"no onnx at all", b""])
 def test_a_corrupt_file_is_refused(tmp_path, content):
-    with pytest.raises(ArtifactError, match="damaged|holds no graph"):
+    with pytest.raises(DeployedGraphError, match="damaged|holds no graph"):
         OnnxRunner(sealed(tmp_path, content))
 
 
 def test_other_output_names_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="outputs scores"):
+    with pytest.raises(DeployedGraphError, match="outputs scores"):
         OnnxRunner(sealed(tmp_path, deployed_model(outputs=("scores", "box_code", "bev"))))
 
 
 def test_a_custom_operator_without_a_body_is_refused(tmp_path):
     model = deployed_model()
-    model.graph.node[0].domain = schema.OP_DOMAIN
-    with pytest.raises(ArtifactError, match="node cls_logits is a qdbev::Add without a function body"):
+    model.graph.node[0].domain = contract.DOMAIN
+    with pytest.raises(DeployedGraphError, match="node cls_logits is a qdbev::Add without a function body"):
         OnnxRunner(sealed(tmp_path, model))
 
 
 @pytest.mark.parametrize("weight", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, weight):
-    with pytest.raises(ArtifactError, match="3 of 3 values of one are NaN or infinite"):
+    with pytest.raises(DeployedGraphError, match="3 of 3 values of weight one are NaN or infinite"):
         OnnxRunner(sealed(tmp_path, deployed_model(weight=weight)))
 
 

@@ -10,7 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
 
-GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.temporal", "qdbev.command", "qdbev.cuda_check")
+GROUND = (
+    "qdbev.config",
+    "qdbev.schema",
+    "qdbev.artifact",
+    "qdbev.geometry",
+    "qdbev.temporal",
+    "qdbev.command",
+    "qdbev.cuda_check",
+    "qdbev.deployed_graph",
+)
 CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.nn", "qdbev.detectors", "qdbev.restore")
 ROOMS = ("train", "export", "plugins", "engine", "eval")
 MAY_IMPORT = {
@@ -44,7 +53,8 @@ OWNERS = {
     "pytorch_quantization": ("qdbev.quant",),
     "scipy": ("train", "eval", "synthetic"),
     "torch.distributed": ("train",),
-    "onnx": ("export", "engine"),
+    "onnx": ("export", "engine", "qdbev.deployed_graph"),
+    "onnx_ir": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("export",),
     "tensorrt": ("engine", "plugins", "bench"),
