@@ -102,7 +102,7 @@ def test_frames_have_the_documented_shapes_and_are_in_order_of_time(tiny_world: 
 
 
 def test_lidar2img_is_scaled_with_the_images(tiny_world: Path) -> None:
-    half, whole = (open_split(tiny_world, image_range_mode=scale).frame(1).lidar2img for scale in (0.5, 1.0))
+    half, whole = (open_split(tiny_world, image_scale=scale).frame(1).lidar2img for scale in (0.5, 1.0))
     point = np.array([3.0, 20.0, -1.0, 1.0])
     for small, large in zip(half @ point, whole @ point, strict=True):
         np.testing.assert_allclose(small[:2] / small[2] * 2, large[:2] / large[2], rtol=1e-5)  # float32

@@ -199,7 +199,7 @@ def test_camera_images_that_do_not_fit_are_told_with_what_does(detector: Detecto
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.8])
 def test_the_sizes_that_are_said_to_fit_are_those_that_do(scale: float) -> None:
-    data = dataclasses.replace(exported_network().data, image_range_mode=scale, pad_multiple=32)
+    data = dataclasses.replace(exported_network().data, image_scale=scale, pad_multiple=32)
     preparation = Preprocessor(data, (1, 3, 96, 160))
     fits = []
     for height in range(40, 260):
