@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from qdbev.quant.quantizer import Quantizer, Scale, fake_quantize, row_amax
+from qdbev.quant.config import RangeMode
+from qdbev.quant.quantizer import Quantizer, fake_quantize, row_amax
 
-SCALES = ("fixed", "clip", "step")
+MODES = ("fixed", "clip", "step")
 
 
-def ready(bits: int, amax: torch.Tensor, *, weight_steps: int | None = None, scale: Scale = "step", nonnegative: bool = False) -> Quantizer:
-    quantizer = Quantizer(bits, weight_steps=weight_steps, range_mode=scale)
+def ready(
+    bits: int, amax: torch.Tensor, *, weight_steps: int | None = None, range_mode: RangeMode = "step", nonnegative: bool = False
+) -> Quantizer:
+    quantizer = Quantizer(bits, weight_steps=weight_steps, range_mode=range_mode)
     quantizer.set_range(amax, nonnegative=nonnegative)
     return quantizer
 
@@ -27,14 +30,14 @@ def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: in
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("nonnegative", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
-def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, mode: RangeMode) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(bits)) * 2
     x = x.abs() if nonnegative else x
-    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, range_mode=scale)
+    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, range_mode=mode)
     unsigned = nonnegative and bits < 8
     qmin, qmax = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    if scale == "clip" and not unsigned:
+    if mode == "clip" and not unsigned:
         qmin = -qmax  # from -a to a
     assert quantizer.qrange == (qmin, qmax)
     assert qmin >= -128 and qmax <= 127
@@ -45,12 +48,12 @@ def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [5, 1])
-def test_weights_equal_quantize_then_dequantize(bits: int, scale: Scale, steps: int) -> None:
+def test_weights_equal_quantize_then_dequantize(bits: int, mode: RangeMode, steps: int) -> None:
     weight = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
     amax = weight.abs().amax((1, 2, 3)) if steps == 5 else weight.abs().max().view(1)
-    quantizer = ready(bits, torch.ones(steps) if scale == "fixed" else amax, weight_steps=steps, range_mode=scale)
+    quantizer = ready(bits, torch.ones(steps) if mode == "fixed" else amax, weight_steps=steps, range_mode=mode)
     qmax = 2 ** (bits - 1) - 1
     assert quantizer.qrange == (-qmax, qmax)
     step = quantizer.step(weight)
@@ -165,18 +168,18 @@ def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | N
 
 
 def test_a_learned_clip_is_still_while_all_values_lie_inside() -> None:
-    for scale, still in (("clip", True), ("step", False)):
-        quantizer = ready(4, torch.tensor([4.0]), range_mode=scale)
+    for mode, still in (("clip", True), ("step", False)):
+        quantizer = ready(4, torch.tensor([4.0]), range_mode=mode)
         quantizer(torch.rand(1000)).sum().backward()
         assert (quantizer.log_step.grad.item() == 0) == still
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [None, 8, 1])
-def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, steps: int | None) -> None:
+def test_values_outside_the_range_get_no_gradient_in_any_mode(mode: RangeMode, steps: int | None) -> None:
     x = torch.randn(8, 200, requires_grad=True)
-    share = 0.3 * (row_amax(x.view(steps or 1, -1)) if scale != "fixed" or steps is None else torch.ones(steps))
-    quantizer = ready(4, share, weight_steps=steps, range_mode=scale)
+    share = 0.3 * (row_amax(x.view(steps or 1, -1)) if mode != "fixed" or steps is None else torch.ones(steps))
+    quantizer = ready(4, share, weight_steps=steps, range_mode=mode)
     (grad,) = torch.autograd.grad(quantizer(x).sum(), x)
     quotient = x / quantizer.step(x)
     qmin, qmax = quantizer.qrange
@@ -185,12 +188,12 @@ def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, step
     assert torch.equal(grad, inside.float())
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(mode: RangeMode) -> None:
     x, results = torch.randn(16, 100), []
     for autocast in (False, True):
         leaf = x.clone().requires_grad_()
-        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, range_mode=scale)
+        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, range_mode=mode)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = quantizer(leaf)
             y.square().sum().backward()
@@ -200,10 +203,10 @@ def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Sc
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", ["clip", "step"])
-def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -> None:
+@pytest.mark.parametrize("mode", ["clip", "step"])
+def test_half_types_are_quantized_in_float32(dtype: torch.dtype, mode: RangeMode) -> None:
     x = (torch.randn(5000) * 2).to(dtype).requires_grad_()
-    quantizer = ready(8, torch.tensor([5.0]), range_mode=scale)
+    quantizer = ready(8, torch.tensor([5.0]), range_mode=mode)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quantizer(x)
         y.float().square().sum().backward()
@@ -232,8 +235,8 @@ def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None
 
 def test_a_channel_of_zeros_stays_zero() -> None:
     weight = torch.zeros(2, 4, requires_grad=True)
-    for scale in SCALES:
-        y = ready(4, torch.zeros(2), weight_steps=2, range_mode=scale)(weight)
+    for mode in MODES:
+        y = ready(4, torch.zeros(2), weight_steps=2, range_mode=mode)(weight)
         assert (y == 0).all()
         y.sum().backward()
         assert weight.grad.isfinite().all()
@@ -257,14 +260,14 @@ def test_switched_off_it_lets_tensors_through_and_its_step_is_not_trained() -> N
     assert not torch.equal(quantizer(x), x)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("steps", [None, 6, 1])
-def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -> None:
+def test_a_step_can_be_set_exactly(mode: RangeMode, bits: int, steps: int | None) -> None:
     """Also on the values that come out, as after packing; and again and again."""
     weight = torch.randn(6, 50) * torch.logspace(-9, 3, 6)[:, None]
     amax = row_amax(weight.view(steps or 1, -1))
-    quantizer = ready(bits, 0.6 * (amax / amax if scale == "fixed" and steps else amax), weight_steps=steps, range_mode=scale)
+    quantizer = ready(bits, 0.6 * (amax / amax if mode == "fixed" and steps else amax), weight_steps=steps, range_mode=mode)
     for _ in range(3):
         step = quantizer.step(weight).detach().flatten()
         y = quantizer(weight).detach()
@@ -275,14 +278,14 @@ def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -
         weight = y
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_copy_and_a_reload_behave_the_same(scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_and_a_reload_behave_the_same(mode: RangeMode) -> None:
     x = torch.rand(100)
-    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, range_mode=scale)
-    fresh = Quantizer(4, range_mode=scale)
+    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, range_mode=mode)
+    fresh = Quantizer(4, range_mode=mode)
     fresh.load_state_dict(quantizer.state_dict())
     for other in (copy.deepcopy(quantizer), fresh):
         assert torch.equal(other(x), quantizer(x))
         assert other.qrange == (0, 15)
         assert other.log_step is not quantizer.log_step
-        assert other.log_step.requires_grad == (scale != "fixed")
+        assert other.log_step.requires_grad == (mode != "fixed")

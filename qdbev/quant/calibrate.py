@@ -5,13 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qdbev.quant.calibrator import Method, RangeCalibrator, weight_amax
+from qdbev.quant.calibrator import RangeCalibrator, weight_amax
+from qdbev.quant.config import CalibrationMethod
 from qdbev.quant.layers import WeightLayer, quant_layers, weight_of
 from qdbev.quant.quantizer import Quantizer, row_amax
 from qdbev.quant.sharing import shared_inputs
 
 
-def calibrate(model: nn.Module, run: Callable[[], None], method: Method) -> None:
+def calibrate(model: nn.Module, run: Callable[[], None], method: CalibrationMethod) -> None:
     """Give every quantizer of `model` its range and switch all of them on; layers that read the same tensor come to share one.
 
     Args:
@@ -58,7 +59,7 @@ def _observe(inputs: dict[str, Quantizer], run: Callable[[], None]) -> None:
             quantizer._if_calib = False
 
 
-def _fit_weight(layer: WeightLayer, method: Method) -> None:
+def _fit_weight(layer: WeightLayer, method: CalibrationMethod) -> None:
     quantizer = layer.weight_quantizer
     rows = quantizer.rows(weight_of(layer))
     amax = weight_amax(rows, quantizer.num_bits, method)

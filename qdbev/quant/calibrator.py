@@ -1,14 +1,10 @@
 """Ranges from data: a histogram of bounded size for activations, an exhaustive search for weights."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from qdbev.quant.config import CalibrationMethod
 from qdbev.quant.quantizer import fake_quantize, row_amax
-
-Method = Literal["max", "mse"]
-"""How a range is found: the largest magnitude, or the range with the smallest squared error."""
 
 NUM_BINS = 2048
 """Bins of an activation's histogram."""
@@ -62,7 +58,7 @@ class RangeCalibrator:
             self.top *= 2
         self.counts += torch.histc(x.abs(), bins=NUM_BINS, min=0, max=self.top)
 
-    def compute_amax(self, method: Method) -> Tensor:
+    def compute_amax(self, method: CalibrationMethod) -> Tensor:
         """(1,) end of the range.
 
         Raises:
@@ -90,7 +86,7 @@ class RangeCalibrator:
 
 
 @torch.no_grad()
-def weight_amax(rows: Tensor, bits: int, method: Method) -> Tensor:
+def weight_amax(rows: Tensor, bits: int, method: CalibrationMethod) -> Tensor:
     """(G,) end of the range of each row of (G, N) weights."""
     amax = row_amax(rows)
     if method == "mse":

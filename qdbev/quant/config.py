@@ -5,6 +5,11 @@ from typing import Literal
 
 from qdbev.settings import require
 
+CalibrationMethod = Literal["max", "mse"]
+"""How calibration finds a range: the largest magnitude, or the range with the smallest squared error."""
+RangeMode = Literal["fixed", "clip", "step"]
+"""How training treats a calibrated range; qdbev/quant/range_mode.py has a class for each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
@@ -93,11 +98,11 @@ class QuantConfig:
     """Layers with bit widths of their own, as `python -m train.sensitivity` chooses them."""
     float_layers: tuple[str, ...] = ()
     """Layers that stay float, for example because they compute geometry."""
-    calibration: Literal["max", "mse"] = "mse"
+    calibration: CalibrationMethod = "mse"
     """How a range is found: the largest magnitude, or the range with the smallest squared error."""
     calibration_samples: int = 32
     """Number of frames that calibration runs."""
-    range_mode: Literal["fixed", "clip", "step"] = "step"
+    range_mode: RangeMode = "step"
     """How training treats the calibrated ranges. fixed: activations keep theirs, weights follow their largest value (QD-BEV). clip: the
     end of the range is learned (PACT). step: the step is learned (LSQ)."""
     per_channel: bool = True

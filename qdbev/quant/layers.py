@@ -9,8 +9,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev.quant.config import Bits
-from qdbev.quant.quantizer import Quantizer, RangeMode
+from qdbev.quant.config import Bits, RangeMode
+from qdbev.quant.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,6 @@ class QuantEmbedding(nn.Module):
     def num_embeddings(self) -> int:
         """V."""
         return weight_of(self).shape[0]
-
-    @property
-    def embedding_dim(self) -> int:
-        """C."""
-        return weight_of(self).shape[1]
 
     def forward(self, indices: Tensor) -> Tensor:
         """(...) rows to (..., C)."""

@@ -1,7 +1,7 @@
 """A student as few bytes: integers at their own bits, steps in a byte, and every other number in the shortest form that holds it.
 
 `unpack` gives back the same forward to the bit, since fake-quantized weights are integers times steps, and nothing else is changed:
-what float16 cannot hold stays float32. `settle` rounds a trained student's biases and norms, so that float16 can.
+what float16 cannot hold stays float32. `round_floats_to_half` rounds a trained student's biases and norms, so that float16 can.
 
 Layout, of a model whose structure the reader knows from its config: version; a byte of flags for each quantizer; all input steps; the
 steps and then the values of each weight; the other parameters and buffers. A float array begins with its form. All of it is deflated:
@@ -78,7 +78,7 @@ def unpack(data: bytes, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> None:
+def round_floats_to_half(model: nn.Module) -> None:
     """Round what is not quantized to float16, in place: biases, norms, float layers. Values beyond its range stay."""
     for value in _floats(model):
         half = value.half().to(value.dtype)

@@ -72,7 +72,7 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
     leaves = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_leaf(module)}
     own = [chosen.layers for chosen in policy.layer_bits]
     _refuse_unmatched("quant.float_layers, layer_bits and edge_layers", (*policy.float_layers, *own, *policy.edge_layers), leaves)
-    _refuse_unmatched("quant.group_bits", (f"{entry.group}.*" for entry in policy.group_bits), leaves)
+    _refuse_unmatched("quant.group_bits", (entry.group for entry in policy.group_bits), {_group_of(name) for name in leaves})
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
         spec = _spec(name, leaf, policy)
@@ -93,7 +93,7 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
             return chosen.bits
     if _matches(name, policy.edge_layers):
         return policy.edge
-    return next((entry.bits for entry in policy.group_bits if name.startswith(f"{entry.group}.")), policy.bits)
+    return next((entry.bits for entry in policy.group_bits if entry.group == _group_of(name)), policy.bits)
 
 
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
@@ -110,7 +110,7 @@ def enable(model: nn.Module, groups: Iterable[str]) -> None:
     if unknown:
         raise ValueError(f"no such group: {', '.join(unknown)}; there are {', '.join(known)}")
     layers = dict(quant_layers(model))
-    _switch(layers, {name for name in layers if name.partition(".")[0] in groups})
+    _switch(layers, {name for name in layers if _group_of(name) in groups})
 
 
 def describe(model: nn.Module) -> list[LeafReport]:
@@ -205,6 +205,11 @@ def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:
     for layer in layers.values():
         for quantizer in quantizers(layer):
             quantizer.enable_quant() if quantizer in wanted else quantizer.disable_quant()
+
+
+def _group_of(name: str) -> str:
+    """Top-level child of the network that the leaf belongs to, or is."""
+    return name.partition(".")[0]
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -19,8 +19,7 @@ from pytorch_quantization.tensor_quant import QuantDescriptor
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-RangeMode = Literal["fixed", "clip", "step"]
-"""What is learned: nothing, the end of the range (PACT) or the step (LSQ)."""
+from qdbev.quant.config import RangeMode
 
 SMALLEST_STEP = 1e-10
 """Floor of a step, so that a channel of zeros divides by something."""
