@@ -98,7 +98,7 @@ def test_a_table_is_switched_with_its_group():
 def test_a_table_that_pads_is_refused():
     net = Net()
     net.encoder = nn.Embedding(9, 8, padding_idx=0)
-    with pytest.raises(ValueError, match="pads or renormalises"):
+    with pytest.raises(ValueError, match="padding_idx or max_norm"):
         prepare(net, policy())
 
 

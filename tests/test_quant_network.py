@@ -182,7 +182,7 @@ def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
 
 
 def test_bits_of_a_group_that_does_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"quant\.group_bits: 'tail'.*backbone"):
+    with pytest.raises(ValueError, match="no such group: tail; the groups are backbone"):
         prepare(folded(), policy(W8A8, group_bits=(GroupBits(group="neck", bits=W4A6), GroupBits(group="tail", bits=W4A6))))
 
 
