@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
 
@@ -60,7 +60,7 @@ class Rig:
 
 def drive(model: BEVFormer, count: int) -> list[Frame]:
     """Consecutive frames of noise of one scene, by a vehicle that drives and turns."""
-    first, second = noise_frames(model.config.num_cameras, IMAGE_HW)
+    first, second = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     step = second.can_bus - first.can_bus
     return [
         dataclasses.replace(
@@ -81,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, li
     model = BEVFormer(config.model).eval()
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
     return path, config, drive(model, 5)
 
 
@@ -178,12 +178,12 @@ def test_after_a_frame_that_failed_the_next_goes_on_from_the_last_good_one(rig: 
     first, second = rig.inputs()[:2]
     with Session(rig.engine) as session:
         rig.cuda.fail[call] = FAILED
-        with pytest.raises(EngineError, match="CUDA answers cudaErrorLaunchFailure"):
+        with pytest.raises(EngineError, match="CUDA call failed with cudaErrorLaunchFailure"):
             session.infer(first)
         agree(session.infer(streamed(first)), rig.runner(first))
         rig.cuda.fail[call] = FAILED
         if call != "cudaHostAlloc":  # not taken again
-            with pytest.raises(EngineError, match="CUDA answers"):
+            with pytest.raises(EngineError, match="CUDA call failed"):
                 session.infer(streamed(rig.inputs()[4]))
         agree(session.infer(streamed(second)), rig.runner(second))
 
@@ -205,7 +205,7 @@ def test_a_gpu_that_is_lost_is_told_once_more_and_not_asked_again(rig: Rig) -> N
     inputs = rig.inputs()[0]
     with Session(rig.engine) as session:
         rig.cuda.sticky = runtime.cudaError_t.cudaErrorIllegalAddress
-        with pytest.raises(EngineError, match="CUDA answers cudaErrorIllegalAddress"):
+        with pytest.raises(EngineError, match="CUDA call failed with cudaErrorIllegalAddress"):
             session.infer(inputs)
         rig.cuda.calls.clear()
         with pytest.raises(EngineError, match=r"the GPU failed before \(cudaErrorIllegalAddress\) and answers this process no more"):
@@ -323,7 +323,7 @@ def test_the_streaming_detector_on_an_engine_finds_what_it_finds_in_onnxruntime(
     with open_engine(rig.engine) as detector:
         for index, frame in enumerate(rig.frames):
             rig.cuda.fail["cudaMemcpyAsync"] = FAILED
-            with pytest.raises(EngineError, match="CUDA answers"):
+            with pytest.raises(EngineError, match="CUDA call failed"):
                 detector(frame)
             bad = dataclasses.replace(frame, images=frame.images * np.float32(np.nan))
             with pytest.raises(FrameError, match="NaN or infinite"):

@@ -81,7 +81,7 @@ def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig)
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Quantize a float teacher: calibrate, and train on with fake quantization."""
     parser = argparse.ArgumentParser(prog="python -m train.qat", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last saved state")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, _, _ = artifact.load_checkpoint(args.teacher, "teacher")
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     if args.widths:

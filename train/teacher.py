@@ -97,7 +97,7 @@ def origin_facts(origin: Path, pretrained: Path | None, world: World) -> dict[st
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train the float teacher."""
     parser = argparse.ArgumentParser(prog="python -m train.teacher", description=main.__doc__)
     parser.add_argument("--recipe", required=True, help=", ".join(RECIPES))
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the run's last saved state")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.recipe not in RECIPES:
         raise ConfigError(f"--recipe {args.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     config = override(RECIPES[args.recipe](), args.settings)

@@ -31,7 +31,7 @@ class Operator:
     """Name of the PyTorch operator in the namespace `DOMAIN`."""
     inputs: tuple[str, ...]
     """Names of the inputs, in order."""
-    attributes: Mapping[str, Literal["int", "ints"]]
+    attributes: Mapping[str, Literal["int", "ints"]] = field(hash=False)
     """The node's own attributes and their types."""
     output_shape: Callable[[Mapping[str, Sequence[int]]], Shape] = field(repr=False)
     """Function that gives the shape of the only output from the shapes of the inputs, which it takes by name."""
