@@ -21,7 +21,7 @@ from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.quant.size import packed_parts
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
@@ -45,7 +45,7 @@ def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
     model = quantized(config, model)
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     calibrate(model, lambda: packing._outputs(model, frames), "max")
-    settle(model)
+    round_floats_to_half(model)
     facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
     artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
     return restore(path)

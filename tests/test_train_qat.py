@@ -12,7 +12,7 @@ from qdbev.artifact import ArtifactError
 from qdbev.config import Config, from_dict, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from train import calibration, loop, qat
@@ -47,7 +47,7 @@ def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp
     config = config_of(teacher, "w8a8", "quant.stages=()")
     frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
     student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
-    settle(student)
+    round_floats_to_half(student)
     qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
     seal, restored = restore(tmp_path / "w8a8.pt")
     assert seal.kind == "student"

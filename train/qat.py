@@ -21,7 +21,7 @@ from qdbev.detector import Detector
 from qdbev.facts import StudentFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import at_bits
@@ -60,7 +60,7 @@ def train(
     facts = StudentFacts()
     if config.quant.stages:
         facts = run_stages(student, teacher.to(device), frames, config, student_run, device, world)
-    settle(student)
+    round_floats_to_half(student)
     if world.is_main:
         sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
         facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
