@@ -9,11 +9,12 @@ import torch
 from golden_inputs import fill_state_dict, make_can_bus, make_images, make_lidar2img
 from torch import Tensor
 
-from qdbev import temporal
+from qdbev.can_bus import relative_can_bus
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.official import load_official
+from qdbev.detectors.bevformer.official import KEYS
+from qdbev.nn.state_dict import load_official
 from qdbev.recipes import RECIPES
 
 ATOL = 1e-4
@@ -41,13 +42,13 @@ def official_micro(shifted_reference: bool) -> BEVFormer:
     """The model under the weights that belong to the official key names."""
     shapes = json.loads(Path(__file__).with_name("golden_kept.json").read_text())["shapes"]
     model = BEVFormer(micro_config(shifted_reference))
-    load_official(model, {key: torch.from_numpy(value) for key, value in fill_state_dict(shapes).items()})
+    load_official(model, {key: torch.from_numpy(value) for key, value in fill_state_dict(shapes).items()}, KEYS)
     return model.eval()
 
 
 def inputs(frame: int, previous: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Images, lidar2img and relative can_bus of a frame, batch of one."""
-    can_bus = temporal.delta(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
+    can_bus = relative_can_bus(make_can_bus(frame, "micro"), None if previous is None else make_can_bus(previous, "micro"))
     arrays = make_images("micro", frame), make_lidar2img("micro").astype(np.float32), can_bus
     return tuple(torch.from_numpy(array)[None] for array in arrays)
 

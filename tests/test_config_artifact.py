@@ -41,7 +41,7 @@ def test_settings_are_typed_as_the_field_is():
         ("train=3", "train is a group"),
         ("model.bev_hw=(1,2,3)", "must have 2 values"),
         ("model.backbone.style=keras", "must be one of 'pytorch', 'caffe'"),
-        ("quant.encoder.weight=9", "weight bits are 9, must be 2 to 8"),
+        ("quant.bits.weight=9", "weight bits are 9, must be 2 to 8"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(setting, message):

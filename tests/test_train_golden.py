@@ -14,7 +14,7 @@ from qdbev.config import TrainConfig
 from qdbev.data.collate import queue_batch
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.official import translate
+from qdbev.detectors.bevformer.official import KEYS
 from qdbev.nn.box_code import encode
 from qdbev.schema import Frame
 from train.criterion import Losses, detection_loss
@@ -77,7 +77,7 @@ def official_gradient(model: BEVFormer, key: str) -> Tensor:
     """Gradient of an official parameter, flat; packed projections are put together again."""
     own = dict(model.named_parameters())
     probe = torch.zeros(3, 1) if "in_proj" in key else torch.zeros(1)
-    return torch.cat([own[piece].grad.flatten() for piece in translate(key, probe, own)])
+    return torch.cat([own[piece].grad.flatten() for piece in KEYS.translate(key, probe, own)])
 
 
 def training_queue() -> list[Frame]:

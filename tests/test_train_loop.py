@@ -1,4 +1,4 @@
-"""The loop itself: resuming, many processes, and errors that name what went wrong. A small net on a small synthetic world."""
+"""The training loop on a small network and world: resuming, many processes, and errors that say what went wrong."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from small_networks import TRAINED
+from small_trainings import CPU
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
@@ -24,7 +25,6 @@ from train.grid_mask import grid_mask
 from train.loop import DivergenceError, Run
 from train.teacher import main, train
 
-CPU = torch.device("cpu")
 SETTINGS = {**TRAINED, "train.epochs": "2", "train.warmup_steps": "2", "train.grid_mask": "0.5", "model.dropout": "0.1"}
 
 
@@ -138,9 +138,8 @@ def test_two_processes_give_the_loss_curve_of_one(tiny_world, tmp_path):
 )
 def test_bad_command_lines_are_one_clear_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["train.teacher", "--run", str(tmp_path), "--recipe", "micro", *arguments])
     with pytest.raises(SystemExit, match=message):
-        main()
+        main(["--run", str(tmp_path), "--recipe", "micro", *arguments])
     assert not list(tmp_path.glob("*.pt"))
 
 
