@@ -155,7 +155,7 @@ def of_files(engine: Path, onnx_path: Path) -> Report:
     """
     engine_seal = artifact.unseal(engine, "engine")
     artifact.expect_parent(engine, engine_seal, onnx_path, artifact.unseal(onnx_path, "onnx"))
-    table = layer_table.load(layer_table.table_path(engine), engine_seal.facts["layer_table_sha256"])
+    table = layer_table.load(layer_table.table_path(engine), engine_seal.facts.layer_table_sha256)
     return audit(onnx_products.products(onnx_products.load(onnx_path)), table)
 
 

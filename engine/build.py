@@ -25,7 +25,7 @@ from engine.layer_table import Layer
 from plugins import tensorrt_ops
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.facts import interface_facts, interface_of
+from qdbev.facts import BackendVersion, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -52,7 +52,9 @@ class Plan:
 
     content: bytes
     table: list[Layer]
-    facts: dict[str, Any]
+    backend: BackendVersion
+    target: Target
+    build_seconds: float
 
 
 def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Report:
@@ -78,16 +80,18 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     with artifact.atomic(engine_path) as temporary:
         temporary.write_bytes(plan.content)
     table_sha256 = artifact.sha256(layer_table.table_path(engine_path))
-    facts = {
-        **plan.facts,
-        "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
-        **interface_facts(interface_of(parent)),
-        "plugins": plugin_nodes(model, plugins),
-        "plan_bytes": len(plan.content),
-        "audit": report.facts(),
-        "layer_table_sha256": table_sha256,
-    }
-    artifact.seal(engine_path, kind="engine", config=parent.config, parent=parent, facts=facts)
+    facts = EngineFacts(
+        interface=parent.facts.interface,
+        backend=plan.backend,
+        target=plan.target,
+        build=compatibility.build_options(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
+        build_seconds=plan.build_seconds,
+        plugins=tuple(plugin_nodes(model, plugins)),
+        plan_bytes=len(plan.content),
+        audit=report.facts(),
+        layer_table_sha256=table_sha256,
+    )
+    artifact.seal(engine_path, config=parent.config, parent=parent, facts=facts)
     return report
 
 
@@ -128,8 +132,8 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         with artifact.atomic(cache_path) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     table = layer_table.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
-    facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
-    return Plan(content=content, table=table, facts=facts)
+    built_by = BackendVersion(name=chosen.name, version=chosen.version)
+    return Plan(content=content, table=table, backend=built_by, target=target, build_seconds=round(seconds, 2))
 
 
 def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> list[str]:
@@ -142,11 +146,11 @@ def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]
     return sorted(taken)
 
 
-def timing_cache_file(chosen: Backend, target: dict[str, Any], wanted: Path | None) -> Path | None:
+def timing_cache_file(chosen: Backend, target: Target, wanted: Path | None) -> Path | None:
     """The file `wanted` is, or the one in the folder `wanted` for this version and GPU; nothing where TensorRT keeps no timings."""
     if wanted is None or chosen.name != "tensorrt" or not wanted.is_dir():
         return wanted if chosen.name == "tensorrt" else None
-    words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target['gpu']}".lower())
+    words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target.gpu}".lower())
     return wanted / f"tensorrt-{words}.timing"
 
 
@@ -170,8 +174,8 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
     return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
-def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any]:
-    """Which GPUs the engine will run on, as facts."""
+def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
+    """The GPUs that the engine will run on."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
         return _this_gpu(backend.require_gpu("TensorRT"), wanted)
@@ -184,16 +188,16 @@ def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any
         config.num_compute_capabilities = len(wanted)
         for index, capability in enumerate(wanted):
             config.set_compute_capability(names[capability], index)
-    return {"compute_capabilities": list(wanted) or compatibility.PORTABLE}
+    return Target(compute_capabilities=wanted or None)
 
 
-def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> dict[str, Any]:
+def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> Target:
     if wanted and set(wanted) != {device.compute_capability}:
         raise EngineError(
             f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
             "leave --compute-capability out, or take --backend tensorrt-rtx"
         )
-    return {"gpu": device.name, "compute_capabilities": [device.compute_capability]}
+    return Target(compute_capabilities=(device.compute_capability,), gpu=device.name)
 
 
 def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
@@ -232,11 +236,6 @@ def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
     if engine is None:
         raise EngineError("the engine just built cannot be opened:\n  " + "\n  ".join(messages.problems))
     return layer_table.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Shape of each input."""
-    return {tensor.name: [size.dim_value for size in tensor.type.tensor_type.shape.dim] for tensor in model.graph.input}
 
 
 def _one_line(text: str) -> str:

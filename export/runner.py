@@ -12,7 +12,6 @@ from onnx import numpy_helper
 from export import builtin_plugin
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.facts import interface_of
 from qdbev.schema import Interface
 
 _FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE)
@@ -33,7 +32,7 @@ class OnnxRunner:
 
     def __init__(self, path: Path) -> None:
         self.seal: artifact.Seal | None = artifact.unseal(path, "onnx")
-        self._open(path, interface_of(self.seal))
+        self._open(path, self.seal.facts.interface)
 
     @classmethod
     def unsealed(cls, path: Path, interface: Interface) -> Self:

@@ -28,7 +28,7 @@ from qdbev.command import entry_point
 from qdbev.config import Config, from_dict
 from qdbev.data.noise_frames import PIXEL_STD, noise_frames
 from qdbev.detector import Detector
-from qdbev.facts import interface_facts
+from qdbev.facts import OnnxFacts
 from qdbev.restore import restore
 from qdbev.schema import Frame, Interface
 
@@ -40,7 +40,7 @@ class ParityError(ValueError):
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
@@ -53,15 +53,15 @@ def main() -> None:
         "--builtin-plugin", action="store_true", help="attention by TensorRT's own plugin, in operator set 17: for TensorRT 8.6 to 10.6"
     )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
     forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts
-    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
-    sys.stdout.write(f"traced in {facts['trace_s']} s\n")
+    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
+    sys.stdout.write(f"traced in {facts.trace_s} s\n")
 
 
 def export(
@@ -104,24 +104,32 @@ def export(
         deform_conv.use_standard_node(proto)
     stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None
     arrange(proto, half, builtin)
-    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "builtin_plugin": builtin, "image_hw": list(image_hw)}
-    facts["trace_s"] = round(time.perf_counter() - start, 1)
+    trace_s = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
         temporary = files.enter_context(artifact.atomic(path))
-        facts["bytes"] = _save(proto, temporary)
+        size, int4_size = _save(proto, temporary), None
         runner = _open(temporary, path, interface)
         rows = parity.measure(model, runner, frames, parity.HALF if half else parity.ORDER if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:
-            facts["int4_bytes"] = _save(stored, files.enter_context(artifact.atomic(storage)))
-    facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    made = artifact.seal(
-        path, kind="onnx", config=parent.config, parent=parent, facts=facts | interface_facts(interface) | parity.facts(rows)
+            int4_size = _save(stored, files.enter_context(artifact.atomic(storage)))
+    facts = OnnxFacts(
+        interface=interface,
+        bytes=size,
+        opset=opset(proto),
+        nodes=len(proto.graph.node),
+        float16=half,
+        builtin_plugin=builtin,
+        trace_s=trace_s,
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        int4_bytes=int4_size,
+        parity=parity.worst(rows),
     )
-    if storage.is_file() and "int4_bytes" in facts:
-        artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})
+    made = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
+    if int4_size is not None:
+        artifact.seal(storage, config=parent.config, parent=made, facts=OnnxFacts(interface=interface, bytes=int4_size))
     return rows, made
 
 
@@ -140,7 +148,7 @@ def arrange(model: onnx.ModelProto, half: bool = False, builtin: bool = False) -
 
 def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:
     """Padded image size: as given, else what training noted."""
-    found = given or seal.facts.get("image_hw")
+    found = given or seal.facts.image_hw
     if found is None:
         raise ArtifactError(f"{checkpoint} does not say its image size (fact image_hw); give it, for example --image-hw 480 800")
     if len(found) != 2 or min(found) < 1:

@@ -64,7 +64,8 @@ def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
 def _drop_removed(quant: dict[str, Any]) -> None:
     """Leave out settings and choices that no longer exist. Finished models compute the same without them; a warning names each loss."""
     distill = quant.get("distill", {})
-    lost = [f"quant.distill.{name}={distill[name]!r}" for name, kept in _REMOVED_DISTILL.items() if distill.pop(name, kept) != kept]
+    dropped = {name: distill.pop(name, kept) for name, kept in _REMOVED_DISTILL.items()}
+    lost = [f"quant.distill.{name}={value!r}" for name, value in dropped.items() if value != _REMOVED_DISTILL[name]]
     for path, removed in _REMOVED_CHOICES.items():
         node, name = (distill, "form") if path == "distill.form" else (quant, path)
         if node.get(name) in removed:

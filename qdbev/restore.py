@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from qdbev import artifact, detectors
-from qdbev.artifact import ArtifactError, Kind, Seal
+from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict
 from qdbev.detector import Detector
+from qdbev.facts import Kind
 from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
 

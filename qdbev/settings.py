@@ -101,6 +101,8 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         require(len(kinds) == len(value), f"{path} is {value!r}, must have {len(kinds)} values")
         return tuple(_coerce(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     fits = type(value) is hint

@@ -10,7 +10,6 @@ from qdbev.temporal import FrameOrderError
 from small_networks import exported_network
 
 from engine.preprocess import FrameError, Preprocessor
-from engine.stream import StreamingDetector
 from eval.loop import steps
 from eval.open_model import Detector as Evaluated
 from export import to_onnx

@@ -22,7 +22,7 @@ from engine.backend import Backend, EngineError, Gpu
 from engine.memory import Buffers
 from engine.preprocess import FrameError
 from engine.session import Session
-from engine.stream import StreamingDetector, open_engine
+from engine.stream import open_engine
 from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev import artifact, schema, temporal
@@ -178,12 +178,12 @@ def test_after_a_frame_that_failed_the_next_goes_on_from_the_last_good_one(rig: 
     first, second = rig.inputs()[:2]
     with Session(rig.engine) as session:
         rig.cuda.fail[call] = FAILED
-        with pytest.raises(EngineError, match="CUDA answers cudaErrorLaunchFailure"):
+        with pytest.raises(EngineError, match="CUDA call failed with cudaErrorLaunchFailure"):
             session.infer(first)
         agree(session.infer(streamed(first)), rig.runner(first))
         rig.cuda.fail[call] = FAILED
         if call != "cudaHostAlloc":  # not taken again
-            with pytest.raises(EngineError, match="CUDA answers"):
+            with pytest.raises(EngineError, match="CUDA call failed"):
                 session.infer(streamed(rig.inputs()[4]))
         agree(session.infer(streamed(second)), rig.runner(second))
 
@@ -205,7 +205,7 @@ def test_a_gpu_that_is_lost_is_told_once_more_and_not_asked_again(rig: Rig) -> N
     inputs = rig.inputs()[0]
     with Session(rig.engine) as session:
         rig.cuda.sticky = runtime.cudaError_t.cudaErrorIllegalAddress
-        with pytest.raises(EngineError, match="CUDA answers cudaErrorIllegalAddress"):
+        with pytest.raises(EngineError, match="CUDA call failed with cudaErrorIllegalAddress"):
             session.infer(inputs)
         rig.cuda.calls.clear()
         with pytest.raises(EngineError, match=r"the GPU failed before \(cudaErrorIllegalAddress\) and answers this process no more"):
@@ -323,7 +323,7 @@ def test_the_streaming_detector_on_an_engine_finds_what_it_finds_in_onnxruntime(
     with open_engine(rig.engine) as detector:
         for index, frame in enumerate(rig.frames):
             rig.cuda.fail["cudaMemcpyAsync"] = FAILED
-            with pytest.raises(EngineError, match="CUDA answers"):
+            with pytest.raises(EngineError, match="CUDA call failed"):
                 detector(frame)
             bad = dataclasses.replace(frame, images=frame.images * np.float32(np.nan))
             with pytest.raises(FrameError, match="NaN or infinite"):

@@ -14,7 +14,7 @@ import torch
 from eval import draw, pictures, report, run
 from eval.loop import steps
 from eval.nds import EvaluationError
-from eval.open_model import Detector, ModelFileError, open_detector
+from eval.open_model import Detector, ModelFileError
 from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
 
-GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.temporal", "qdbev.command")
+GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.temporal", "qdbev.command", "qdbev.cuda_check")
 CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.nn", "qdbev.detectors", "qdbev.restore")
 ROOMS = ("train", "export", "plugins", "engine", "eval")
 MAY_IMPORT = {

@@ -243,7 +243,7 @@ def test_the_command_starts_from_the_file_says_so_and_the_teacher_remembers_it(t
     for line in ("backbone: 78 tensors loaded", "neck: keeps its initialisation; the file has no neck", "ignored: fc (1 tensors)"):
         assert f"{pretrained}: {line}\n" in said
     seal, _, _ = artifact.load_checkpoint(tmp_path / "run" / "teacher.pt", "teacher")
-    assert seal.facts["pretrained"] == artifact.sha256(pretrained)
+    assert seal.facts.pretrained == artifact.sha256(pretrained)
 
 
 def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_world, tmp_path, pretrained, capsys):
@@ -252,7 +252,7 @@ def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_
     capsys.readouterr()
     for again in (None, pretrained):
         seal, weights, _ = artifact.load_checkpoint(float_training.train(config, run, CPU, World(), True, again), "teacher")
-        assert seal.facts["pretrained"] == artifact.sha256(pretrained)
+        assert seal.facts.pretrained == artifact.sha256(pretrained)
         assert all(torch.equal(value, weights[key]) for key, value in first[1].items())
     told = f"{pretrained}: not loaded again; the run continues with the weights of its last saved state\n"
     assert capsys.readouterr().out == told
@@ -262,11 +262,11 @@ def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_
         float_training.train(config, run, CPU, World(), True, tmp_path / "other.pth")
 
     fresh = float_training.train(config, run, CPU, World(), False)
-    assert "pretrained" not in artifact.load_checkpoint(fresh, "teacher")[0].facts
+    assert artifact.load_checkpoint(fresh, "teacher")[0].facts.pretrained is None
     with pytest.raises(ValueError, match="did not begin from"):
         float_training.train(config, run, CPU, World(), True, pretrained)
     resumed = float_training.train(config, run, CPU, World(), True)
-    assert "pretrained" not in artifact.load_checkpoint(resumed, "teacher")[0].facts
+    assert artifact.load_checkpoint(resumed, "teacher")[0].facts.pretrained is None
 
 
 def test_a_file_that_cannot_start_the_run_leaves_nothing_behind(tiny_world, tmp_path, pretrained):

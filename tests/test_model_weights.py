@@ -79,7 +79,7 @@ def test_a_published_checkpoint_of_each_size_becomes_a_teacher(golden_folder, tm
     assert capsys.readouterr().out == f"{teacher}: {name}\n"
     seal, ours, _ = artifact.load_checkpoint(teacher, "teacher")
     teacher.unlink()  # up to 276 MB
-    assert (seal.facts["official"], seal.config["name"]) == (artifact.sha256(path), name)
+    assert (seal.facts.official, seal.config["name"]) == (artifact.sha256(path), name)
     landed = Counter()
     for value in ours.values():
         assert value.min() == value.max(), "no tensor of ours mixes two of theirs"
@@ -92,7 +92,7 @@ def test_a_published_checkpoint_runs_with_its_own_numbers(golden_folder, tmp_pat
     path = save(tmp_path / "tiny.pth", state)
     assert official.convert(path, tmp_path / "teacher.pt", ["data.root=/data/nuscenes"]) == "tiny"
     seal, model = restore(tmp_path / "teacher.pt")
-    assert (seal.facts["image_hw"], seal.config["data"]["root"]) == ([480, 800], "/data/nuscenes")
+    assert (seal.facts.image_hw, seal.config["data"]["root"]) == ((480, 800), "/data/nuscenes")
     assert torch.equal(model.backbone.conv1.weight, state["img_backbone.conv1.weight"])
     packed = state["pts_bbox_head.transformer.decoder.layers.2.attentions.0.attn.in_proj_weight"]
     attention = model.decoder.layers[2].self_attention

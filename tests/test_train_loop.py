@@ -60,7 +60,7 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path, monkeypatch):
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
     seal, model = restore(whole)
-    assert seal.facts["steps"] == 8
+    assert seal.facts.steps == 8
     assert not model.training
 
 

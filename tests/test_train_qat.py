@@ -69,8 +69,8 @@ def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tm
         path = tmp_path / f"{bits}.pt"
         quantize(teacher, path, config_of(teacher, bits, "quant.stages=()"))
         sizes[bits] = artifact.load_checkpoint(path, "student")[0].facts
-    assert sizes["w4a6"]["packed_bytes"] < sizes["w8a8"]["packed_bytes"]
-    assert sizes["w4a6"]["paper_bytes"] == sizes["w8a8"]["paper_bytes"] / 2
+    assert sizes["w4a6"].packed_bytes < sizes["w8a8"].packed_bytes
+    assert sizes["w4a6"].paper_bytes == sizes["w8a8"].paper_bytes / 2
 
 
 def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path, monkeypatch):
@@ -111,6 +111,6 @@ def test_a_student_is_no_teacher(teacher, tmp_path):
 def test_weights_that_do_not_fit_their_own_config_are_refused(teacher, tmp_path):
     seal, weights, _ = artifact.load_checkpoint(teacher, "teacher")
     weights.pop("encoder.camera_embed")
-    artifact.save_checkpoint(tmp_path / "bad.pt", kind="teacher", config=seal.config, weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(tmp_path / "bad.pt", config=seal.config, weights=weights, parent=None, facts=seal.facts)
     with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
         restore(tmp_path / "bad.pt")

@@ -12,6 +12,7 @@ from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.config import Config, override, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Bits, LayerBits
 from qdbev.quant.layers import WeightLayer, quant_layers
 from qdbev.recipes import RECIPES, at_bits
@@ -19,6 +20,8 @@ from qdbev.restore import restore
 from train import calibration, qat, sensitivity
 from train.sensitivity import Sensitivity
 
+ANOTHER = artifact.Seal(kind="teacher", config={}, parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
+"""Seal of a teacher that nothing was measured with."""
 SETTINGS = settings(model__decoder_layers="1", quant__stages="[]")
 
 
@@ -73,7 +76,7 @@ def test_the_command_writes_a_file_that_training_takes(config, tmp_path, monkeyp
     monkeypatch.setattr(sensitivity, "WIDTHS", (3, 8))
     monkeypatch.setattr(sensitivity, "NUM_QUEUES", 1)
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(tmp_path / "t.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(tmp_path / "t.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     out = tmp_path / "widths.json"
     sensitivity.main(["--teacher", str(tmp_path / "t.pt"), "--bits", "w4a6", "--budget", "size", "--out", str(out), "--device", "cpu"])
     widths = sensitivity.read_widths(out)
@@ -91,15 +94,14 @@ def test_the_command_writes_a_file_that_training_takes(config, tmp_path, monkeyp
     assert json.loads(again.read_text())["rows"] == json.loads(out.read_text())["rows"]
     assert sum(json.loads(again.read_text())["chosen"].values()) < sum(got.values())
     with pytest.raises(ValueError, match="was measured with another teacher than 000000000000; measure anew, without --measured"):
-        sensitivity.read_rows(out, artifact.Seal(kind="teacher", config={}, parent=None, facts={}, made={}, sha256="0" * 64))
+        sensitivity.read_rows(out, ANOTHER)
 
 
 def test_a_file_of_an_earlier_version_that_calls_the_loss_increase_harm_is_read(tmp_path):
     row = Sensitivity("backbone.conv1", "weight", 4, 20.5, 0.25)
     old = {("harm" if name == "loss_increase" else name): value for name, value in row._asdict().items()}
     (tmp_path / "old.json").write_text(json.dumps({"teacher": "0" * 64, "rows": [old]}))
-    teacher = artifact.Seal(kind="teacher", config={}, parent=None, facts={}, made={}, sha256="0" * 64)
-    assert sensitivity.read_rows(tmp_path / "old.json", teacher) == [row]
+    assert sensitivity.read_rows(tmp_path / "old.json", ANOTHER) == [row]
 
 
 def test_layers_with_widths_of_their_own_keep_the_policys_activations(config):

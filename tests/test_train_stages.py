@@ -15,6 +15,7 @@ from qdbev import artifact
 from qdbev.config import Config, override, to_dict
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.recipes import progressive
+from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
@@ -39,7 +40,7 @@ def config(tiny_world: Path) -> Config:
 def teacher(config: Config, tmp_path: Path) -> Path:
     path = tmp_path / "teacher.pt"
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -85,7 +86,7 @@ def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teac
         assert len(distill) == count
         assert all(value > 0 if stage == 5 else value == 0 for value in distill)
     seal, student = restore(tmp_path / "s.pt")
-    assert seal.facts["steps"] == 7
+    assert seal.facts.steps == 7
     assert all(quantizer.enabled for _, layer in quant_layers(student) for quantizer in quantizers(layer))
 
 

@@ -14,6 +14,7 @@ from qdbev.artifact import ArtifactError
 from qdbev.config import Config, override, to_dict
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.recipes import progressive
+from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.recipes import RECIPES, at_bits
@@ -37,7 +38,7 @@ def config(tiny_world: Path) -> Config:
 def teacher(config: Config, tmp_path: Path) -> Path:
     path = tmp_path / "teacher.pt"
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -56,8 +57,8 @@ def test_a_student_that_starts_from_another_sees_the_samples_that_come_next(conf
     quantize(teacher, tmp_path / "rest.pt", staged(config, LAST), start=tmp_path / "start.pt")
     assert seen == whole
     facts = [artifact.load_checkpoint(tmp_path / f"{name}.pt", "student")[0].facts for name in ("whole", "rest")]
-    assert facts[0]["steps"] == facts[1]["steps"] == 6
-    assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=0.02)  # the start's biases were rounded to float16
+    assert facts[0].steps == facts[1].steps == 6
+    assert facts[1].final_loss == pytest.approx(facts[0].final_loss, rel=0.02)  # the start's biases were rounded to float16
 
 
 def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(config, teacher, tmp_path):
@@ -68,7 +69,7 @@ def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(co
         quantize(teacher, tmp_path / "s.pt", wide, start=tmp_path / "start.pt")
     other = tmp_path / "other.pt"
     weights = untrained(dataclasses.replace(config, seed=1)).state_dict()
-    artifact.save_checkpoint(other, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(other, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     with pytest.raises(ArtifactError, match="start.pt was made from .* not from .*other.pt"):
         quantize(other, tmp_path / "s.pt", plain, start=tmp_path / "start.pt")
     with pytest.raises(ArtifactError, match="teacher.pt is a teacher file, a student is needed here"):
@@ -80,7 +81,7 @@ def test_students_on_the_way_are_kept_at_both_ends_of_a_stage_and_in_between_wit
     two = Stage(groups=BEVFormerConfig.groups[:2], epochs=0.75, learning_rate=1e-3)
     quantize(teacher, tmp_path / "s.pt", staged(config, BEFORE[0], two), keep_every=0.5)
     kept = {path.name: artifact.load_checkpoint(path, "student")[0].facts for path in tmp_path.glob("s.stage*.step*.pt")}
-    assert {name: facts["epochs"] for name, facts in kept.items()} == {
+    assert {name: facts.epochs for name, facts in kept.items()} == {
         "s.stage1.step0.pt": 0.0,
         "s.stage1.step1.pt": 0.25,
         "s.stage2.step0.pt": 0.25,

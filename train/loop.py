@@ -23,6 +23,7 @@ from qdbev.config import Config, TrainConfig, from_dict, to_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset, start_worker
 from qdbev.detector import Detector, Output, State
+from qdbev.facts import TrainingFacts
 from qdbev.schema import Batch
 from train.distributed import World
 from train.grid_mask import grid_mask
@@ -125,11 +126,17 @@ class Learner:
         return cls(model, model, build_optimizer(model, schedule), torch.amp.GradScaler(device.type, enabled=amp))
 
 
-def fit(model: Detector, frames: FrameDataset, run: Run) -> dict[str, Any]:
-    """Train `model` in place.
+class Fitted(NamedTuple):
+    """Result of a training: steps and epochs done, its duration in seconds, and the loss of the last step."""
 
-    Returns:
-        Facts about the run: steps, epochs, seconds, final_loss.
+    steps: int
+    epochs: float
+    seconds: float
+    final_loss: float
+
+
+def fit(model: Detector, frames: FrameDataset, run: Run) -> Fitted:
+    """Train `model` in place.
 
     Raises:
         ValueError: The batch does not divide among the processes, or there are too few samples.
@@ -160,7 +167,7 @@ def fit(model: Detector, frames: FrameDataset, run: Run) -> dict[str, Any]:
                 _save(learner, run, step, last_loss)
                 saved = time.monotonic()
             _keep(run, model, step)
-    return {"steps": step, "epochs": run.schedule.epochs, "seconds": round(time.monotonic() - begin, 1), "final_loss": last_loss}
+    return Fitted(step, run.schedule.epochs, round(time.monotonic() - begin, 1), last_loss)
 
 
 def _check_batch_size(run: Run, num_samples: int) -> None:
@@ -303,11 +310,10 @@ def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
     }
     artifact.save_checkpoint(
         run.state_path,
-        kind="training",
         config=_fingerprint(run),
         weights=learner.model.state_dict(),
         parent=None,
-        facts={"step": step},
+        facts=TrainingFacts(step=step),
         state=state,
     )
 

@@ -18,6 +18,7 @@ from qdbev import artifact, detectors
 from qdbev.command import add_settings, entry_point
 from qdbev.config import override, to_dict
 from qdbev.data.image_transform import image_transform
+from qdbev.facts import TeacherFacts
 from qdbev.nn.state_dict import Differences, OfficialKeys, backbone_prefix, load_official, read_state_dict
 from qdbev.recipes import RECIPES
 
@@ -37,8 +38,9 @@ def convert(checkpoint: Path, teacher: Path, settings: list[str]) -> str:
     config = override(RECIPES[name](), settings)
     model = detectors.build(config.model)
     load_official(model, state_dict, detectors.official_keys(config.model))
-    facts = {"image_hw": list(image_transform(config.data, config.data.stored_hw).padded_hw), "official": artifact.sha256(checkpoint)}
-    artifact.save_checkpoint(teacher, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
+    image_hw = image_transform(config.data, config.data.stored_hw).padded_hw
+    facts = TeacherFacts(image_hw=image_hw, official=artifact.sha256(checkpoint))
+    artifact.save_checkpoint(teacher, config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
     return name
 
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +19,7 @@ from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
+from qdbev.facts import StudentFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
 from qdbev.quant.pack import settle
@@ -79,12 +80,13 @@ def train(
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
     student_run = StudentRun(path=student_path, teacher=teacher.seal, resume=resume, first_step=steps, keep_every=keep_every)
-    facts: dict[str, Any] = {"image_hw": list(frames.padded_hw)}
+    facts = StudentFacts()
     if config.quant.stages:
-        facts |= run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
+        facts = run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
     settle(student)
     if world.is_main:
-        facts |= {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
         student_run.save(student.cpu(), config, facts)
 
 
@@ -96,7 +98,7 @@ def _started(path: Path, teacher: Teacher, policy: QuantConfig) -> tuple[Detecto
     differs = [name for name in wanted if own[name] != wanted[name] and name not in ("stages", "distill")]
     if differs:
         raise ArtifactError(f"{path} has another policy (differs in quant.{', quant.'.join(differs)}); calibrate anew, without --start")
-    return student, seal.facts.get("steps", 0)
+    return student, seal.facts.steps or 0
 
 
 @entry_point

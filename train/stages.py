@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,10 +15,11 @@ from qdbev.artifact import Seal
 from qdbev.config import Config, TrainConfig, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.detector import Detector
+from qdbev.facts import StudentFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.prepare import enable
 from train.distributed import World
-from train.loop import Run, fit, total_steps
+from train.loop import Fitted, Run, fit, total_steps
 from train.stage_loss import StageLoss
 
 
@@ -41,15 +41,15 @@ class StudentRun:
     keep_every: float | None = None
     """Epochs after which a student is kept as `<name>.stage<k>.step<n>.pt`, besides both ends of each stage; None keeps none."""
 
-    def save(self, model: Detector, config: Config, facts: dict[str, Any], suffix: str = "") -> None:
+    def save(self, model: Detector, config: Config, facts: StudentFacts, suffix: str = "") -> None:
         """Write `model` as the student, or as an intermediate student whose file name gets the suffix."""
         path = self.path.with_name(f"{self.path.stem}{suffix}.pt")
-        artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=self.teacher, facts=facts)
+        artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=self.teacher, facts=facts)
 
 
 def run_stages(
     student: Detector, teacher: Detector, frames: FrameDataset, config: Config, student_run: StudentRun, device: torch.device, world: World
-) -> dict[str, Any]:
+) -> StudentFacts:
     """Train `student` in place through `config.quant.stages`.
 
     Args:
@@ -68,12 +68,13 @@ def run_stages(
     if not student_run.resume and world.is_main:
         for run in runs:
             run.state_path.unlink(missing_ok=True)
-    facts: list[dict[str, Any]] = []
+    fitted: Fitted | None = None
     for stage, run in list(zip(config.quant.stages, runs, strict=True))[begin:]:
         student.requires_grad_(True)  # before `enable`, which turns off the gradients of disabled quantizers
         enable(student, student.groups if stage.groups is None else stage.groups)
-        facts.append(fit(student, frames, dataclasses.replace(run, resume=student_run.resume and run.state_path.is_file())))
-    return {"steps": runs[-1].first_step + facts[-1]["steps"], "final_loss": facts[-1]["final_loss"]}
+        fitted = fit(student, frames, dataclasses.replace(run, resume=student_run.resume and run.state_path.is_file()))
+    assert fitted is not None, "a config without stages has nothing to train"
+    return StudentFacts(steps=runs[-1].first_step + fitted.steps, final_loss=fitted.final_loss)
 
 
 def schedule_of(stage: Stage, train: TrainConfig) -> TrainConfig:
@@ -115,6 +116,8 @@ def _keeper(
     def keep(model: Detector, step: int) -> None:
         if step % every == 0 or step == num_steps:
             done = first_step + step
-            student_run.save(model, config, {"stage": stage, "steps": done, "epochs": done / steps_per_epoch}, f".stage{stage}.step{step}")
+            student_run.save(
+                model, config, StudentFacts(stage=stage, steps=done, epochs=done / steps_per_epoch), f".stage{stage}.step{step}"
+            )
 
     return keep

@@ -15,6 +15,7 @@ from qdbev import artifact, detectors
 from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, override, to_dict
 from qdbev.detector import BACKBONE, Detector
+from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
 from qdbev.nn.pretrained import load_pretrained
 from qdbev.nn.state_dict import read_state_dict
@@ -51,12 +52,10 @@ def train(config: Config, folder: Path, device: torch.device, world: World, resu
         loss=StageLoss(None, config, world),
         resume=resume,
     )
-    facts = {"image_hw": list(frames.padded_hw), **facts, **fit(model, frames, run)}
+    facts = TeacherFacts(image_hw=frames.padded_hw, **facts, **fit(model, frames, run)._asdict())
     teacher = folder / "teacher.pt"
     if world.is_main:
-        artifact.save_checkpoint(
-            teacher, kind="teacher", config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts
-        )
+        artifact.save_checkpoint(teacher, config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts)
     return teacher
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.data.config import DataConfig
+from qdbev.facts import InfosFacts
 
 TABLES = (
     "category",
@@ -163,7 +164,7 @@ def build(root: Path, version: str, workers: int) -> Infos:
     try:
         with artifact.atomic(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **{field.name: getattr(infos, field.name) for field in dataclasses.fields(infos)})
-        artifact.seal(path, kind="infos", config=_identity(version), parent=None, facts={**summary(infos), "tables": stamp})
+        artifact.seal(path, config=_identity(version), parent=None, facts=InfosFacts(**summary(infos), tables=stamp))
     except OSError as error:
         raise DatasetError(f"cannot write {path} ({error}); make the folder writable, or a folder of links to the dataset") from error
     return infos
@@ -186,22 +187,22 @@ def summary(infos: Infos) -> dict[str, Any]:
     }
 
 
-def fingerprint(root: Path, version: str) -> dict[str, list[int]]:
+def fingerprint(root: Path, version: str) -> dict[str, tuple[int, ...]]:
     """Size and time of change of each table, and the number of CAN files: what tells a changed dataset from the same one."""
     folder, can_bus = root / version, root / "can_bus"
     files = [path for path in (*(folder / f"{name}.json" for name in TABLES), folder / "splits.json") if path.is_file()]
-    stamp = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    stamp = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
     signals = os.listdir(can_bus) if can_bus.is_dir() else []  # noqa: PTH208 (8000 names)
-    return {**stamp, "can_bus": [sum(name.endswith("_pose.json") for name in signals)]}
+    return {**stamp, "can_bus": (sum(name.endswith("_pose.json") for name in signals),)}
 
 
-def _load(path: Path, tables: dict[str, list[int]]) -> Infos | None:
+def _load(path: Path, tables: dict[str, tuple[int, ...]]) -> Infos | None:
     """The kept infos, or None where there are none, they are damaged, or the tables have changed since."""
     try:
         seal = artifact.unseal(path, "infos")
     except artifact.ArtifactError:
         return None
-    if seal.facts.get("tables") != tables or seal.config.get("layout") != _LAYOUT:
+    if seal.facts.tables != tables or seal.config.get("layout") != _LAYOUT:
         return None
     with np.load(path, allow_pickle=False) as arrays:
         return Infos(**arrays)

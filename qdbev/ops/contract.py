@@ -28,7 +28,7 @@ class Operator:
     torch_name: str
     inputs: tuple[str, ...]
     """Names of the inputs, in order."""
-    attributes: Mapping[str, Literal["int", "ints"]]
+    attributes: Mapping[str, Literal["int", "ints"]] = field(hash=False)
     """The node's own attributes and their types."""
     output_shape: Callable[[Mapping[str, Sequence[int]]], Shape] = field(repr=False)
     """Shape of the only output from the shapes of the inputs by name."""
