@@ -1,6 +1,7 @@
 """The training loop on a small network and world: resuming, many processes, and errors that say what went wrong."""
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -70,6 +71,18 @@ def test_resuming_without_a_state_or_with_another_config_is_refused(tiny_world, 
     train(small(tiny_world, **{"train.epochs": "1"}), tmp_path, CPU, World(), resume=False)
     with pytest.raises(ArtifactError, match=r"another config \(differs in train, schedule\)"):
         train(small(tiny_world), tmp_path, CPU, World(), resume=True)
+
+
+def test_a_state_that_an_earlier_version_saved_is_resumed_with_the_same_losses(tiny_world, tmp_path):
+    """The state was saved on 2026-11-29 by commit 18d7a6c after four of six steps; the expected losses are those of its last two."""
+    (tmp_path / "float.state.pt").write_bytes(lzma.decompress((Path(__file__).with_name("format1") / "float.state.pt.xz").read_bytes()))
+    sizes = {"embed_dim": "4", "num_heads": "1", "ffn_dim": "4", "bev_hw": "(4,4)", "rotate_center": "(2.0,2.0)", "num_query": "6"}
+    layers = {"decoder_layers": "1", "num_levels": "1", "backbone.width": "1", "backbone.depths": "(1,1)", "backbone.out_stages": "(1,)"}
+    model = {f"model.{name}": value for name, value in (sizes | layers).items()}
+    config = small(tiny_world, **model, **{"train.epochs": "1.5", "quant.calibration_samples": "32"})
+    train(config, tmp_path, CPU, World(), resume=True)
+    assert [line["step"] for line in log(tmp_path)] == [5, 6]
+    assert [line["loss"] for line in log(tmp_path)] == pytest.approx([8.343657493591309, 9.753094673156738], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples(tiny_world, tmp_path, monkeypatch):

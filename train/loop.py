@@ -33,6 +33,9 @@ from train.stability import QuantizerMonitor
 SAVE_EVERY_SECONDS = 120.0
 """Longest time in seconds between two saved states, which are also saved after each epoch: a killed run loses no more work than this."""
 
+_FREE_DATA_SETTINGS = ("root", "stored_hw", "workers")
+"""Settings of the data that may change between a saved state and its continuation, because a training's numbers do not depend on them."""
+
 
 class StepLosses(NamedTuple):
     """Losses of one training step, all weighted.
@@ -319,7 +322,7 @@ def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
 
 
 def _fingerprint(run: Run) -> dict[str, Any]:
-    """Return the settings that decide a run's numbers; the folder of the data and the number of loader processes may change."""
+    """Return the settings that decide a run's numbers, with which a saved state must agree."""
     return _comparable({**to_dict(run.config), "schedule": dataclasses.asdict(run.schedule), "first_step": run.first_step})
 
 
@@ -332,7 +335,7 @@ def _migrated(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(values: dict[str, Any]) -> dict[str, Any]:
-    values["data"] = {key: value for key, value in values["data"].items() if key not in ("root", "workers")}
+    values["data"] = {key: value for key, value in values["data"].items() if key not in _FREE_DATA_SETTINGS}
     return json.loads(json.dumps(values))
 
 
