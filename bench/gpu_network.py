@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from eval.open_model import OpenModel
 from qdbev import artifact, detectors
 from qdbev.command import entry_point, parse_device
 from qdbev.config import Config
-from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Arrays, Deployed, Detector
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
     """Two successive frames that a network of `config` can run on where there is no data."""
-    return noise_frames(config.model.num_cameras, image_hw, PIXEL_STD / statistics.mean(config.data.std))
+    return noise_frames(config.data, config.model.num_cameras, image_hw)
 
 
 def network(bits: str) -> tuple[Config, Deployed]:

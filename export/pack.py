@@ -5,7 +5,6 @@ the student's outputs to the bit on two synthetic frames. Its sizes and bit oper
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +25,6 @@ from qdbev.quant.pack import pack
 from qdbev.quant.size import packed_parts, paper_bytes
 from qdbev.restore import PACKED, restore
 from qdbev.schema import Frame
-
-_GREY_STD = 57.0
-"""Of a pixel of ordinary photographs on the 0-255 scale."""
 
 
 @entry_point
@@ -52,7 +48,7 @@ def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
     config = from_dict(parent.config)
     if parent.facts.image_hw is None:
         raise ArtifactError(f"the student of {path} does not say its image size (fact image_hw); train it with this version")
-    frames = noise_frames(student.config.num_cameras, parent.facts.image_hw, _GREY_STD / statistics.mean(config.data.std))
+    frames = noise_frames(config.data, student.config.num_cameras, parent.facts.image_hw)
     layers = costs(student, lambda: _outputs(student, frames[:1]))
     measured = {
         "parts": packed_parts(student),

@@ -9,7 +9,6 @@ excepted, as float16. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
 
 import argparse
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import Config, from_dict
-from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Detector
 from qdbev.facts import OnnxFacts
 from qdbev.restore import restore
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
+    frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
     forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts

@@ -26,10 +26,12 @@ def inverse(matrix: np.ndarray) -> np.ndarray:
     return rigid(rotation, -rotation @ matrix[:3, 3])
 
 
-def rotation_z(yaw: float) -> np.ndarray:
-    """Return the (3, 3) rotation by `yaw` radians, counter-clockwise about z."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+def rotation_z(yaw: np.ndarray | float) -> np.ndarray:
+    """Return the (..., 3, 3) rotations by `yaw` (...) radians, counter-clockwise about the z axis."""
+    yaw = np.asarray(yaw, dtype=np.float64)
+    cos, sin, zero, one = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw), np.ones_like(yaw)
+    rows = [np.stack(row, -1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, one))]
+    return np.stack(rows, -2)
 
 
 def cell_centers(bev_hw: tuple[int, int]) -> Tensor:

@@ -7,6 +7,9 @@ from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.nn.config import BackboneConfig
 from qdbev.recipes import RECIPES
 
+DATA = RECIPES["micro"]().data
+"""Data settings of the networks here."""
+
 TRAINED = {
     "data.image_scale": "0.2",
     "model.embed_dim": "16",

@@ -7,7 +7,6 @@ the second of two noise frames, computed by that commit.
 
 import json
 import shutil
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from export.runner import OnnxRunner
 from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError
 from qdbev.config import from_dict, to_dict
-from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Arrays, Deployed, run_stream
 from qdbev.recipes import RECIPES
 from qdbev.restore import restore
@@ -30,7 +29,7 @@ WANTED = json.loads((OLD / "outputs.json").read_text())
 
 def second_frame(run, config) -> Arrays:
     """Outputs on the second of two noise frames."""
-    frames = noise_frames(6, (64, 64), PIXEL_STD / statistics.mean(config.data.std))
+    frames = noise_frames(config.data, 6, (64, 64))
     return list(run_stream(detectors.stream(config.model), run, frames))[-1].outputs
 
 

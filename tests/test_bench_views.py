@@ -78,7 +78,7 @@ def test_the_command_leaves_two_whole_pictures(teacher: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("index", [-1, 4])
 def test_a_frame_that_the_split_does_not_have_is_refused(teacher: Path, tmp_path: Path, index: int) -> None:
-    with pytest.raises(SystemExit, match=f"error: --frame is {index}, the split has 4 frames; choose one from 0 to 3"):
+    with pytest.raises(SystemExit, match=f"error: --frame .*{index}.* 4 frames.* 0 to 3"):
         command("--model", teacher, "--out", tmp_path / "out", "--frame", index)
     assert not (tmp_path / "out").exists()
 

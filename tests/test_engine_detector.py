@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from qdbev.temporal import FrameOrderError
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from engine.preprocess import FrameError, Preprocessor
 from eval.loop import steps
@@ -19,6 +18,7 @@ from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
+from qdbev.detector import FrameOrderError
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import Detections, Frame
 
@@ -38,7 +38,7 @@ def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> O
     model = BEVFormer(config.model).eval()
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(model.config.num_cameras, dataset.padded_hw))
+    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
     return OnnxRunner(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
 
@@ -60,7 +60,7 @@ class Rig:
 
 def drive(model: BEVFormer, count: int) -> list[Frame]:
     """Consecutive frames of noise of one scene, by a vehicle that drives and turns."""
-    first, second = noise_frames(model.config.num_cameras, IMAGE_HW)
+    first, second = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     step = second.can_bus - first.can_bus
     return [
         dataclasses.replace(
@@ -81,7 +81,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, li
     model = BEVFormer(config.model).eval()
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
     return path, config, drive(model, 5)
 
 

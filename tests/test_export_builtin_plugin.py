@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from engine import onnx_products, trt86_check
 from engine.backend import EngineError
@@ -108,7 +108,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
         if isinstance(module, DeformConv2d):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
     model = quantized(config, model).eval()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from engine import backend, build
 from engine.backend import EngineError
@@ -54,7 +54,7 @@ def seal(kind: str) -> Seal:
 def exports(tmp_path_factory):
     """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
     folder, model = tmp_path_factory.mktemp("export"), small_model()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     made = {}
     with traced_once(model):
         for standard in (False, True):
@@ -125,7 +125,7 @@ def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
 
 def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(tmp_path):
     model = quantized(small_config(), small_model()).eval()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     path = tmp_path / "w8a8.onnx"

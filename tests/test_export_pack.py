@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from export import pack as packing
 from export import parity, to_onnx
@@ -43,7 +43,7 @@ def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             torch.nn.init.normal_(parameter, std=0.05)
     model = quantized(config, model)
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     calibrate(model, lambda: packing._outputs(model, frames), "max")
     settle(model)
     facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
@@ -62,7 +62,8 @@ def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_cha
     seal, model = saved_student(tmp_path / "student.pt", range_mode=scale, per_channel=per_channel)
     packing.write(model, seal, tmp_path / "student.packed.pt")
     _, restored = restore(tmp_path / "student.packed.pt")
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW, 2.0)
+    brighter = dataclasses.replace(DATA, std=(28.5,) * 3)
+    frames = noise_frames(brighter, model.config.num_cameras, IMAGE_HW)
     ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
     assert len(ours) == 2 * len(schema.OUTPUTS)
     assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
@@ -155,7 +156,7 @@ def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
     made = {}
     for name, (parent, network) in students.items():
         made[name] = network, folder / f"{name}.onnx"
-        rows, _ = to_onnx.export(network, parent, made[name][1], IMAGE_HW, noise_frames(network.config.num_cameras, IMAGE_HW))
+        rows, _ = to_onnx.export(network, parent, made[name][1], IMAGE_HW, noise_frames(DATA, network.config.num_cameras, IMAGE_HW))
         assert all(row.passed for row in rows), parity.table(rows)
     return made
 
@@ -165,7 +166,7 @@ def test_a_packed_student_exports_to_the_same_graph(student, exports, tmp_path):
     packing.write(model, seal, tmp_path / "w4a6.packed.pt")
     _, restored = restore(tmp_path / "w4a6.packed.pt")
     path = tmp_path / "packed.onnx"
-    to_onnx.export(restored, seal, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    to_onnx.export(restored, seal, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
     assert path.read_bytes() == exports["tables 4"][1].read_bytes()
 
 
@@ -187,7 +188,7 @@ def test_tables_become_integer_constants_of_the_graph(exports, bits):
         np.testing.assert_array_equal(integers * scale[:, None], layer.weight.detach().numpy())
         if bits == 4:
             assert len(four_bit[f"{name}.weight.int8"].raw_data) == integers.size / 2
-    frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, model.config)
     first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
     assert all(np.array_equal(first[name], second[name]) for name in schema.OUTPUTS)

@@ -1,4 +1,4 @@
-"""What exports and engines measured is collected from their seals, and only from files that are as they were sealed."""
+"""The sizes report collects what exports and engines recorded in their seals, and refuses files that changed since."""
 
 import json
 
@@ -15,27 +15,31 @@ AUDIT = {"quantized_layers": 9, "int8_layers": 8, "kernels": 30}
 
 
 def sealed(path, kind, facts):
+    """Write a file with a seal that holds these facts."""
     path.write_bytes(b"content of " + path.name.encode())
     artifact.seal(path, kind=kind, config={}, parent=None, facts=facts)
 
 
-def test_files_and_engines_of_a_run_make_one_table(tmp_path, monkeypatch, capsys):
+def test_onnx_files_and_engines_of_a_run_are_printed_and_written_as_one_report(tmp_path, monkeypatch, capsys):
     sealed(tmp_path / "tiny.onnx", "onnx", ONNX)
     sealed(tmp_path / "tiny.engine", "engine", {"audit": AUDIT, "plan_bytes": 3_000_000, "build_seconds": 4.5})
-    (tmp_path / "w4a6.int4.onnx").write_bytes(b"a storage form, not measured by itself")
+    (tmp_path / "w4a6.int4.onnx").write_bytes(b"a storage form, which the report leaves out")
     monkeypatch.setattr("sys.argv", ["sizes", "--run", str(tmp_path)])
     sizes.main()
-    printed = capsys.readouterr().out
-    assert "tiny               7    2.0      1.5      2.0     2.0e-05" in printed
-    assert "tiny.engine: 8 of 9 quantized layers in INT8, 30 kernels, 3.0 MB, built in 4.5 s" in printed
     kept = json.loads((tmp_path / sizes.FILE).read_text())
-    assert [row["name"] for row in kept["onnx"]] == [row["name"] for row in kept["engines"]] == ["tiny"]
+    assert kept["onnx"] == [{"name": "tiny", **ONNX}]
+    assert kept["engines"] == [{"name": "tiny", "audit": AUDIT, "plan_bytes": 3_000_000, "build_seconds": 4.5}]
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny")}
+    assert sorted(printed) == ["tiny", "tiny.engine:"]
+    nodes, megabytes, seconds, peak_gigabytes, *parity = map(float, printed["tiny"].split()[1:])
+    assert (nodes, megabytes, seconds, peak_gigabytes, parity) == (7, 2.0, 1.5, 2.0, [2e-5] * 3)
+    assert {"8", "9", "30", "3.0", "4.5"} <= set(printed["tiny.engine:"].split())
 
 
 def test_an_empty_folder_and_an_altered_file_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="holds no .onnx"):
+    with pytest.raises(ArtifactError, match=r"\.onnx"):
         sizes.collect(tmp_path)
     sealed(tmp_path / "tiny.onnx", "onnx", ONNX)
     (tmp_path / "tiny.onnx").write_bytes(b"other")
-    with pytest.raises(ArtifactError, match="tiny.onnx"):
+    with pytest.raises(ArtifactError, match=r"tiny\.onnx"):
         sizes.collect(tmp_path)

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from export import functions, parity, qdq, to_onnx
 from export.runner import OnnxRunner
@@ -60,7 +60,7 @@ def small_model(kind):
     if kind == "float":
         return config, model
     model = quantized(config, model).eval()
-    frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = {name: torch.from_numpy(value) for name, value in temporal.deployed_inputs(frame, None, model.config).items()}
     feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
     calibrate(model, lambda: model(*(feeds[name] for name in schema.INPUTS)), "max")
@@ -78,7 +78,7 @@ def exports(tmp_path_factory):
             parent_kind = "teacher" if kind == "float" else "student"
             parent = Seal(kind=parent_kind, config=to_dict(config), parent=None, facts={}, made={}, sha256=kind)
             path = folder / f"{kind}.onnx"
-            rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+            rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
             made[kind] = Exported(kind, model, parent, path, onnx.load(path), rows, seal)
         return made[kind]
 
@@ -97,7 +97,7 @@ def export_altered(exports, kind, tmp_path, monkeypatch, alter, half=False):
     alter(proto)
     monkeypatch.setattr(to_onnx, "trace", lambda model, image_hw: proto)
     path = tmp_path / "altered.onnx"
-    to_onnx.export(done.model, done.parent, path, IMAGE_HW, noise_frames(done.model.config.num_cameras, IMAGE_HW), half=half)
+    to_onnx.export(done.model, done.parent, path, IMAGE_HW, noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW), half=half)
     return path
 
 
@@ -212,7 +212,7 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
     assert "backbone.conv1.weight.int8" not in four_bit
-    frame, _ = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
     for name in schema.OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
@@ -226,7 +226,7 @@ def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
         patch.setattr(to_onnx.integer_value, "pass_on", lambda model: 0)
         to_onnx.arrange(floats)
     onnx.save(floats, tmp_path / "floats.onnx")
-    frame, _ = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
     for name in schema.OUTPUTS:
@@ -238,7 +238,7 @@ def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_p
     half = qdq.unpack_int4(onnx.load(done.path.with_suffix(".int4.onnx")))
     to_onnx.arrange(half, half=True)
     onnx.save(half, tmp_path / "half.onnx")
-    frames = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.HALF)
     for row in rows:
         assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
@@ -351,7 +351,7 @@ def test_each_side_carries_its_own_bev_to_the_second_frame():
         seen.append(inputs)
         return {"bev": np.full_like(inputs["prev_bev"], 7)}
 
-    parity._chain(side, noise_frames(model.config.num_cameras, IMAGE_HW), model)
+    parity._chain(side, noise_frames(DATA, model.config.num_cameras, IMAGE_HW), model)
     assert [float(inputs["has_prev"][0]) for inputs in seen] == [0, 1]
     assert [np.unique(inputs["prev_bev"]).tolist() for inputs in seen] == [[0], [7]]
     np.testing.assert_allclose(seen[1]["can_bus"][0, [0, 17]], [2.5, 2.0], rtol=1e-6)

@@ -1,8 +1,7 @@
 """The import table: who may import whom, and which room owns which package. The rule is in CONTRIBUTING.md; change both together."""
 
 import ast
-import subprocess
-import sys
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,12 +37,12 @@ INSIDE_FUNCTIONS = ("export.runner", "engine.session", "plugins.torch_ops")
 
 OWNERS = {
     "cv2": ("qdbev.data", "eval", "synthetic", "bench"),
-    "pyquaternion": ("qdbev.data", "eval"),
+    "pyquaternion": ("synthetic",),
     "nuscenes": ("qdbev.data", "eval", "synthetic"),
     "nuscenes.eval.detection.evaluate": ("eval",),
     "matplotlib": ("eval", "bench"),
     "pytorch_quantization": ("qdbev.quant",),
-    "scipy": ("train",),
+    "scipy": ("train", "eval", "synthetic"),
     "torch.distributed": ("train",),
     "onnx": ("export", "engine"),
     "onnxscript": ("export",),
@@ -123,15 +122,65 @@ def test_a_planted_violation_is_found(module, source):
     assert violations(module, source)
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, the first of them again at the end; empty if there is none.
+
+    Imports inside functions count, as they only hide a circle. Imports for type annotations (`if TYPE_CHECKING:`) do not count.
+
+    Args:
+        sources: Source text of each module, by its dotted name.
+    """
+    graph = {module: {_module_of(name, sources) for name in _imports_at_run_time(source)} - {""} for module, source in sources.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]  # graphlib lists them from the imported to the importing module
+    return []
+
+
+def _imports_at_run_time(source: str) -> Iterator[str]:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = [ast.Pass()]
+    yield from (name for name, _ in imports(ast.unparse(tree)))
+
+
+def _module_of(name: str, sources: dict[str, str]) -> str:
+    """The module among `sources` that an imported name is or is defined in; empty if there is none."""
+    return next((module for module in (name, name.rpartition(".")[0]) if module in sources), "")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found = circle({module: path.read_text() for module, path in modules()})
+    assert not found, " imports ".join(found)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"train.a": "from train import b", "train.b": "from train.a import f"},
+        {"eval.a": "import eval.b", "eval.b": "def f():\n    from eval import a"},
+        {"bench.a": "from bench.b import f", "bench.b": "import bench.c", "bench.c": "class A:\n    import bench.a"},
+        {"engine.a": "async def f():\n    from engine.b import g", "engine.b": "from engine.a import f"},
+        {"qdbev.nn": "from qdbev.nn.a import f", "qdbev.nn.a": "from qdbev.nn import g"},
+    ],
+)
+def test_a_planted_circle_is_found(sources):
+    found = circle({**sources, "qdbev.config": "import numpy", "train.c": "import qdbev.config"})
+    assert set(found) == set(sources)
+    assert found[0] == found[-1]
+
+
+def test_imports_for_annotations_and_downhill_imports_are_no_circle():
+    annotations = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from train.b import B\nelse:\n    import train.c"
+    assert not circle({"train.a": annotations, "train.b": "from train.a import f", "train.c": "import numpy"})
+    assert circle({"train.a": annotations, "train.b": "", "train.c": "import train.a"})
+
+
 def test_every_module_belongs_to_a_room_of_the_table():
     strays = [module for module, _ in modules() if room_of(module) not in MAY_IMPORT and module != "qdbev"]
     assert not strays
-
-
-def test_importing_any_module_starts_no_cuda():
-    names = [module for module, _ in modules()]
-    code = f"import importlib, torch\nfor name in {names!r}: importlib.import_module(name)\nassert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
 
 
 def test_no_python_file_exceeds_400_lines():

@@ -1,12 +1,12 @@
 """First weights of a training: what of a file is taken, what is not, and that the command says so."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import key_shapes
 from test_train_loop import CPU, SETTINGS, small
 from torch import Tensor
 
@@ -94,11 +94,11 @@ def expect_backbone(model: BEVFormer, file: dict[str, Tensor], prefix: str = "")
 
 
 @pytest.mark.parametrize(("recipe", "depths", "deformable"), [("tiny", R50, ()), ("base", R101, (2, 3))])
-def test_the_file_names_of_these_tests_are_the_official_ones(golden_folder, recipe, depths, deformable):
-    golden = json.loads((golden_folder / f"keys_{recipe}.json").read_text())
-    official = {key.removeprefix("img_backbone."): shape for key, shape in golden.items() if key.startswith("img_backbone.")}
+def test_the_backbones_of_these_tests_have_the_official_keys_and_shapes(recipe, depths, deformable):
+    keys = key_shapes(recipe)
+    official = {key.removeprefix("img_backbone."): shape for key, shape in keys.items() if key.startswith("img_backbone.")}
     with torch.device("meta"):
-        assert {key: list(value.shape) for key, value in resnet(depths, 64, deformable=deformable).items()} == official
+        assert {key: tuple(value.shape) for key, value in resnet(depths, 64, deformable=deformable).items()} == official
 
 
 @pytest.mark.parametrize("counters", [True, False])

@@ -1,6 +1,5 @@
 """Official checkpoints: every key accounted for, or one error that lists what does not fit."""
 
-import json
 import re
 from collections import Counter, OrderedDict
 from fractions import Fraction
@@ -9,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_files import key_shapes
 from golden_inputs import fill_state_dict
+from golden_model import micro_config
 from torch import Tensor
 
 from qdbev import artifact
@@ -22,20 +23,16 @@ from qdbev.restore import restore
 from train import official
 
 PARAMETERS = {"tiny": (33_521_157, 643, "33.52"), "small": (59_463_619, 1001, "59.46"), "base": (69_034_947, 1089, "69.03")}
-"""Numbers of the official models, the ten code weights of the criterion included. 2026-11-21."""
+"""Parameters, tensors and printed millions of the official models, with the ten code weights of the loss. Recorded 2026-11-21."""
 
 
-def shapes(folder: Path, name: str) -> dict[str, list[int]]:
-    return json.loads((folder / f"keys_{name}.json").read_text())
-
-
-def numbered(keys: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Each tensor full of its own number; one element in memory and on disk."""
+def numbered(keys: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Fill each tensor with its own number; a tensor takes one element in memory and on disk."""
     return {key: torch.tensor(float(index)).expand(shape) for index, (key, shape) in enumerate(keys.items())}
 
 
 def save(path: Path, state: dict[str, Tensor], **meta: object) -> Path:
-    """As mmcv does."""
+    """Save a checkpoint as mmcv does."""
     torch.save({"meta": {"mmcv_version": "1.4.0", **meta}, "state_dict": OrderedDict(state), "optimizer": {"param_groups": []}}, path)
     return path
 
@@ -46,9 +43,9 @@ def inspect(path: Path, capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_each_size_is_known_by_its_official_keys(golden_folder, name):
+def test_each_size_is_known_by_its_official_keys(name):
     parameters, tensors, _ = PARAMETERS[name]
-    keys = shapes(golden_folder, name)
+    keys = key_shapes(name)
     assert len(keys) == tensors
     assert official.fitting_recipe({key: torch.empty(shape, device="meta") for key, shape in keys.items()}) == name
     with torch.device("meta"):
@@ -57,8 +54,8 @@ def test_each_size_is_known_by_its_official_keys(golden_folder, name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_names_and_shapes_go_both_ways(golden_folder, name):
-    keys = {key: tuple(shape) for key, shape in shapes(golden_folder, name).items() if key not in KEYS.ignored}
+def test_names_and_shapes_go_both_ways(name):
+    keys = {key: shape for key, shape in key_shapes(name).items() if key not in KEYS.ignored}
     with torch.device("meta"):
         own = BEVFormer(RECIPES[name]().model).state_dict()
         ours = [KEYS.translate(key, torch.empty(shape), own) for key, shape in keys.items()]
@@ -67,8 +64,8 @@ def test_names_and_shapes_go_both_ways(golden_folder, name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_published_checkpoint_of_each_size_becomes_a_teacher(golden_folder, tmp_path, capsys, name):
-    keys = shapes(golden_folder, name)
+def test_a_published_checkpoint_of_each_size_becomes_a_teacher(tmp_path, capsys, name):
+    keys = key_shapes(name)
     state = numbered(keys)
     path = save(
         tmp_path / "official.pth", {f"module.{key}": value for key, value in state.items()}, epoch=24, CLASSES=("car",), hook_msgs={}
@@ -87,8 +84,8 @@ def test_a_published_checkpoint_of_each_size_becomes_a_teacher(golden_folder, tm
     assert landed == {index: value.numel() for index, (key, value) in enumerate(state.items()) if key not in KEYS.ignored}
 
 
-def test_a_published_checkpoint_runs_with_its_own_numbers(golden_folder, tmp_path):
-    state = {key: torch.from_numpy(value) for key, value in fill_state_dict(shapes(golden_folder, "tiny")).items()}
+def test_a_published_checkpoint_runs_with_its_own_numbers(tmp_path):
+    state = {key: torch.from_numpy(value) for key, value in fill_state_dict(key_shapes("tiny")).items()}
     path = save(tmp_path / "tiny.pth", state)
     assert official.convert(path, tmp_path / "teacher.pt", ["data.root=/data/nuscenes"]) == "tiny"
     seal, model = restore(tmp_path / "teacher.pt")
@@ -101,14 +98,11 @@ def test_a_published_checkpoint_runs_with_its_own_numbers(golden_folder, tmp_pat
 
 @pytest.fixture
 def micro_state() -> dict[str, Tensor]:
-    kept = json.loads(Path(__file__).with_name("golden_kept.json").read_text())["shapes"]
-    return {key: torch.from_numpy(value) for key, value in fill_state_dict(kept).items()}
+    return {key: torch.from_numpy(value) for key, value in fill_state_dict(key_shapes("micro")).items()}
 
 
 @pytest.fixture
 def micro_model() -> BEVFormer:
-    from golden_model import micro_config
-
     return BEVFormer(micro_config(False))
 
 
@@ -159,8 +153,8 @@ def test_a_detector_without_its_head_takes_one_line_and_the_recipes_that_can_sta
         official.fitting_recipe(headless)
 
 
-def test_a_checkpoint_that_fits_no_recipe_is_told_which_one_is_nearest(golden_folder, tmp_path):
-    state = numbered(shapes(golden_folder, "base"))
+def test_a_checkpoint_that_fits_no_recipe_is_told_which_one_is_nearest(tmp_path):
+    state = numbered(key_shapes("base"))
     state["pts_bbox_head.bev_embedding.weight"] = torch.zeros(1).expand(100 * 100, 256)
     path = save(tmp_path / "x.pth", state)
     with pytest.raises(SystemExit) as error:
@@ -177,8 +171,8 @@ def test_a_checkpoint_that_fits_no_recipe_is_told_which_one_is_nearest(golden_fo
     ("base", "backbone.", "a ResNet-101 initialisation with deformable convolutions, without pts_bbox_head: "
      "use python -m train.teacher --recipe small or base --pretrained"),
 ])  # fmt: skip
-def test_a_backbone_is_recognised_and_never_taken_for_a_detector(golden_folder, tmp_path, capsys, name, prefix, said):
-    keys = {key.replace("img_backbone.", prefix): shape for key, shape in shapes(golden_folder, name).items() if "img_backbone" in key}
+def test_a_backbone_is_recognised_and_never_taken_for_a_detector(tmp_path, capsys, name, prefix, said):
+    keys = {key.replace("img_backbone.", prefix): shape for key, shape in key_shapes(name).items() if "img_backbone" in key}
     path = save(tmp_path / "backbone.pth", numbered(keys))
     assert inspect(path, capsys) == f"{path}: {said}\n"
     with pytest.raises(ValueError, match=f"is no detector of this project but {said}"):

@@ -1,4 +1,4 @@
-"""Random teachers of official shape: deterministic, and with no weight that hides a mistake."""
+"""Random teachers of official shape are determined by their seed, and none of their weights is zero, which could hide a bug."""
 
 import torch
 
@@ -6,7 +6,7 @@ from bench import untrained
 from qdbev.restore import restore
 
 
-def test_an_untrained_teacher_is_a_function_of_its_seed_and_hides_nothing(tmp_path, monkeypatch):
+def test_an_untrained_teacher_is_determined_by_its_seed_and_has_no_zero_weights(tmp_path, monkeypatch):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         arguments = ["untrained", "--recipe", "micro", "--teacher", str(tmp_path / f"{name}.pt"), "--set", f"seed={seed}"]
         monkeypatch.setattr("sys.argv", arguments)
