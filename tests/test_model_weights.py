@@ -14,10 +14,9 @@ from golden_model import micro_config
 from torch import Tensor
 
 from qdbev import artifact
-from qdbev.artifact import ArtifactError
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.official import KEYS
-from qdbev.nn.state_dict import NUM_SHOWN, load_official, read_state_dict
+from qdbev.nn.state_dict import NUM_SHOWN, StateDictError, load_official, read_state_dict
 from qdbev.recipes import RECIPES
 from qdbev.restore import restore
 from train import official
@@ -182,15 +181,15 @@ def test_a_backbone_is_recognised_and_never_taken_for_a_detector(tmp_path, capsy
 
 def test_a_file_that_is_no_checkpoint_or_fits_nothing_is_refused(tmp_path):
     path = tmp_path / "x.pth"
-    with pytest.raises(ArtifactError, match="does not exist"):
+    with pytest.raises(StateDictError, match="does not exist"):
         read_state_dict(path)
     for content in (b"garbage", b""):
         path.write_bytes(content)
-        with pytest.raises(ArtifactError, match="cannot be read as a weights-only checkpoint: .+; copy or download it again"):
+        with pytest.raises(StateDictError, match="cannot be read as a weights-only checkpoint: .+; copy or download it again"):
             read_state_dict(path)
     torch.save({"a": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(ArtifactError, match="cannot be read as a weights-only checkpoint: .+; copy or download it again"):
+    with pytest.raises(StateDictError, match="cannot be read as a weights-only checkpoint: .+; copy or download it again"):
         read_state_dict(path)
     for content, held in (
         ({"seal": {}, "weights": {}}, "seal, weights"),
@@ -199,7 +198,7 @@ def test_a_file_that_is_no_checkpoint_or_fits_nothing_is_refused(tmp_path):
         ({}, "nothing"),
     ):
         torch.save(content, path)
-        with pytest.raises(ArtifactError, match=f"holds no state dict, but {held}"):
+        with pytest.raises(StateDictError, match=f"holds no state dict, but {held}"):
             read_state_dict(path)
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="these 1 tensors fit none of micro, tiny, small, base"):
@@ -209,7 +208,7 @@ def test_a_file_that_is_no_checkpoint_or_fits_nothing_is_refused(tmp_path):
 @pytest.mark.parametrize(("foreign", "named"), [(np.float64(0.5), r"numpy\.\S*multiarray\.scalar"), (Fraction(1, 2), "fractions.Fraction")])
 def test_a_file_with_other_classes_says_how_to_save_its_tensors_alone(tmp_path, monkeypatch, foreign, named):
     path = save(tmp_path / "x.pth", {"a": torch.ones(2)}, best_score=foreign)
-    with pytest.raises(ArtifactError, match=f"beside tensors it holds {named}, and reading such an object can run code") as error:
+    with pytest.raises(StateDictError, match=f"beside tensors it holds {named}, and reading such an object can run code") as error:
         read_state_dict(path)
     monkeypatch.chdir(tmp_path)
     exec(re.search(r'python -c "(.*)"', str(error.value))[1])
@@ -219,8 +218,8 @@ def test_a_file_with_other_classes_says_how_to_save_its_tensors_alone(tmp_path, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_checkpoint_with_a_number_that_is_none_is_refused_by_the_tensor(tmp_path, value):
     state = {"img_backbone.conv1.weight": torch.zeros(3), "img_backbone.bn1.bias": torch.tensor([0.0, value])}
-    with pytest.raises(ArtifactError, match=r"has NaN or infinity in img_backbone\.bn1\.bias; copy it again"):
+    with pytest.raises(StateDictError, match=r"has NaN or infinity in img_backbone\.bn1\.bias; copy it again"):
         read_state_dict(save(tmp_path / "x.pth", state))
     state["img_neck.a"] = torch.tensor(value)
-    with pytest.raises(ArtifactError, match=r"in img_backbone\.bn1\.bias and 1 more"):
+    with pytest.raises(StateDictError, match=r"in img_backbone\.bn1\.bias and 1 more"):
         read_state_dict(save(tmp_path / "x.pth", state))

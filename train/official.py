@@ -30,7 +30,7 @@ def convert(checkpoint: Path, teacher: Path, settings: list[str]) -> str:
         settings: Changes of the recipe's config in the form a.b=value, as --set takes them.
 
     Raises:
-        ArtifactError: The file is no checkpoint.
+        StateDictError: The file is no checkpoint.
         ValueError: Its tensors fit no recipe.
     """
     state_dict = read_state_dict(checkpoint)
@@ -48,7 +48,7 @@ def inspect(checkpoint: Path) -> str:
     """Describe a checkpoint in one line: the recipe that it fits, or the recipes that can start from its backbone.
 
     Raises:
-        ArtifactError: The file is no checkpoint.
+        StateDictError: The file is no checkpoint.
         ValueError: Its tensors fit no recipe and no recipe can start from them.
     """
     state_dict = read_state_dict(checkpoint)

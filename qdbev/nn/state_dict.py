@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdbev.artifact import ArtifactError
 from qdbev.detector import Detector
 
 BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
@@ -24,6 +23,10 @@ _PACKED = re.compile(r"(.*)\.[qkv]_proj\.(weight|bias)")
 """Name of a query, key or value projection; nn.MultiheadAttention, which published code uses, stores the three as one tensor."""
 
 Rules = tuple[tuple[re.Pattern[str], str], ...]
+
+
+class StateDictError(ValueError):
+    """Raised for a file that is missing or is no readable checkpoint with finite weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,22 +189,22 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Read the state dict of an mmcv-style checkpoint (under 'state_dict', beside 'meta' and 'optimizer') or of a bare one.
 
     Raises:
-        ArtifactError: The file is missing, is no such checkpoint, or holds classes, NaN or infinity.
+        StateDictError: The file is missing, is no such checkpoint, or holds classes, NaN or infinity.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; give the path of a .pth checkpoint")
+        raise StateDictError(f"{path} does not exist; give the path of a .pth checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ArtifactError(f"{path} cannot be read as a weights-only checkpoint: {_reason(path, str(error))}") from error
+        raise StateDictError(f"{path} cannot be read as a weights-only checkpoint: {_reason(path, str(error))}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
-        raise ArtifactError(f"{path} holds no state dict, but {held or 'nothing'}; give a checkpoint with the network's weights")
+        raise StateDictError(f"{path} holds no state dict, but {held or 'nothing'}; give a checkpoint with the network's weights")
     broken = [key for key, value in state_dict.items() if not value.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 1} more" if broken[1:] else ""
-        raise ArtifactError(f"{path} has NaN or infinity in {broken[0]}{more}; copy it again or take an earlier epoch")
+        raise StateDictError(f"{path} has NaN or infinity in {broken[0]}{more}; copy it again or take an earlier epoch")
     if all(key.startswith("module.") for key in state_dict):  # the network was saved from inside DistributedDataParallel
         return {key.removeprefix("module."): value for key, value in state_dict.items()}
     return dict(state_dict)
