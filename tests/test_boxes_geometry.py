@@ -1,4 +1,4 @@
-"""Box codes, decoding and the BEV grid against the official code's numbers and against themselves."""
+"""Box codes, decoding, projection and the BEV grid, compared with the official code's numbers."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_a_point_ahead_is_seen_and_one_behind_or_beside_is_not():
     uv, visible = project(points, lidar2img, (100, 100))
     assert visible[0, 0, :, 0].tolist() == [True, False, False]
     behind = uv[0, 0, 1, 0]
-    assert ((behind > 0) & (behind < 1)).all()  # only its depth tells where it is
+    assert ((behind > 0) & (behind < 1)).all()  # only its depth shows that the point is behind the camera
     torch.testing.assert_close(uv[0, 0, 0, 0], torch.tensor([0.5, 0.5]))
     assert uv.isfinite().all()
 
