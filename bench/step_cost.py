@@ -63,7 +63,7 @@ def measure(teacher: Detector, config: Config, target: torch.device, steps: int)
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare the cost of a float training step with a quantization-aware and a distilling one."""
     parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, teacher = restore(args.teacher)
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     target = parse_device(args.device)

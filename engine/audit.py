@@ -198,19 +198,19 @@ def _float_layer(row: Row) -> dict[str, object]:
     return {"name": row.name, "op": row.op, "flops": row.flops, "precision": row.got, "reason": reason}
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Which layer of an engine runs in which precision.")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--onnx", type=Path, required=True, help="the file the engine was built from")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Engine in, report out; fails if a quantized layer runs in float."""
-    args = parse_args(arguments)
+    args = parse_args(argv)
     report = of_files(args.engine, args.onnx)
     save(args.out or report_path(args.engine), report)
     require_int8(report)

@@ -246,7 +246,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.build", description="Build and audit an integer engine from an exported ONNX.")
     parser.add_argument("--onnx", type=Path, required=True)
@@ -258,7 +258,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=_positive, metavar="MB", help="workspace the engine may use")
     parser.add_argument("--timing-cache", type=Path, help="file or folder of kernel timings (TensorRT; default: the engine's folder)")
     parser.add_argument("--allow-float", action="store_true", help="write the engine even if quantized layers run in float")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
@@ -269,9 +269,9 @@ def _positive(text: str) -> int:
 
 
 @entry_point
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """ONNX in, engine out."""
-    args = parse_args(arguments)
+    args = parse_args(argv)
     engine_path = args.out or args.onnx.with_suffix(".engine")
     options = Options(
         backend=args.backend,

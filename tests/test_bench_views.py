@@ -1,7 +1,6 @@
 """The pictures of reference points, features and BEV show what the encoder works with, where it belongs."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -53,9 +52,7 @@ def seen(model: BEVFormer, dataset: FrameDataset) -> Views:
 
 
 def command(*arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        views.main()
+    views.main([str(argument) for argument in arguments])
 
 
 def pixel(page: Page, axes: matplotlib.axes.Axes, x: float, y: float) -> np.ndarray:
@@ -100,7 +97,7 @@ def test_points_and_visibility_are_those_that_the_encoder_works_with(model: BEVF
 
 def test_features_are_norms_over_channels_of_what_the_network_gives(model: BEVFormer, dataset: FrameDataset, seen: Views) -> None:
     caught: list[Output] = []
-    handle = model.register_forward_hook(lambda _, __, output: caught.append(output))
+    handle = model.register_forward_hook(lambda _, __, result: caught.append(result[0]))
     views.views_of(model, dataset, 1, torch.device("cpu"))
     handle.remove()
     for drawn, level in zip(seen.features, caught[0].image_features, strict=True):

@@ -14,11 +14,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engine import audit, backend, build, compatibility, layer_table, onnx_products, trt_callbacks
 from engine.backend import EngineError
-from qdbev import artifact, schema
+from qdbev import artifact
 from qdbev.deployed_graph import DeployedGraphError
 from qdbev.ops import contract
+from qdbev.schema import Interface
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
+
+INTERFACE = Interface(
+    inputs={"images": (1, 3, 8, 8), "lidar2img": (18, 4), "can_bus": (1, 18), "prev_bev": (1, 64, 32), "has_prev": (1,)},
+    outputs={"cls_logits": (1, 4), "box_code": (1, 64, 32), "bev": (1, 64, 32)},
+    recurrent=(("bev", "prev_bev"),),
+    geometry=("lidar2img", "can_bus", "has_prev"),
+    coordinates=("box_code",),
+)
+"""Names and shapes of the drawn graphs."""
 
 
 class Drawing:
@@ -76,13 +86,12 @@ class Drawing:
             node.output[:] = [outputs.get(name, name) for name in node.output]
             node.input[:] = [outputs.get(name, name) for name in node.input]
         self.nodes.append(helper.make_node("MatMul", ["can_bus", "lidar2img"], ["cls_logits"], name="geometry"))
-        shapes = {"images": (1, 3, 8, 8), "lidar2img": (18, 4), "can_bus": (1, 18), "prev_bev": (1, 64, 32), "has_prev": (1,)}
-        inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in schema.INPUTS]
-        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in schema.OUTPUTS]
+        inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in INTERFACE.inputs.items()]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in INTERFACE.outputs]
         drawn = helper.make_graph(self.nodes, "drawing", inputs, results, self.initializers)
         opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
         onnx.save(helper.make_model(drawn, opset_imports=opsets, ir_version=9, functions=self.functions), path)
-        artifact.seal(path, kind="onnx", config={"name": "drawing"}, parent=None, facts={})
+        artifact.seal(path, kind="onnx", config={"name": "drawing"}, parent=None, facts=interface_facts(INTERFACE))
         return path
 
 
@@ -122,7 +131,7 @@ def sampler(path: Path, *, body: bool = True) -> Path:
 
 def reseal(path: Path, model: onnx.ModelProto) -> Path:
     onnx.save(model, path)
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(path, kind="onnx", config={}, parent=None, facts=interface_facts(INTERFACE))
     return path
 
 
@@ -155,7 +164,7 @@ def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, 
     assert seal.facts["target"] == {"compute_capabilities": ["8.6", "8.9"]}
     assert seal.facts["plan_bytes"] == built[1].stat().st_size
     assert seal.facts["build"] == {"onnx": "w8a8.onnx", "memory_limit_mb": 256, "allow_float": False}
-    assert seal.facts["inputs"]["images"] == [1, 3, 8, 8]
+    assert interface_of(seal) == INTERFACE
     assert seal.facts["plugins"] == []
     assert fell_back(seal.facts["audit"]) == []
 

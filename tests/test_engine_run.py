@@ -10,9 +10,11 @@ import pytest
 from engine import backend, bench
 from engine.backend import EngineError
 from engine.session import Session
-from qdbev import artifact, schema
+from qdbev import artifact
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 
 NO_GPU = backend.gpu() is None
+INTERFACE = BEVFormerConfig().interface((480, 800))
 
 
 @pytest.fixture
@@ -20,7 +22,11 @@ def engine(tmp_path: Path) -> Path:
     """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
     path = tmp_path / "w8a8.engine"
     path.write_bytes(b"plan")
-    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": ["8.9"]}}
+    facts = {
+        **interface_facts(INTERFACE),
+        "backend": {"name": "tensorrt-rtx", "version": "1.7.1"},
+        "target": {"compute_capabilities": ["8.9"]},
+    }
     artifact.seal(path, kind="engine", config={}, parent=None, facts=facts)
     return path
 
@@ -76,7 +82,7 @@ def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) ->
 
     build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options())
     with Session(tmp_path / "s.engine") as session:
-        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in schema.INPUTS}
+        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in session.interface.inputs}
         first = session.infer(zeros)
         without = {name: value for name, value in zeros.items() if name != "prev_bev"}
         kept = session.infer(without)

@@ -42,12 +42,11 @@ def as_json(facts):
     return json.loads(json.dumps(dataclasses.asdict(facts)))
 
 
-def test_onnx_files_and_engines_of_a_run_are_printed_and_written_as_one_report(tmp_path, monkeypatch, capsys):
+def test_onnx_files_and_engines_of_a_run_are_printed_and_written_as_one_report(tmp_path, capsys):
     sealed(tmp_path / "tiny.onnx", ONNX)
     sealed(tmp_path / "tiny.engine", ENGINE)
     (tmp_path / "w4a6.int4.onnx").write_bytes(b"a storage form, which the report leaves out")
-    monkeypatch.setattr("sys.argv", ["sizes", "--run", str(tmp_path)])
-    sizes.main()
+    sizes.main(["--run", str(tmp_path)])
     kept = json.loads((tmp_path / sizes.FILE).read_text())
     assert kept["onnx"] == [{"name": "tiny", **as_json(ONNX)}]
     assert kept["engines"] == [{"name": "tiny", **as_json(ENGINE)}]
