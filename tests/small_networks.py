@@ -10,6 +10,8 @@ from qdbev.recipes import RECIPES
 DATA = RECIPES["micro"]().data
 """Data settings of the networks here."""
 
+INPUTS, OUTPUTS = (tuple(names) for names in (BEVFormerConfig().interface((64, 64)).inputs, BEVFormerConfig().interface((64, 64)).outputs))
+"""Names of the inputs and outputs of BEVFormer's deployed graph, in order."""
 TRAINED = {
     "data.image_scale": "0.2",
     "model.embed_dim": "16",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 from small_checks import assert_gone, code, leaves, results
 
 from bench import checks, gpu_check, gpu_engine, gpu_network
@@ -178,7 +179,7 @@ def test_the_plan_works_on_copies_of_the_models_of_a_run(folder):
     run.mkdir(parents=True)
     for name in ("w8a8.pt", "w8a8.onnx", "w8a8.engine"):
         (run / name).write_text(name)
-    artifact.seal(run / "w8a8.onnx", kind="onnx", config={"data": {"root": "data/micro"}}, parent=None, facts={})
+    artifact.seal(run / "w8a8.onnx", config={"data": {"root": "data/micro"}}, parent=None, facts=onnx_facts())
     found = {check.name: check for check in plan(run, Path("work"))}
     assert sorted(path.name for path in Path("work/run").iterdir()) == ["w8a8.onnx", "w8a8.onnx.seal.json", "w8a8.pt"]
     assert found["w8a8_nds"].files == (Path("data/micro"),)
@@ -248,7 +249,7 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
 
     class Opened:
         def __init__(self, path, device=None):
-            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts={}, made={}, sha256="1" * 64)
+            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts=engine_facts(), provenance={}, sha256="1" * 64)
             opened.append(path.name)
 
         def __enter__(self):

@@ -19,6 +19,7 @@ from qdbev.data.image_transform import image_transform
 from qdbev.data.transforms import prepare_image
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import TeacherFacts
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS
 
@@ -42,7 +43,7 @@ def teacher(model: BEVFormer, tiny_world: Path, tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.mktemp("run") / "teacher.pt"
     config = RECIPES["micro"]()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tiny_world)))
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=None, facts=TeacherFacts())
     return path
 
 

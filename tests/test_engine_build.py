@@ -16,6 +16,7 @@ from engine import audit, backend, build, compatibility, layer_table, onnx_produ
 from engine.backend import EngineError
 from qdbev import artifact
 from qdbev.deployed_graph import DeployedGraphError
+from qdbev.facts import BuildOptions, OnnxFacts, Target
 from qdbev.ops import contract
 from qdbev.schema import Interface
 
@@ -91,7 +92,7 @@ class Drawing:
         drawn = helper.make_graph(self.nodes, "drawing", inputs, results, self.initializers)
         opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
         onnx.save(helper.make_model(drawn, opset_imports=opsets, ir_version=9, functions=self.functions), path)
-        artifact.seal(path, kind="onnx", config={"name": "drawing"}, parent=None, facts=interface_facts(INTERFACE))
+        artifact.seal(path, config={"name": "drawing"}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=path.stat().st_size))
         return path
 
 
@@ -131,7 +132,7 @@ def sampler(path: Path, *, body: bool = True) -> Path:
 
 def reseal(path: Path, model: onnx.ModelProto) -> Path:
     onnx.save(model, path)
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts=interface_facts(INTERFACE))
+    artifact.seal(path, config={}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=path.stat().st_size))
     return path
 
 
@@ -160,13 +161,13 @@ def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, 
     seal, parent = artifact.unseal(built[1], "engine"), artifact.unseal(built[0], "onnx")
     assert seal.parent == parent.sha256
     assert seal.config == parent.config
-    assert seal.facts["backend"]["name"] == "tensorrt-rtx"
-    assert seal.facts["target"] == {"compute_capabilities": ["8.6", "8.9"]}
-    assert seal.facts["plan_bytes"] == built[1].stat().st_size
-    assert seal.facts["build"] == {"onnx": "w8a8.onnx", "memory_limit_mb": 256, "allow_float": False}
-    assert interface_of(seal) == INTERFACE
-    assert seal.facts["plugins"] == []
-    assert fell_back(seal.facts["audit"]) == []
+    assert seal.facts.backend.name == "tensorrt-rtx"
+    assert seal.facts.target == Target(compute_capabilities=("8.6", "8.9"))
+    assert seal.facts.plan_bytes == built[1].stat().st_size
+    assert seal.facts.build == BuildOptions(onnx="w8a8.onnx", memory_limit_mb=256, allow_float=False)
+    assert seal.facts.interface == INTERFACE
+    assert seal.facts.plugins == ()
+    assert fell_back(seal.facts.audit) == []
 
 
 def test_six_bit_activations_cost_no_kernel_more_than_eight(tmp_path: Path, built: tuple[Path, Path]) -> None:
@@ -234,7 +235,7 @@ def test_a_corrupt_onnx_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(artifact.ArtifactError, match="not the file that was sealed"):
         build.build_file(path, tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(path, config={}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=1000))
     with pytest.raises(DeployedGraphError, match=r"m\.onnx is damaged or no ONNX file"):
         build.build_file(path, tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
     assert not (tmp_path / "m.engine").exists()

@@ -4,17 +4,22 @@ import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sealed_facts import engine_facts, onnx_facts
+from small_networks import INPUTS, OUTPUTS
 
 from engine import backend, build, compatibility, trt86_check
 from engine.backend import Backend, EngineError, Gpu
-from qdbev import artifact, deployed_graph, schema
+from qdbev import artifact, deployed_graph
 from qdbev.artifact import Seal
+from qdbev.facts import BuildOptions
 from qdbev.ops import contract
+from qdbev.schema import Interface
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", bus_id="0000:00:1E.0")
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", bus_id="0000:00:1E.0")
@@ -22,9 +27,15 @@ ADA = Gpu(name="NVIDIA RTX 4090", compute_capability="8.9", bus_id="0000:00:1E.0
 PLUGIN = ("MultiscaleDeformableAttnPlugin_TRT", "1", "")
 
 
-def seal(name: str, version: str, target: dict[str, object], **changes: object) -> Seal:
-    facts = {"backend": {"name": name, "version": version}, "target": target, **changes}
-    return Seal(kind="engine", config={}, parent=None, facts=facts, made={})
+def seal(name: str, version: str, target: dict[str, Any], build: BuildOptions | None = None) -> Seal:
+    capabilities = target["compute_capabilities"]
+    facts = engine_facts(
+        backend=(name, version),
+        capabilities=None if capabilities is None else tuple(capabilities),
+        gpu=target.get("gpu"),
+        build=build,
+    )
+    return Seal(kind="engine", config={}, parent=None, facts=facts, provenance={})
 
 
 def installed(name: backend.BackendName, version: str) -> Backend:
@@ -44,7 +55,7 @@ def test_an_engine_runs_on_the_gpus_it_was_built_for_only() -> None:
     compatibility.require_gpu(path, several, ADA)
     with pytest.raises(EngineError, match=r"GPUs of compute capability 8\.6, 8\.9; this is a NVIDIA H100"):
         compatibility.require_gpu(path, several, H100)
-    compatibility.require_gpu(path, seal("tensorrt-rtx", "1.7.1", {"compute_capabilities": compatibility.PORTABLE}), ADA)
+    compatibility.require_gpu(path, seal("tensorrt-rtx", "1.7.1", {"compute_capabilities": None}), ADA)
 
 
 def test_an_engine_runs_under_the_version_that_built_it_only() -> None:
@@ -66,13 +77,13 @@ def test_an_engine_runs_under_the_version_that_built_it_only() -> None:
             "--backend tensorrt-rtx --compute-capability 8.6 8.9 12.0",
         ),
         (seal("tensorrt-rtx", "1.7", {"compute_capabilities": ["8.6"]}), H100, "--backend tensorrt"),  # which RTX does not build for
-        (seal("tensorrt-rtx", "1.4", {"compute_capabilities": compatibility.PORTABLE}), ADA, "--backend tensorrt-rtx"),
+        (seal("tensorrt-rtx", "1.4", {"compute_capabilities": None}), ADA, "--backend tensorrt-rtx"),
         (
             seal(
                 "tensorrt",
                 "10.13",
                 {"gpu": H200.name, "compute_capabilities": ["9.0"]},
-                build={"onnx": "../onnx/my net.onnx", "memory_limit_mb": 512, "allow_float": True},
+                build=BuildOptions(onnx="../onnx/my net.onnx", memory_limit_mb=512, allow_float=True),
             ),
             H100,
             "--backend tensorrt --memory-limit 512 --allow-float",
@@ -172,11 +183,16 @@ def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, mon
     module = SimpleNamespace(init_libnvinfer_plugins=lambda logger, namespace: None, get_plugin_registry=lambda: registered)
     monkeypatch.setattr(backend, "select", lambda wanted: Backend(name="tensorrt", module=module, version="8.6.1"))
     model = network(opset=contract.OPSET)
-    for names, items in ((schema.INPUTS, model.graph.input), (schema.OUTPUTS, model.graph.output)):
+    for names, items in ((INPUTS, model.graph.input), (OUTPUTS, model.graph.output)):
         del items[:]
         items.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in names)
     onnx.save(model, tmp_path / "net.onnx")
-    artifact.seal(tmp_path / "net.onnx", kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(
+        tmp_path / "net.onnx",
+        config={},
+        parent=None,
+        facts=onnx_facts(Interface(inputs=dict.fromkeys(INPUTS, (1, 4)), outputs=dict.fromkeys(OUTPUTS, (1, 4)))),
+    )
     with pytest.raises(EngineError, match=r"operator set 18; TensorRT 8\.6 reads up to 17"):
         build.build_file(tmp_path / "net.onnx", tmp_path / "net.engine", build.Options(backend="tensorrt"))
     assert build._plugins(backend.select(None)) == {PLUGIN}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 
 from eval import draw, evaluate, pictures, report, run
 from eval.loop import evaluate_frames
@@ -17,6 +18,7 @@ from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
 from qdbev.detector import Arrays
+from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
 from qdbev.recipes import RECIPES
 from qdbev.schema import CLASSES
@@ -34,7 +36,7 @@ def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = micro(tiny_world)
     torch.manual_seed(0)
     weights = detectors.build(config.model).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -57,7 +59,9 @@ def recorder(config: Config, seen: list[Arrays], seal: Seal | None = None) -> Se
         outputs["bev"][...] = len(seen)
         return outputs
 
-    return SealedModel(config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64))
+    return SealedModel(
+        config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts=onnx_facts(), provenance={}, sha256="0" * 64)
+    )
 
 
 def test_the_history_passes_from_frame_to_frame_and_ends_with_the_scene(tiny_world: Path) -> None:
@@ -155,7 +159,7 @@ def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
     folder, config = teacher.parent, micro(tiny_world)
     engine = folder / "w8a8.engine"
     engine.write_bytes(b"plan")
-    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts={}, made={}, sha256="1" * 64)
+    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts=engine_facts(), provenance={}, sha256="1" * 64)
     evaluate.evaluate(engine, recorder(config, [], seal), config, "val", folder / "eval" / "w8a8_engine")
     counts = {"quantized_layers": 9, "int8_layers": 8, "kernels": 20, "int8_kernels": 8, "requantizations": 3}
     (folder / "w8a8.engine.audit.json").write_text(json.dumps({"summary": "8 of 9", **counts, "rows": []}))

@@ -22,6 +22,7 @@ from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.nn.config import BackboneConfig
 from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d
@@ -115,7 +116,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)
-    parent = Seal(kind="student", config=to_dict(config), parent=None, facts={}, made={}, sha256="student")
+    parent = Seal(kind="student", config=to_dict(config), parent=None, facts=StudentFacts(), provenance={}, sha256="student")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "trace", lambda model, image_hw: traced.clone())
@@ -161,7 +162,7 @@ def test_the_same_layers_are_quantized(exports: dict[bool, tuple[onnx.ModelProto
 @pytest.mark.parametrize("other", ["float16", "standard_deform_conv"])
 def test_another_form_at_the_same_time_is_refused(other: str, tmp_path: Path) -> None:
     config = exported_network()
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="teacher")
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="teacher")
     with pytest.raises(ValueError, match="--builtin-plugin goes with neither --float16, .* leave them out"):
         to_onnx.export(BEVFormer(config.model), parent, tmp_path / "x.onnx", IMAGE_HW, (), builtin_plugin=True, **{other: True})
     assert not list(tmp_path.iterdir())

@@ -10,17 +10,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx_passes import apply
-from small_networks import DATA, exported_network
+from small_networks import DATA, OUTPUTS, exported_network
 
 from engine import backend, build
 from engine.backend import EngineError
 from export import deform_conv, parity, to_onnx
 from export.bodies.attach import attach
-from qdbev import artifact, schema, temporal
+from qdbev import artifact, temporal
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.nn.config import BackboneConfig
 from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
@@ -50,7 +51,14 @@ def small_model() -> BEVFormer:
 
 
 def seal(kind: str) -> Seal:
-    return Seal(kind=kind, config=to_dict(small_config()), parent=None, facts={}, made={}, sha256=kind)
+    return Seal(
+        kind=kind,
+        config=to_dict(small_config()),
+        parent=None,
+        facts=StudentFacts() if kind == "student" else TeacherFacts(),
+        provenance={},
+        sha256=kind,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,7 @@ def test_the_body_gathers_what_the_operator_gathers(stride, out_hw):
 @pytest.mark.parametrize("standard", [False, True])
 def test_both_forms_compute_what_pytorch_computes(exports, standard):
     _, rows, _ = exports[standard]
-    assert len(rows) == 2 * len(schema.OUTPUTS)
+    assert len(rows) == 2 * len(OUTPUTS)
     assert all(row.passed for row in rows), parity.table(rows)
 
 

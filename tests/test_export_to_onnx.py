@@ -12,16 +12,17 @@ import torch
 from graph_digest import describe
 from onnx import TensorProto, numpy_helper
 from onnx_passes import apply
-from small_networks import DATA, exported_network
+from small_networks import DATA, INPUTS, OUTPUTS, exported_network
 
 from export import parity, qdq, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, deployed_graph, schema, temporal
+from qdbev import artifact, deployed_graph, temporal
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.deployed_graph import DeployedGraphError
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.ops import contract
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
@@ -68,7 +69,7 @@ def small_model(kind):
     frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = {name: torch.from_numpy(value) for name, value in temporal.deployed_inputs(frame, None, model.config).items()}
     feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
-    calibrate(model, lambda: model(*(feeds[name] for name in schema.INPUTS)), "max")
+    calibrate(model, lambda: model(*(feeds[name] for name in INPUTS)), "max")
     return config, model
 
 
@@ -81,7 +82,14 @@ def exports(tmp_path_factory):
         if kind not in made:
             config, model = small_model(kind)
             parent_kind = "teacher" if kind == "float" else "student"
-            parent = Seal(kind=parent_kind, config=to_dict(config), parent=None, facts={}, made={}, sha256=kind)
+            parent = Seal(
+                kind=parent_kind,
+                config=to_dict(config),
+                parent=None,
+                facts=TeacherFacts() if parent_kind == "teacher" else StudentFacts(),
+                provenance={},
+                sha256=kind,
+            )
             path = folder / f"{kind}.onnx"
             rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
             made[kind] = Exported(kind, model, parent, path, onnx.load(path), rows, seal)
@@ -108,15 +116,15 @@ def export_altered(exports, kind, tmp_path, monkeypatch, alter, float16=False):
 
 def test_onnx_computes_what_pytorch_computes_on_both_frames(exported):
     assert {row.frame for row in exported.rows} == {0, 1}
-    assert len(exported.rows) == 2 * len(schema.OUTPUTS)
+    assert len(exported.rows) == 2 * len(OUTPUTS)
     assert all(row.passed for row in exported.rows), parity.table(exported.rows)
 
 
 def test_the_graph_has_the_names_and_shapes_of_the_schema(exported):
     graph = exported.proto.graph
     onnx.checker.check_model(exported.proto)
-    assert tuple(item.name for item in graph.input) == schema.INPUTS
-    assert tuple(item.name for item in graph.output) == schema.OUTPUTS
+    assert tuple(item.name for item in graph.input) == INPUTS
+    assert tuple(item.name for item in graph.output) == OUTPUTS
     assert OnnxRunner(exported.path).shapes["images"] == (1, 6, 3, *IMAGE_HW)
     assert all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*graph.input, *graph.output))
 
@@ -220,7 +228,7 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
-    for name in schema.OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
+    for name in OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
         assert 1 - parity._cosine(found[name], expected[name]) < parity.QUANTIZED_TOLERANCE
 
 
@@ -234,7 +242,7 @@ def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
     frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
-    for name in schema.OUTPUTS:
+    for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], expected[name])
 
 
@@ -272,7 +280,7 @@ def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(expor
     graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     known = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}
     known |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    assert {known[name] for name in (*schema.INPUTS, *schema.OUTPUTS)} == {TensorProto.FLOAT}
+    assert {known[name] for name in (*INPUTS, *OUTPUTS)} == {TensorProto.FLOAT}
     read = {node.name: (node.op_type, [known[name] for name in node.input if name]) for node in graph.node}
     for name, (op_type, types) in read.items():
         if op_type in contract.OPERATORS:
@@ -341,7 +349,7 @@ def test_a_checkpoint_that_does_not_exist_is_one_error(tmp_path, monkeypatch):
 def test_a_checkpoint_without_an_image_size_asks_for_it(tmp_path, monkeypatch):
     config, model = small_model("float")
     checkpoint, target = tmp_path / "teacher.pt", tmp_path / "teacher.onnx"
-    artifact.save_checkpoint(checkpoint, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts={})
+    artifact.save_checkpoint(checkpoint, config=to_dict(config), weights=model.state_dict(), parent=None, facts=TeacherFacts())
     monkeypatch.setattr("sys.argv", ["to_onnx", "--checkpoint", str(checkpoint), "--onnx", str(target)])
     with pytest.raises(SystemExit, match="^error: .*--image-hw 480 800"):
         to_onnx.main()
