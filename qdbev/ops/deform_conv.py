@@ -1,7 +1,7 @@
 """Modulated deformable convolution (DCNv2) as a gather of columns and an ordinary matrix product that quantizes like any other.
 
 The gather is an operator: one node of domain `qdbev` in the exported graph, with a local function of the same name as its body
-(export/functions.py). With the product behind it, it can be exchanged for ONNX's own DeformConv (export/deform_conv.py).
+(export/bodies). With the product behind it, it can be exchanged for ONNX's own DeformConv (export/deform_conv.py).
 Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
 """
 

@@ -2,7 +2,7 @@
 
     here       PyTorch; trains, runs anywhere, and is what every other implementation is compared with
     CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies)
     TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
 
 Softmax and reference + offset arithmetic belong to the operator. Source: Deformable DETR (arXiv:2010.04159), equation 3.

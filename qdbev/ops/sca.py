@@ -3,7 +3,7 @@
     here       PyTorch, gathering only the queries each camera sees; trains, runs anywhere
     sca_dense  PyTorch, every camera reading every query: what the ONNX body computes; results/attention_cpu.json says what each costs
     CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies)
     TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
 
 Offsets and logits depend on the query only, so they are given once and not once a camera; which cameras see a query, the sum over

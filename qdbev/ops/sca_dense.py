@@ -1,6 +1,6 @@
 """Spatial cross-attention with static shapes: every camera reads every query, and what it does not see is masked.
 
-The form that ONNX and TensorRT run (export/functions.py), in PyTorch. The network runs the gathered form of qdbev/ops/sca.py, which is
+The form that ONNX and TensorRT run (export/bodies), in PyTorch. The network runs the gathered form of qdbev/ops/sca.py, which is
 several times cheaper; this one is compared with it in the tests and by bench/attention_cost.py. Source: BEVFormer (arXiv:2203.17270),
 equation 3. Letters as in qdbev/ops/sca.py.
 """
