@@ -3,10 +3,12 @@
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import helper, numpy_helper
 from onnx_passes import apply
 
 from export import qdq
+from export.graph import PassError
 from qdbev.ops import contract
 
 
@@ -39,3 +41,18 @@ def test_a_clip_stays_behind_what_is_read_without_it():
     model = clipped_late({"y": [1, 4, 4, 2], "t": [1, 4, 4, 2]})
     assert apply(model, qdq.clip_early) == 0
     assert [node.name for node in model.graph.node] == ["pool", "move", "clip"]
+
+
+def test_a_weight_that_would_stay_float_fails_the_export():
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["turned"]),
+        helper.make_node("QuantizeLinear", ["turned", "scale"], ["q"], name="quantize", axis=0),
+        helper.make_node("DequantizeLinear", ["q", "scale"], ["d"], axis=0),
+        helper.make_node("MatMul", ["x", "d"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in ("x", "y")]
+    constants = {"w": np.ones((2, 2), np.float32), "scale": np.ones(2, np.float32)}
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [numpy_helper.from_array(value, name) for name, value in constants.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", contract.OPSET)], ir_version=9)
+    with pytest.raises(PassError, match="pack_weights: the weight of quantize stays float"):
+        apply(model, qdq.pack_weights)
