@@ -260,7 +260,7 @@ def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_
         float_training.train(config, run, CPU, World(), True, tmp_path / "other.pth")
 
     fresh = float_training.train(config, run, CPU, World(), False)
-    assert "pretrained" not in artifact.load_checkpoint(fresh, "teacher")[0].facts
+    assert artifact.load_checkpoint(fresh, "teacher")[0].facts.pretrained is None
     with pytest.raises(ValueError, match="did not begin from"):
         float_training.train(config, run, CPU, World(), True, pretrained)
     resumed = float_training.train(config, run, CPU, World(), True)
