@@ -219,7 +219,7 @@ def relabel_layout(world: Path, layout: int, **more: np.ndarray) -> None:
     with np.load(path) as arrays:
         content = dict(arrays)
     np.savez(path, **content, **more)
-    artifact.seal(path, kind="infos", config={**seal.config, "layout": layout}, parent=None, facts=seal.facts)
+    artifact.seal(path, config={**seal.config, "layout": layout}, parent=None, facts=seal.facts)
 
 
 def test_a_cached_file_of_the_layout_with_neighbours_still_opens(world: Path, known: Infos) -> None:

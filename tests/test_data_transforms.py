@@ -50,7 +50,7 @@ def test_images_and_matrices_match_the_official_pipeline(size: str, golden_modul
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 0.37])
 def test_scaling_is_half_pixel_bilinear_without_antialias_after_normalisation(scale: float) -> None:
-    data = config(image_range_mode=scale, std=(1.0, 2.0, 4.0))
+    data = config(image_scale=scale, std=(1.0, 2.0, 4.0))
     transform = image_transform(data, (90, 160))
     image = make_raw_images()[0]
     normalised = (torch.from_numpy(image[..., ::-1].astype(np.float32)) - torch.tensor(data.mean)) / torch.tensor(data.std)
