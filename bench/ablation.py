@@ -355,7 +355,7 @@ def _curve(cell: Cell) -> list[dict[str, float]]:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the cells that have no metrics yet and collect all of them."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--stress", default="w3a3", help="width at which calibration alone loses much (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="of rows that train, at the stress width (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, among which the cores are shared (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     artifact.load_checkpoint(args.teacher, "teacher")
     chosen = search_cells(args.run, args.stress) if args.search else list(cells(args.run, args.stress, args.rows, args.seeds))
     float_metrics = args.run / "float" / "metrics.json"

@@ -87,12 +87,12 @@ def _share(values: list[float], teacher: float) -> str:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Results in, table and curves out."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
     parser.add_argument("--results", type=Path, required=True, help="what `python -m bench.ablation` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     content = read(args.results)
     Console(width=120).print(table(content))
     picture = args.out / "curves.png"

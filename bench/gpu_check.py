@@ -260,12 +260,12 @@ def end(number: int, _: object) -> None:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Check all that a GPU shows; fails if any check fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for <gpu>_<date>.json")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run whose w8a8 and w4a6 are scored (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = gpu()
     signal.signal(signal.SIGTERM, end)  # so that the check under way ends as well
     shutil.rmtree(WORK, ignore_errors=True)

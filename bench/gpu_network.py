@@ -18,7 +18,7 @@ import torch
 from eval.comparison import DISTANCE, TensorDifference, compare, require_same
 from eval.open_model import OpenModel
 from qdbev import artifact, detectors
-from qdbev.command import device, entry_point
+from qdbev.command import entry_point, parse_device
 from qdbev.config import Config
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Arrays, Deployed, Detector
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bits", default=FLOAT, help="float, or widths of weights and activations, as w8a8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     args = parser.parse_args(argv)
-    target = device("cuda")
+    target = parse_device("cuda")
     from plugins import torch_ops
 
     torch_ops.install()

@@ -79,13 +79,13 @@ def _serve(path: Path, link: Connection) -> None:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare the cost of ONNX files in onnxruntime."""
     parser = argparse.ArgumentParser(prog="python -m bench.run_cost", description=main.__doc__)
     parser.add_argument("--onnx", type=Path, nargs="+", required=True, help="files of one network; ratios are to the first")
     parser.add_argument("--turns", type=int, default=5, help="runs of each file that count (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = measure(args.onnx, args.turns)
     content = {"turns": args.turns, "cpu_cores": os.cpu_count(), "rows": rows, "made": artifact.provenance()}
     if args.out:

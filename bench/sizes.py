@@ -48,11 +48,11 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Collect what the exports and engines of a run measured."""
     parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with .onnx and .engine files")
-    run = parser.parse_args().run
+    run = parser.parse_args(argv).run
     rows = collect(run)
     content = {"cpu_cores": os.cpu_count(), **rows, "made": artifact.provenance()}
     with artifact.atomic(run / FILE) as temporary:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qdbev import artifact
-from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
 from qdbev.frames import open_frames
@@ -63,7 +63,7 @@ def measure(teacher: Detector, config: Config, target: torch.device, steps: int)
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Compare the cost of a float training step with a quantization-aware and a distilling one."""
     parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
@@ -72,10 +72,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, teacher = restore(args.teacher)
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
-    target = device(args.device)
+    target = parse_device(args.device)
     figures = measure(teacher, config, target, args.steps)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"
     figures |= {"recipe": config.name, "bits": args.bits, "hardware": hardware, "made": artifact.provenance()}

@@ -50,13 +50,13 @@ def untrained(config: Config) -> Detector:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write a teacher of random weights."""
     parser = argparse.ArgumentParser(prog="python -m bench.untrained", description=main.__doc__)
     parser.add_argument("--recipe", required=True, choices=RECIPES)
     parser.add_argument("--teacher", type=Path, required=True, help="file to write")
     add_settings(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     config = override(RECIPES[args.recipe](), args.settings)
     facts = TeacherFacts(image_hw=image_transform(config.data, config.data.stored_hw).padded_hw, untrained=True)
     weights = untrained(config).state_dict()

@@ -19,7 +19,7 @@ from engine import layer_table, onnx_products
 from engine.backend import EngineError
 from engine.layer_table import Layer
 from engine.onnx_products import Product, Role
-from qdbev import artifact
+from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
@@ -156,7 +156,8 @@ def of_files(engine: Path, onnx_path: Path) -> Report:
     engine_seal = artifact.unseal(engine, "engine")
     artifact.expect_parent(engine, engine_seal, onnx_path, artifact.unseal(onnx_path, "onnx"))
     table = layer_table.load(layer_table.table_path(engine), engine_seal.facts.layer_table_sha256)
-    return audit(onnx_products.products(onnx_products.load(onnx_path)), table)
+    products = onnx_products.products(deployed_graph.load(onnx_path), engine_seal.facts.interface.geometry)
+    return audit(products, table)
 
 
 def report_path(engine: Path) -> Path:
@@ -197,19 +198,19 @@ def _float_layer(row: Row) -> dict[str, object]:
     return {"name": row.name, "op": row.op, "flops": row.flops, "precision": row.got, "reason": reason}
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Which layer of an engine runs in which precision.")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--onnx", type=Path, required=True, help="the file the engine was built from")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Engine in, report out; fails if a quantized layer runs in float."""
-    args = parse_args(arguments)
+    args = parse_args(argv)
     report = of_files(args.engine, args.onnx)
     save(args.out or report_path(args.engine), report)
     require_int8(report)

@@ -163,20 +163,20 @@ def _with_session(engine: Path, frame: dict[str, np.ndarray], iterations: int) -
     return Times(compute, with_transfers, "session", f"python -m engine.bench --engine {engine} --iterations {iterations}")
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure an engine's time a frame.")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--onnx", type=Path, help="refuse the engine if it was built from another file")
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Engine in, latency out."""
-    args = parse_args(arguments)
+    args = parse_args(argv)
     if args.onnx:
         artifact.expect_parent(args.engine, artifact.unseal(args.engine, "engine"), args.onnx, artifact.unseal(args.onnx, "onnx"))
     found = bench(args.engine, args.iterations)

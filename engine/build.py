@@ -23,7 +23,7 @@ from engine import audit, backend, compatibility, layer_table, onnx_products, tr
 from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layer_table import Layer
 from plugins import tensorrt_ops
-from qdbev import artifact
+from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
 from qdbev.facts import BackendVersion, EngineFacts, Target
 
@@ -62,17 +62,21 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
 
     Raises:
         ArtifactError: The ONNX is missing, changed since it was sealed, or no ONNX artifact.
-        EngineError: The ONNX or an option does not fit, TensorRT refuses, or a quantized layer lost INT8.
+        DeployedGraphError: The ONNX is no deployed graph, or cannot be built.
+        EngineError: An option does not fit, TensorRT refuses, or a quantized layer lost INT8.
     """
     parent = artifact.unseal(onnx_path, "onnx")
-    model = onnx_products.load(onnx_path)
+    model = deployed_graph.load(onnx_path)
+    interface = parent.facts.interface
     chosen = backend.select(options.backend)
     plugins = _plugins(chosen)
-    onnx_products.check(model, plugins)
+    deployed_graph.check(onnx_path, model, interface, plugins)
+    deployed_graph.require_int8_storage(onnx_path, model)
     if not chosen.strongly_typed:
         trt86_check.check(model, plugins)
+    products = onnx_products.products(model, interface.geometry)
     plan = build_plan(chosen, onnx_path, options)
-    report = audit.audit(onnx_products.products(model), plan.table)
+    report = audit.audit(products, plan.table)
     audit.save(audit.report_path(engine_path), report)
     if not options.allow_float:
         audit.require_int8(report)
@@ -81,7 +85,7 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
         temporary.write_bytes(plan.content)
     table_sha256 = artifact.sha256(layer_table.table_path(engine_path))
     facts = EngineFacts(
-        interface=parent.facts.interface,
+        interface=interface,
         backend=plan.backend,
         target=plan.target,
         build=compatibility.build_options(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
@@ -136,7 +140,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     return Plan(content=content, table=table, backend=built_by, target=target, build_seconds=round(seconds, 2))
 
 
-def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> list[str]:
+def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
     """Operators of the graph that the parser takes from `plugins`, (name, version, namespace), and not from a body; sorted."""
     taken = set()
     for node in model.graph.node:
@@ -170,7 +174,7 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
     """Name and operator of the node that a parser error is about; TensorRT 8.6 tells its position only."""
     if hasattr(error, "node_name"):
         return error.node_name(), error.node_operator()
-    nodes, index = onnx_products.load(onnx_path).graph.node, error.node()
+    nodes, index = deployed_graph.load(onnx_path).graph.node, error.node()
     return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
@@ -209,7 +213,7 @@ def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
+def _plugins(chosen: Backend) -> deployed_graph.Plugins:
     """Registered plugins. TensorRT-RTX is treated as having none: it ends the process when a node meets one (seen in 1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
@@ -242,7 +246,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.build", description="Build and audit an integer engine from an exported ONNX.")
     parser.add_argument("--onnx", type=Path, required=True)
@@ -254,7 +258,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=_positive, metavar="MB", help="workspace the engine may use")
     parser.add_argument("--timing-cache", type=Path, help="file or folder of kernel timings (TensorRT; default: the engine's folder)")
     parser.add_argument("--allow-float", action="store_true", help="write the engine even if quantized layers run in float")
-    return parser.parse_args(arguments)
+    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
@@ -265,9 +269,9 @@ def _positive(text: str) -> int:
 
 
 @entry_point
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """ONNX in, engine out."""
-    args = parse_args(arguments)
+    args = parse_args(argv)
     engine_path = args.out or args.onnx.with_suffix(".engine")
     options = Options(
         backend=args.backend,

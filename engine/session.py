@@ -1,10 +1,11 @@
-"""Running an engine on a GPU, without torch.
+"""Runs an engine on a GPU, without torch.
 
     with Session(path) as session:
         outputs = session.infer({"images": ..., "lidar2img": ..., "can_bus": ..., "prev_bev": ..., "has_prev": ...})
 
-Recurrent tensors need not leave the GPU: leave `prev_bev` out, and the `bev` of the last frame that succeeded is used, by exchanging the
-two buffers. A frame that fails leaves it as it was, and the session is ready for the next.
+The names of the tensors are those of the detector's interface, here BEVFormer's. Recurrent tensors can stay on the GPU: if a recurrent
+input such as `prev_bev` is left out, the session uses the matching output (`bev`) of the last frame that succeeded, by exchanging the two
+buffers. A frame that fails does not change that output, and the session can run the next frame.
 """
 
 import logging
@@ -26,13 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 class Session:
-    """An engine, its buffers and its stream; a context manager, because it owns GPU memory.
+    """An engine with its buffers and its CUDA stream. It is a context manager, because it owns GPU memory.
 
-    `seal` and `interface` are the engine's; `shapes` and `dtypes` are those of the named tensors, known once it is open.
+    `seal` and `interface` are those of the engine file. `shapes` and `dtypes` map each tensor's name to its shape and type; both are
+    empty until the session is open.
     """
 
     def __init__(self, path: Path) -> None:
-        """Check the file and that it can run here; memory is taken on entering.
+        """Check the file and that it can run on this machine. Memory is allocated when the `with` block is entered.
 
         Raises:
             ArtifactError: The engine is missing, damaged or not sealed.
@@ -60,7 +62,7 @@ class Session:
         self._stack.close()
 
     def infer(self, inputs: Mapping[str, np.ndarray], outputs: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """One frame.
+        """Run one frame and return its outputs by name.
 
         Args:
             inputs: Arrays by the names of the interface. Recurrent inputs may be left out: then the outputs of the last frame are used,
@@ -72,22 +74,22 @@ class Session:
         """
         outputs = tuple(self.interface.outputs) if outputs is None else outputs
         self._check(inputs, outputs)
-        context = self._contexts[self._parity]
+        captured = self._contexts[self._parity]
         start, end = self._events
-        with self._settled():
+        with self._recovering():
             for name, value in inputs.items():
-                self._copy(name, context, value)
+                self._copy(name, captured, value)
             check(self._runtime.cudaEventRecord(start, self._stream))
-            self._run(context)
+            self._run(captured)
             check(self._runtime.cudaEventRecord(end, self._stream))
             for name in outputs:
-                self._copy(name, context)
+                self._copy(name, captured)
             check(self._runtime.cudaStreamSynchronize(self._stream))
         self._parity = 1 - self._parity
         return {name: self._pinned(name).copy() for name in outputs}
 
     def compute_ms(self) -> float:
-        """GPU time of the last frame, without copies."""
+        """GPU time of the last frame's network in milliseconds, without the copies of inputs and outputs."""
         return float(check(self._runtime.cudaEventElapsedTime(*self._events)))
 
     def _open(self, stack: ExitStack) -> None:
@@ -110,7 +112,7 @@ class Session:
 
     def _deserialize(self, trt: Any) -> None:
         backend.load_builtin_plugins(self._backend)
-        # Kept on the session alone: in a local name, the traceback of an error would hold the engine and its memory.
+        # A local variable would keep the engine and its memory alive in the traceback of an error.
         self._engine = trt.Runtime(self._messages).deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             device = backend.require_gpu(f"running {self.path}")
@@ -133,39 +135,39 @@ class Session:
 
     def _create_contexts(self, trt: Any) -> None:
         sizes = {name: int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
-        there = {name: self._buffers.device(name, size) for name, size in sizes.items()}
+        straight = {name: self._buffers.device(name, size) for name, size in sizes.items()}
         size = intermediate_bytes(self._engine)
         shared = self._buffers.device("the layers' intermediate results", size)
-        swapped = dict(there)
+        swapped = dict(straight)
         for output, input_ in self.interface.recurrent:
-            swapped |= {output: there[input_], input_: there[output]}
-        for addresses in (there, swapped):
+            swapped |= {output: straight[input_], input_: straight[output]}
+        for addresses in (straight, swapped):
             context = create_context(trt, self._engine, shared, size)
             if context is None:
                 self._fail(f"no memory or kernels to run it here; {self._buffers.state()}")
             self._contexts.append(CapturedContext(context, addresses, self._stream))
 
     def _warm_up(self) -> None:
-        """Run each context once, on zeros, and record it; afterwards the history is zero again."""
+        """Run each context once on zeros and record it as a CUDA graph; afterwards set the recurrent tensors to zero again."""
         reason = ""
-        for context in self._contexts:
-            self._run(context)
+        for captured in self._contexts:
+            self._run(captured)
             check(self._runtime.cudaStreamSynchronize(self._stream))
-            reason = reason or context.record()
+            reason = reason or captured.record()
         if reason:
-            _log.warning("%s: no CUDA graph (%s); each frame starts its kernels one by one", self.path, reason)
+            _log.warning("%s: no CUDA graph (%s); every frame launches its kernels one by one, which takes longer", self.path, reason)
         for name in (name for pair in self.interface.recurrent for name in pair):
             size = int(np.prod(self.shapes[name])) * self.dtypes[name].itemsize
             check(self._runtime.cudaMemset(self._contexts[0].addresses[name], 0, size))
 
-    def _run(self, context: CapturedContext) -> None:
+    def _run(self, captured: CapturedContext) -> None:
         self._messages.problems.clear()
-        if not context.run():
+        if not captured.run():
             self._fail(f"TensorRT could not start the frame; {self._buffers.state()}")
 
-    def _copy(self, name: str, context: CapturedContext, value: np.ndarray | None = None) -> None:
-        """Queue a copy through page-locked memory: of `value` to the GPU, or back from it where there is none."""
-        host, device, kinds = self._pinned(name), context.addresses[name], self._runtime.cudaMemcpyKind
+    def _copy(self, name: str, captured: CapturedContext, value: np.ndarray | None = None) -> None:
+        """Queue a copy of `value` to the GPU through page-locked memory; without a value, a copy of the tensor from the GPU."""
+        host, device, kinds = self._pinned(name), captured.addresses[name], self._runtime.cudaMemcpyKind
         if value is not None:
             np.copyto(host, value)
             check(self._runtime.cudaMemcpyAsync(device, host.ctypes.data, host.nbytes, kinds.cudaMemcpyHostToDevice, self._stream))
@@ -173,14 +175,14 @@ class Session:
             check(self._runtime.cudaMemcpyAsync(host.ctypes.data, device, host.nbytes, kinds.cudaMemcpyDeviceToHost, self._stream))
 
     def _pinned(self, name: str) -> np.ndarray:
-        """The page-locked array of a tensor, taken when it is first needed: a stream never copies `prev_bev`."""
+        """The page-locked array of a tensor. It is allocated at first use, because a stream never copies the recurrent tensors."""
         if name not in self._host:
             self._host[name] = self._buffers.pinned(name, self.shapes[name], self.dtypes[name])
         return self._host[name]
 
     @contextmanager
-    def _settled(self) -> Iterator[None]:
-        """Leave no work behind when a frame fails, and find out whether CUDA goes on in this process."""
+    def _recovering(self) -> Iterator[None]:
+        """When a frame fails, wait for the work it queued, and note whether CUDA still works in this process."""
         try:
             yield
         except BaseException:
@@ -194,7 +196,9 @@ class Session:
         if not self._contexts:
             raise EngineError(f"the session of {self.path} is not open; use it in a with statement")
         if self._broken:
-            raise EngineError(f"{self.path}: the GPU failed before ({self._broken}) and answers this process no more; start it again")
+            raise EngineError(
+                f"{self.path}: an earlier frame left the GPU unusable for this process ({self._broken}); start the process again"
+            )
         recurrent = [name for _, name in self.interface.recurrent]
         missing = [name for name in self._inputs if name not in inputs and name not in recurrent]
         unknown = [
@@ -203,7 +207,8 @@ class Session:
         ]
         if missing or unknown:
             raise EngineError(
-                f"inputs missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}; needed: {self._inputs}"
+                f"missing inputs: {', '.join(missing) or 'none'}; unknown names: {', '.join(unknown) or 'none'}; "
+                f"the engine takes {', '.join(self._inputs)}"
             )
         for name, value in inputs.items():
             if value.shape != self.shapes[name] or value.dtype != self.dtypes[name]:
@@ -213,14 +218,14 @@ class Session:
         raise EngineError("\n  ".join([f"{self.path}: {what}", *self._messages.problems]))
 
     def _close_engine(self) -> None:
-        """Contexts before the engine, the engine before the stream and the buffers."""
-        for context in self._contexts:
-            context.close()
+        """Free the contexts, then the engine; both must go before the stream and the buffers that they use."""
+        for captured in self._contexts:
+            captured.close()
         self._contexts.clear()
         self._engine = None
 
     def _forget(self) -> None:
-        """As before it was opened."""
+        """Return to the state before the session was opened."""
         self._runtime: Any = None
         self._buffers: Any = None
         self._messages: Any = None

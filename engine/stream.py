@@ -1,15 +1,16 @@
-"""The detector of a vehicle that is under way: frames in order of time to boxes.
+"""A detector for live use: it takes frames in order of time and returns boxes.
 
     with open_engine(Path("runs/demo/w8a8.engine")) as detector:
         while driving:
             frame = detector.prepare(images, lidar2img, can_bus, timestamp_us)
             detections = detector(frame)
 
-It remembers what one frame leaves for the next; recurrent tensors such as the previous BEV stay on the GPU. A frame that is refused or
-fails changes nothing: the next frame is treated as if one had been dropped, with the motion since the last good one. The C++ counterpart
-is in examples/cpp.
+It keeps the memory between frames; recurrent tensors such as the previous BEV stay on the GPU. A frame that is refused or fails changes
+nothing: the next frame is treated as if one frame had been dropped, with the vehicle's motion since the last good frame. The C++
+counterpart is in examples/cpp.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,76 +25,77 @@ from qdbev.detector import Arrays, FrameOrderError, Memory
 from qdbev.schema import Detections, Frame, Interface
 
 Run = Callable[[Arrays], Mapping[str, np.ndarray]]
-"""The deployed graph: outputs by name from inputs by name. Recurrent outputs that are missing stay where the graph runs."""
+"""A function that runs the deployed graph: outputs by name from inputs by name. It may keep recurrent outputs and leave them out."""
 
 _ON_THE_GPU = np.zeros(0, np.float32)
-"""Stands for a recurrent tensor that never leaves the GPU."""
+"""Empty array in the place of a recurrent tensor that never leaves the GPU."""
 
 
 class StreamingDetector:
-    """A network and what it remembers of the scene. Not for several threads at once."""
+    """A network with the memory of the current scene. Use it from one thread at a time."""
 
     def __init__(self, run: Run, config: Config, interface: Interface) -> None:
         """
         Args:
-            run: The network, in an engine, onnxruntime or PyTorch.
+            run: Runs the network: an engine, onnxruntime or PyTorch.
             config: The config in the model's seal.
-            interface: Shapes of the network's inputs and outputs.
+            interface: Names and shapes of the network's inputs and outputs.
         """
         self._run = run
         self._stream = detectors.stream(config.model)
-        self._interface = interface
+        fields = [field.name for field in dataclasses.fields(Frame)]
+        self._shapes = {name: shape[1:] for name, shape in interface.inputs.items() if name in fields}
         self._recurrent = {output for output, _ in interface.recurrent}
         self._memory: Memory = None
         self.prepare = Preprocessor(config.data, interface.inputs["images"][1:]).frame
-        """Makes a frame from camera images as they arrive."""
+        """Makes a frame from camera images; see `Preprocessor.frame`."""
 
     def __call__(self, frame: Frame) -> Detections:
-        """Boxes of a frame, in the lidar frame of that moment; what the frame leaves is remembered for the next.
+        """Detect the boxes of a frame, in its lidar frame, and keep the memory for the next frame.
 
         Raises:
             FrameError: A tensor of the frame has the wrong shape or type or is not finite, or the network's boxes are not finite.
             FrameOrderError: The frame is not later than the last one of its scene.
             EngineError: The GPU reports a failure.
         """
-        if not np.isfinite(frame.can_bus).all():
-            raise FrameError(f"frame {frame.token!r}: can_bus has NaN or infinite values: {frame.can_bus}")
+        self._check(frame)
         try:
             inputs = self._stream.inputs(frame, self._memory)
         except FrameOrderError as error:
             raise FrameOrderError(f"{error}; StreamingDetector.reset() does that") from error
-        self._check(frame, inputs)
+        for name, value in inputs.items():
+            if value.dtype != np.float32:
+                raise FrameError(f"frame {frame.token!r}: {name} is {value.dtype}, the network takes float32")
         outputs = self._run(inputs)
         for name, value in outputs.items():
             if name not in self._recurrent and not np.isfinite(value).all():
-                self.reset()  # the recurrent tensors of this frame are no better
+                self.reset()  # the recurrent tensors of this frame are not finite either
                 raise FrameError(f"frame {frame.token!r}: the network's {name} is not finite; the next frame starts without a history")
         self._memory = self._stream.remember(frame, {**dict.fromkeys(self._recurrent, _ON_THE_GPU), **outputs})
         return self._stream.decode(outputs)
 
     def reset(self) -> None:
-        """Forget the scene: the next frame has no history. A changed `scene_token` does the same."""
+        """Forget the scene, so that the next frame has no history. A frame with another `scene_token` has the same effect."""
         self._memory = None
 
-    def _check(self, frame: Frame, inputs: Arrays) -> None:
-        """Raise FrameError for an input of the wrong shape or type or with values that are not finite; recurrent ones are our own."""
-        recurrent = {name for _, name in self._interface.recurrent}
-        for name, value in inputs.items():
-            if name in recurrent:
-                continue
-            wanted = self._interface.inputs[name]
-            if value.shape != wanted:
-                raise FrameError(f"frame {frame.token!r}: {name} is of shape {value.shape}, the network takes {wanted}")
-            if value.dtype != np.float32:
-                raise FrameError(f"frame {frame.token!r}: {name} is {value.dtype}, the network takes float32")
-            if not np.isfinite(value.sum()):  # one pass and no array of flags: finite pixels have a finite sum
+    def _check(self, frame: Frame) -> None:
+        """Raise FrameError for a tensor of the frame that has the wrong shape or is not finite.
+
+        The motion is checked for every detector: it is kept for the next frame even where the network does not take it.
+        """
+        for name, wanted in self._shapes.items():
+            found = getattr(frame, name).shape
+            if found != wanted:
+                raise FrameError(f"frame {frame.token!r}: {name} is of shape {found}, the network takes {wanted}")
+        for name, value in {"can_bus": frame.can_bus, **{name: getattr(frame, name) for name in self._shapes}}.items():
+            if not np.isfinite(value.sum()):  # one pass without an array of flags: the sum of finite pixels is finite
                 wrong = int(value.size - np.isfinite(value).sum())
                 raise FrameError(f"frame {frame.token!r}: {wrong} of {value.size} values of {name} are NaN or infinite")
 
 
 @contextmanager
 def open_engine(path: Path) -> Iterator[StreamingDetector]:
-    """A detector on an engine; the GPU memory is freed at the end.
+    """Open an engine as a detector; its GPU memory is freed when the `with` block ends.
 
     Raises:
         ArtifactError: The engine is missing, damaged or not sealed.

@@ -96,17 +96,17 @@ def engine_table(audits: list[Row]) -> Table:
     return grid
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run, as runs/demo")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Metrics in, table and summary out."""
-    args = parse_args()
+    args = parse_args(argv)
     rows, audits = collect(args.run), engines(args.run)
     path = save(args.run, rows, audits)
     console = Console()

@@ -12,7 +12,8 @@ from qdbev.can_bus import relative_can_bus
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.official import load_official
+from qdbev.detectors.bevformer.official import KEYS
+from qdbev.nn.state_dict import load_official
 from qdbev.recipes import RECIPES
 from qdbev.schema import Batch
 from train.loop import history_state
@@ -43,7 +44,7 @@ def micro_config(shifted_reference: bool) -> BEVFormerConfig:
 def official_micro(shifted_reference: bool) -> BEVFormer:
     """Build the shrunken network in evaluation mode, with the generated weights loaded by their official key names."""
     model = BEVFormer(micro_config(shifted_reference))
-    load_official(model, {key: torch.from_numpy(value) for key, value in fill_state_dict(key_shapes("micro")).items()})
+    load_official(model, {key: torch.from_numpy(value) for key, value in fill_state_dict(key_shapes("micro")).items()}, KEYS)
     return model.eval()
 
 

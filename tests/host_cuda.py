@@ -1,7 +1,8 @@
-"""A GPU of host memory for a session, where there is none: CUDA's calls on bytes, and an engine that is an ONNX in onnxruntime.
+"""A substitute for a GPU, so that sessions can be tested without one: CUDA's calls work on host memory, and onnxruntime is the engine.
 
-Only what no CPU has stands in: memory with a limit, streams, graphs. Types, constants and everything else are those of cuda-python and of
-TensorRT-RTX; test_engine_session.py holds the calls to their real signatures.
+Only what a CPU does not have is replaced: GPU memory with a limit, streams, events, graphs. Types, constants and everything else are those
+of cuda-python and of TensorRT-RTX; test_engine_session.py checks the replaced calls against the real signatures. Work on the stream
+advances a clock of its own, which events read: COPY_MS for each copy, NETWORK_MS for each run of the network.
 """
 
 # ruff: noqa: N802 (the names are CUDA's and TensorRT's)
@@ -19,18 +20,25 @@ import tensorrt_rtx
 from cuda.bindings import runtime
 
 from export.runner import OnnxRunner
-from qdbev import schema
 
 OK = runtime.cudaError_t.cudaSuccess
 NO_MEMORY = runtime.cudaError_t.cudaErrorMemoryAllocation
 FAILED = runtime.cudaError_t.cudaErrorLaunchFailure
 NO_CAPTURE = runtime.cudaError_t.cudaErrorStreamCaptureUnsupported
-PLAN = b"a plan that stands for the ONNX of the same name"
+PLAN = b"content of an engine file that is run as the ONNX beside it"
 SCRATCH = 1 << 16
+"""Bytes for intermediate results that the engine asks for."""
+COPY_MS, NETWORK_MS = 0.25, 2.0
+"""Milliseconds by which a copy, and a run of the network, advance the clock of the stream."""
 
 
 class HostCuda:
-    """The part of CUDA's runtime API that sessions use. `calls` are its names in order, `fail` those that fail, once each."""
+    """The part of CUDA's runtime API that sessions use. `calls` lists the called names in order; a name in `fail` fails once.
+
+    Attributes:
+        clock_ms: Time on the stream; only work on the stream advances it.
+        events: The time at which each event was recorded.
+    """
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit = limit
@@ -43,6 +51,8 @@ class HostCuda:
         self.recording: list[Callable[[], bool]] | None = None
         self.graphs: dict[int, list[Callable[[], bool]]] = {}
         self.capturable = True
+        self.clock_ms = 0.0
+        self.events: dict[int, float] = {}
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self._handles = itertools.count(1000)
 
@@ -56,7 +66,7 @@ class HostCuda:
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         self.calls.append(name)
         if name in self.fail:
-            self.recording = None  # which ends in any case
+            self.recording = None  # a failing call also ends a recording
             return self.fail.pop(name), None
         return object.__getattribute__(self, name)(*arguments)
 
@@ -89,6 +99,7 @@ class HostCuda:
         assert len(self.blocks[device]) >= size, "copies past the end of a buffer"
         assert host in self.pinned, "copies from memory that is not page-locked"
         ctypes.memmove(target, source, size)
+        self.clock_ms += COPY_MS
         return (OK,)
 
     def cudaMemGetInfo(self):
@@ -114,11 +125,12 @@ class HostCuda:
 
     def cudaEventRecord(self, event, stream):
         assert {event, stream} <= self.alive
+        self.events[event] = self.clock_ms
         return (OK,)
 
     def cudaEventElapsedTime(self, start, end):
         assert {start, end} <= self.alive
-        return OK, 1.5
+        return OK, self.events[end] - self.events[start]
 
     def cudaStreamBeginCapture(self, stream, mode):
         self.recording = []
@@ -149,7 +161,7 @@ class HostCuda:
         return (OK,)
 
     def _take(self, memory: dict[int, ctypes.Array], size: int) -> int:
-        block = (ctypes.c_byte * size)(*([85] * min(size, 64)))  # fresh memory holds rubbish
+        block = (ctypes.c_byte * size)(*([85] * min(size, 64)))  # new memory is not zero
         memory[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
@@ -160,13 +172,20 @@ class HostCuda:
 
 
 class HostTensorRT:
-    """TensorRT-RTX whose runtime opens a plan of `PLAN` as the ONNX beside it. `lost` counts down to a frame that fails."""
+    """TensorRT-RTX whose runtime opens the file content `PLAN` as the ONNX beside it.
+
+    Attributes:
+        lost: Counts down with every run of the network; the run at which it reaches zero fails.
+        refused: Error with which the runtime refuses the engine; empty if it opens it.
+        enqueued: How many frames started their kernels one by one, without a CUDA graph.
+    """
 
     def __init__(self, cuda: HostCuda, onnx_path: Path) -> None:
         self.cuda = cuda
         self.runner = OnnxRunner(onnx_path)
         self.lost = -1
         self.refused = ""
+        self.enqueued = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(tensorrt_rtx, name)
@@ -184,7 +203,7 @@ class HostTensorRT:
 
 
 class Engine:
-    """What a session asks of an engine."""
+    """The part of ICudaEngine that a session uses."""
 
     device_memory_size_v2 = SCRATCH
 
@@ -205,7 +224,7 @@ class Engine:
         return tensorrt_rtx.float32
 
     def get_tensor_mode(self, name):
-        return tensorrt_rtx.TensorIOMode.INPUT if name in schema.INPUTS else tensorrt_rtx.TensorIOMode.OUTPUT
+        return tensorrt_rtx.TensorIOMode.INPUT if name in self.trt.runner.interface.inputs else tensorrt_rtx.TensorIOMode.OUTPUT
 
     def create_execution_context(self, strategy):
         assert strategy == tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -213,7 +232,7 @@ class Engine:
 
 
 class Context:
-    """Reads its inputs from memory, runs the ONNX, writes its outputs."""
+    """An execution context that reads its inputs from memory, runs the ONNX and writes its outputs to memory."""
 
     def __init__(self, engine: Engine) -> None:
         engine.trt.cuda.users.add(self)
@@ -232,6 +251,7 @@ class Context:
         if cuda.recording is not None:
             cuda.recording.append(self.run)
             return cuda.capturable
+        self.engine.trt.enqueued += 1
         return self.run()
 
     def run(self) -> bool:
@@ -240,7 +260,8 @@ class Context:
         if trt.lost == 0:
             trt.logger.log(tensorrt_rtx.ILogger.Severity.ERROR, "the kernel was lost")
             return False
-        outputs = trt.runner({name: self._array(name).copy() for name in schema.INPUTS})
+        outputs = trt.runner({name: self._array(name).copy() for name in trt.runner.interface.inputs})
+        trt.cuda.clock_ms += NETWORK_MS
         for name, value in outputs.items():
             self._array(name)[...] = value
         return True

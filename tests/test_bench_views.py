@@ -1,7 +1,6 @@
 """The pictures of reference points, features and BEV show what the encoder works with, where it belongs."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -20,6 +19,7 @@ from qdbev.data.image_transform import image_transform
 from qdbev.data.transforms import prepare_image
 from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import TeacherFacts
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS
 
@@ -43,7 +43,7 @@ def teacher(model: BEVFormer, tiny_world: Path, tmp_path_factory: pytest.TempPat
     path = tmp_path_factory.mktemp("run") / "teacher.pt"
     config = RECIPES["micro"]()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tiny_world)))
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=None, facts=TeacherFacts())
     return path
 
 
@@ -53,9 +53,7 @@ def seen(model: BEVFormer, dataset: FrameDataset) -> Views:
 
 
 def command(*arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        views.main()
+    views.main([str(argument) for argument in arguments])
 
 
 def pixel(page: Page, axes: matplotlib.axes.Axes, x: float, y: float) -> np.ndarray:
@@ -100,7 +98,7 @@ def test_points_and_visibility_are_those_that_the_encoder_works_with(model: BEVF
 
 def test_features_are_norms_over_channels_of_what_the_network_gives(model: BEVFormer, dataset: FrameDataset, seen: Views) -> None:
     caught: list[Output] = []
-    handle = model.register_forward_hook(lambda _, __, output: caught.append(output))
+    handle = model.register_forward_hook(lambda _, __, result: caught.append(result[0]))
     views.views_of(model, dataset, 1, torch.device("cpu"))
     handle.remove()
     for drawn, level in zip(seen.features, caught[0].image_features, strict=True):

@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts
 from small_networks import exported_network
 
 from engine import backend, bench, clocks, host_cost, typical_frame
 from engine.backend import EngineError, Gpu
-from qdbev import artifact, schema
+from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.geometry import pillar_points, project
 
 IMAGES = (6, 3, 64, 96)
+INTERFACE = exported_network().model.interface((64, 96))
 DEVICE = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", bus_id="00000000:1E:00.0")
 # As trtexec writes them (samples/common/sampleReporting.cpp of TensorRT 8.6 to 11.1).
 TIMES = """[
@@ -34,13 +36,9 @@ def engine(folder: Path, version: str = "10.13.3.9") -> tuple[Path, Seal]:
     """A sealed file that claims to be an engine for `DEVICE`."""
     path = folder / "net.engine"
     path.write_bytes(b"plan")
-    facts = {
-        "backend": {"name": "tensorrt", "version": version},
-        "target": {"gpu": DEVICE.name, "compute_capabilities": ["9.0"]},
-        "inputs": {"images": [1, *IMAGES]},
-        "plan_bytes": 4,
-    }
-    return path, artifact.seal(path, kind="engine", config=to_dict(exported_network()), parent=None, facts=facts)
+    config = exported_network()
+    facts = engine_facts(config.model.interface(IMAGES[-2:]), ("tensorrt", version), ("9.0",), DEVICE.name)
+    return path, artifact.seal(path, config=to_dict(config), parent=None, facts=facts)
 
 
 def on_path(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +75,7 @@ def test_trtexec_copies_inputs_and_outputs_whatever_its_version(tmp_path: Path, 
     command = bench.tool_command("trtexec", path, seal, 10, tmp_path)
     assert ("--includeDataTransfers" in command) == asks
     assert "--noDataTransfers" not in command
-    assert f"--loadInputs={','.join(f'{name}:{tmp_path}/{name}.bin' for name in schema.INPUTS)}" in command
+    assert f"--loadInputs={','.join(f'{name}:{tmp_path}/{name}.bin' for name in INTERFACE.inputs)}" in command
     assert {"--iterations=10", "--duration=0", "--exposeDMA", "--useCudaGraph"} < set(command)
 
 
@@ -174,7 +172,7 @@ def test_without_nvidia_smi_nothing_is_told_of_the_clocks(monkeypatch: pytest.Mo
 
 def test_host_work_is_measured_on_images_that_the_network_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_cost, "_RUNS", 3)
-    found = host_cost.measure(exported_network(), IMAGES)
+    found = host_cost.measure(exported_network(), INTERFACE)
     assert len(found["before"]) == len(found["after"]) == 3
     assert min(found["before"] + found["after"]) > 0
     scale = exported_network().data.image_scale
@@ -182,8 +180,9 @@ def test_host_work_is_measured_on_images_that_the_network_takes(monkeypatch: pyt
 
 
 def test_the_frame_that_is_measured_is_seen_as_one_of_nuscenes_is() -> None:
-    model = exported_network(bev_hw=(50, 50)).model
-    frame = typical_frame.inputs(model, (6, 3, 480, 800))
+    config = exported_network(bev_hw=(50, 50))
+    model = config.model
+    frame = typical_frame.typical_inputs(config, model.interface((480, 800)))
     assert {name: value.shape for name, value in frame.items()} == {
         "images": (1, 6, 3, 480, 800),
         "lidar2img": (1, 6, 4, 4),

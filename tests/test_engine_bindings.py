@@ -26,7 +26,7 @@ CLASSES = {
     "_context": "IExecutionContext",
 }
 """What the variables of these names are."""
-FILES = ("build", "lane", "monitor", "session", "backend")
+FILES = ("build", "captured_context", "trt_callbacks", "session", "backend")
 OF_8_6 = {
     "BuilderFlag.INT8",
     "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sealed_facts import engine_facts, onnx_facts
 
 from engine import backend, bench
 from engine.backend import EngineError
 from engine.session import Session
-from qdbev import artifact, schema
+from qdbev import artifact
+from qdbev.detectors.bevformer.config import BEVFormerConfig
 
 NO_GPU = backend.gpu() is None
+INTERFACE = BEVFormerConfig().interface((480, 800))
 
 
 @pytest.fixture
@@ -20,8 +23,7 @@ def engine(tmp_path: Path) -> Path:
     """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
     path = tmp_path / "w8a8.engine"
     path.write_bytes(b"plan")
-    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": ["8.9"]}}
-    artifact.seal(path, kind="engine", config={}, parent=None, facts=facts)
+    artifact.seal(path, config={}, parent=None, facts=engine_facts(INTERFACE))
     return path
 
 
@@ -46,7 +48,7 @@ def test_measuring_without_a_gpu_says_what_it_needs_and_fails(engine: Path) -> N
 def test_measuring_an_engine_of_another_onnx_is_refused(engine: Path, tmp_path: Path) -> None:
     onnx_path = tmp_path / "other.onnx"
     onnx_path.write_bytes(b"onnx")
-    artifact.seal(onnx_path, kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(onnx_path, config={}, parent=None, facts=onnx_facts())
     with pytest.raises(SystemExit, match=r"w8a8\.engine was made from nothing, not from .*other\.onnx"):
         bench.main(["--engine", str(engine), "--onnx", str(onnx_path)])
 
@@ -76,7 +78,7 @@ def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) ->
 
     build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options())
     with Session(tmp_path / "s.engine") as session:
-        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in schema.INPUTS}
+        zeros = {name: np.zeros(session.shapes[name], session.dtypes[name]) for name in session.interface.inputs}
         first = session.infer(zeros)
         without = {name: value for name, value in zeros.items() if name != "prev_bev"}
         kept = session.infer(without)

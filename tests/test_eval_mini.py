@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_networks import settings
 
-from eval import run
+from eval import evaluate, run
 from qdbev.config import Config, override
 from qdbev.data import build_infos
 from qdbev.recipes import RECIPES
@@ -62,7 +62,7 @@ def test_mini_is_prepared_with_its_own_splits(mini: Path, capsys: pytest.Capture
 
 def test_mini_trains_and_is_scored_with_a_warning(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(config, tmp_path, torch.device("cpu"), World(), resume=False)
-    command(run.main, "--model", tmp_path / "teacher.pt")
+    run.main(["--model", str(tmp_path / "teacher.pt")])
     metrics = json.loads((tmp_path / "eval" / "teacher_pt" / "metrics.json").read_text())
     assert metrics["data"] == {"version": VERSION, "split": "mini_val"}
     assert metrics["frames"] == 6
@@ -72,7 +72,7 @@ def test_mini_trains_and_is_scored_with_a_warning(config: Config, tmp_path: Path
 @pytest.mark.parametrize("absent", [[], ["bus"]])
 def test_only_mini_is_always_warned_about(absent: list[str]) -> None:
     def warned(version: str) -> list[str]:
-        return run.warnings({"absent": absent, "frames": 81, "data": {"version": version, "split": "some"}})
+        return evaluate.warnings({"absent": absent, "frames": 81, "data": {"version": version, "split": "some"}})
 
     assert len(warned("v1.0-trainval")) == len(absent)
     assert warned(VERSION)[:-1] == warned("v1.0-trainval")

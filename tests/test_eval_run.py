@@ -2,26 +2,26 @@
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 
-from eval import draw, pictures, report, run
-from eval.loop import steps
+from eval import draw, evaluate, pictures, report, run
+from eval.loop import evaluate_frames
 from eval.nds import EvaluationError
-from eval.open_model import Detector, ModelFileError
-from qdbev import artifact, temporal
+from eval.open_model import ModelFileError, SealedModel, open_model
+from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
-from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detector import Arrays
+from qdbev.facts import TeacherFacts
+from qdbev.frames import open_frames
 from qdbev.recipes import RECIPES
-from qdbev.schema import CLASSES, INPUTS, OUTPUTS
+from qdbev.schema import CLASSES
 
 
 def micro(root: Path) -> Config:
@@ -35,47 +35,41 @@ def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "teacher.pt"
     config = micro(tiny_world)
     torch.manual_seed(0)
-    weights = BEVFormer(config.model).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    weights = detectors.build(config.model).state_dict()
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
 @pytest.fixture(scope="module")
 def metrics(teacher: Path) -> dict[str, Any]:
-    """Return the metrics that `python -m eval.run` writes."""
-    command(run.main, "--model", teacher)
+    """The metrics that `python -m eval.run` writes for the teacher."""
+    run.main(["--model", str(teacher)])
     return json.loads((teacher.parent / "eval" / "teacher_pt" / "metrics.json").read_text())
 
 
-def command(main: Callable[[], None], *arguments: object) -> None:
-    """Run an entry point with command-line arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        main()
+def recorder(config: Config, seen: list[Arrays], seal: Seal | None = None) -> SealedModel:
+    """A model that appends its inputs to `seen`, puts the number of the call into its BEV, and finds no box within the range."""
+    outputs_of = config.model.interface((96, 160)).outputs
 
-
-def recorder(config: Config, seen: list[dict[str, np.ndarray]], seal: Seal | None = None) -> Detector:
-    """Return a detector that records its inputs, returns the number of the call as BEV, and finds nothing within the range."""
-    cells, model = config.model.bev_hw[0] * config.model.bev_hw[1], config.model
-
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         seen.append(inputs)
-        code = np.full((1, model.num_query, 10), 1000.0, np.float32)
-        code[..., [2, 3, 5]] = 0
-        bev = np.full((1, cells, model.embed_dim), float(len(seen)), np.float32)
-        return {"cls_logits": np.zeros((1, model.num_query, model.num_classes), np.float32), "box_code": code, "bev": bev}
+        outputs = {name: np.zeros(shape, np.float32) for name, shape in outputs_of.items()}
+        outputs["box_code"][...] = 1000.0
+        outputs["box_code"][..., [2, 3, 5]] = 0
+        outputs["bev"][...] = len(seen)
+        return outputs
 
-    seal = seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    return Detector(seal, config, infer)
+    return SealedModel(
+        config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts=onnx_facts(), provenance={}, sha256="0" * 64)
+    )
 
 
 def test_the_history_passes_from_frame_to_frame_and_ends_with_the_scene(tiny_world: Path) -> None:
     config = micro(tiny_world)
-    dataset = FrameDataset(config.data, config.model.pc_range, "train", training=False, seed=0)
-    seen: list[dict[str, np.ndarray]] = []
-    scenes = [step.frame.scene_token for step in steps(recorder(config, seen), dataset)]
+    seen: list[Arrays] = []
+    scenes = [step.frame.scene_token for step in evaluate_frames(recorder(config, seen), open_frames(config, "train"))]
     assert len(set(scenes)) == 2
-    assert set(seen[0]) == set(INPUTS)
+    assert set(seen[0]) == set(config.model.interface((96, 160)).inputs)
     starts = [index == 0 or scenes[index - 1] != scene for index, scene in enumerate(scenes)]
     assert [float(inputs["has_prev"][0]) for inputs in seen] == [0.0 if start else 1.0 for start in starts]
     for index, (inputs, start) in enumerate(zip(seen, starts, strict=True)):
@@ -102,18 +96,17 @@ def test_a_random_model_is_scored_from_file_to_metrics(teacher: Path, metrics: d
 
 def test_a_checkpoint_has_the_inputs_and_outputs_of_the_deployed_graph(teacher: Path, tiny_world: Path) -> None:
     config = micro(tiny_world)
-    dataset = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
-    with open_model(teacher) as detector:
-        outputs = detector(temporal.deployed_inputs(dataset.frame(0), None, config.model))
-    assert set(outputs) == set(OUTPUTS)
-    assert outputs["box_code"].shape == (1, config.model.num_query, 10)
-    assert detector.config == config
+    frame = open_frames(config, "val").frame(0)
+    with open_model(teacher) as model:
+        outputs = model.run(model.stream.inputs(frame, None))
+    assert {name: value.shape for name, value in outputs.items()} == config.model.interface(frame.images.shape[-2:]).outputs
+    assert model.config == config
 
 
 def test_a_model_that_finds_nothing_scores_zero(tiny_world: Path, tmp_path: Path) -> None:
     config = micro(tiny_world)
     (tmp_path / "none.onnx").write_bytes(b"")
-    content = run.evaluate(tmp_path / "none.onnx", recorder(config, []), config.data, "val", tmp_path / "out")
+    content = evaluate.evaluate(tmp_path / "none.onnx", recorder(config, []), config, "val", tmp_path / "out")
     assert (content["nds"], content["map"], content["boxes"]) == (0, 0, 1)  # one box far away keeps the devkit going
 
 
@@ -126,9 +119,9 @@ def test_a_failed_evaluation_leaves_the_earlier_files(tiny_world: Path, tmp_path
     def fail(*_: object) -> None:
         raise EvaluationError("no metric today")
 
-    monkeypatch.setattr(run.nds, "evaluate", fail)
+    monkeypatch.setattr(evaluate.nds, "evaluate", fail)
     with pytest.raises(EvaluationError, match="today"):
-        run.evaluate(tmp_path / "m.onnx", recorder(config, []), config.data, "val", out)
+        evaluate.evaluate(tmp_path / "m.onnx", recorder(config, []), config, "val", out)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["metrics.json"]
 
 
@@ -150,14 +143,14 @@ def test_a_missing_model_and_a_wrong_device_are_named_in_the_error(teacher: Path
 @pytest.mark.parametrize("wrong", [("--split", "moon"), ("--data", "nowhere")])
 def test_the_command_ends_with_one_clear_line(teacher: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
     with pytest.raises(SystemExit, match=rf"^error: [^\n]*{wrong[1]}[^\n]*$"):
-        command(run.main, "--model", teacher, *wrong, "--out", tmp_path / "out")
+        run.main(["--model", str(teacher), *wrong, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
 def test_absent_classes_are_warned_about() -> None:
     data = {"version": "v1.0-trainval", "split": "val"}
-    assert run.warnings({"absent": [], "data": data}) == []
-    assert "bus, trailer" in run.warnings({"absent": ["bus", "trailer"], "data": data})[0]
+    assert evaluate.warnings({"absent": [], "data": data}) == []
+    assert "no scored bus, trailer" in evaluate.warnings({"absent": ["bus", "trailer"], "data": data})[0]
 
 
 def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
@@ -166,11 +159,11 @@ def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
     folder, config = teacher.parent, micro(tiny_world)
     engine = folder / "w8a8.engine"
     engine.write_bytes(b"plan")
-    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts={}, made={}, sha256="1" * 64)
-    run.evaluate(engine, recorder(config, [], seal), config.data, "val", folder / "eval" / "w8a8_engine")
+    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts=engine_facts(), provenance={}, sha256="1" * 64)
+    evaluate.evaluate(engine, recorder(config, [], seal), config, "val", folder / "eval" / "w8a8_engine")
     counts = {"quantized_layers": 9, "int8_layers": 8, "kernels": 20, "int8_kernels": 8, "requantizations": 3}
     (folder / "w8a8.engine.audit.json").write_text(json.dumps({"summary": "8 of 9", **counts, "rows": []}))
-    command(report.main, "--run", folder)
+    report.main(["--run", str(folder)])
     summary = json.loads((folder / "summary.json").read_text())
     rows = summary["rows"]
     assert [row["name"] for row in rows] == ["teacher_pt", "w8a8_engine"]
@@ -195,7 +188,7 @@ def test_a_run_without_metrics_and_an_altered_one_are_refused(tmp_path: Path) ->
 
 
 def test_pictures_are_drawn_for_the_frames_asked_for(teacher: Path, tmp_path: Path) -> None:
-    command(pictures.main, "--model", teacher, "--out", tmp_path, "--frames", 1, "--threshold", 0.012)
+    pictures.main(["--model", str(teacher), "--out", str(tmp_path), "--frames", "1", "--threshold", "0.012"])
     drawn = list(tmp_path.iterdir())
     assert [path.name for path in drawn] == ["frame_00002.png"]
     assert drawn[0].read_bytes().startswith(b"\x89PNG")

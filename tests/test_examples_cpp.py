@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from qdbev import schema
+from small_networks import INPUTS, OUTPUTS
 
 CPP = Path(__file__).parent.parent / "examples" / "cpp"
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -55,9 +54,9 @@ def test_the_compile_check_sees_a_call_that_tensorrt_does_not_have(tmp_path):
 
 def test_the_host_uses_every_tensor_of_the_deployed_graph():
     code = (CPP / "bev_stream.h").read_text()
-    assert not [name for name in (*schema.INPUTS, *schema.OUTPUTS) if f'"{name}"' not in code]
+    assert not [name for name in (*INPUTS, *OUTPUTS) if f'"{name}"' not in code]
 
 
 def test_the_page_about_engines_describes_every_tensor_of_the_deployed_graph():
     page = (CPP.parents[1] / "docs" / "engine.md").read_text()
-    assert not [name for name in (*schema.INPUTS, *schema.OUTPUTS) if f"| `{name}` | (1" not in page]
+    assert not [name for name in (*INPUTS, *OUTPUTS) if f"| `{name}` | (1" not in page]

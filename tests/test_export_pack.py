@@ -9,19 +9,20 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from small_networks import DATA, exported_network
+from small_networks import DATA, OUTPUTS, exported_network
 
 from export import pack as packing
 from export import parity, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, schema, temporal
+from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.quant.size import packed_parts
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
@@ -45,9 +46,9 @@ def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
     model = quantized(config, model)
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     calibrate(model, lambda: packing._outputs(model, frames), "max")
-    settle(model)
-    facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
-    artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
+    round_floats_to_half(model)
+    facts = StudentFacts(image_hw=IMAGE_HW, steps=7)
+    artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
     return restore(path)
 
 
@@ -65,7 +66,7 @@ def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_cha
     brighter = dataclasses.replace(DATA, std=(28.5,) * 3)
     frames = noise_frames(brighter, model.config.num_cameras, IMAGE_HW)
     ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
-    assert len(ours) == 2 * len(schema.OUTPUTS)
+    assert len(ours) == 2 * len(OUTPUTS)
     assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
     assert not torch.equal(ours[3], packing._outputs(model, frames[1:])[0])  # the second frame saw the first one's BEV
 
@@ -94,7 +95,7 @@ def test_the_command_writes_a_sealed_file_and_reports_both_counts(student, tmp_p
 def test_a_teacher_is_not_packed(tmp_path, monkeypatch):
     config = small_config()
     weights = BEVFormer(config.model).state_dict()
-    artifact.save_checkpoint(tmp_path / "t.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(tmp_path / "t.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     monkeypatch.setattr("sys.argv", ["pack", "--student", str(tmp_path / "t.pt"), "--packed", str(tmp_path / "p.pt")])
     with pytest.raises(SystemExit, match="is a teacher file, a student is needed"):
         packing.main()
@@ -104,7 +105,7 @@ def test_a_teacher_is_not_packed(tmp_path, monkeypatch):
 def test_a_student_without_an_image_size_is_refused(student, tmp_path):
     seal, model, _ = student
     with pytest.raises(ArtifactError, match="does not say its image size"):
-        packing.write(model, dataclasses.replace(seal, facts={}), tmp_path / "p.pt")
+        packing.write(model, dataclasses.replace(seal, facts=StudentFacts()), tmp_path / "p.pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,7 +140,7 @@ def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
         weights = {}
     else:
         config = to_dict(small_config(embedding_bits=None))
-    artifact.save_checkpoint(path, kind="packed", config=config, weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=config, weights=weights, parent=None, facts=found.facts)
     with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
         restore(path)
 
@@ -191,7 +192,7 @@ def test_tables_become_integer_constants_of_the_graph(exports, bits):
     frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, model.config)
     first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
-    assert all(np.array_equal(first[name], second[name]) for name in schema.OUTPUTS)
+    assert all(np.array_equal(first[name], second[name]) for name in OUTPUTS)
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 

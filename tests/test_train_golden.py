@@ -10,7 +10,7 @@ from torch import Tensor
 from qdbev.config import TrainConfig
 from qdbev.data.collate import queue_batch
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.official import translate
+from qdbev.detectors.bevformer.official import KEYS
 from qdbev.nn.box_code import encode
 from qdbev.schema import Frame
 from train.criterion import Losses, detection_loss
@@ -68,7 +68,7 @@ def official_gradient(model: BEVFormer, key: str) -> Tensor:
     """Return the flat gradient of an official parameter; query, key and value projections are packed into one, as there."""
     own = dict(model.named_parameters())
     probe = torch.zeros(3, 1) if "in_proj" in key else torch.zeros(1)
-    return torch.cat([own[piece].grad.flatten() for piece in translate(key, probe, own)])
+    return torch.cat([own[piece].grad.flatten() for piece in KEYS.translate(key, probe, own)])
 
 
 def training_queue() -> list[Frame]:

@@ -89,8 +89,7 @@ def test_forms_that_differ_are_refused():
 
 def test_the_command_writes_its_measurements(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 1),))
-    monkeypatch.setattr("sys.argv", ["attention_cost", "--out", str(tmp_path / "cost.json")])
-    attention_cost.main()
+    attention_cost.main(["--out", str(tmp_path / "cost.json")])
     written = json.loads((tmp_path / "cost.json").read_text())
     row = written["rows"][0]
     assert row["dense"]["peak_mib"] > 5  # the samples of one camera at 2500 queries alone take more

@@ -36,7 +36,7 @@ def test_every_row_that_trains_has_equal_epochs_and_settings_that_exist(tmp_path
         assert {config.seed for config in configs} == {cell.seed}
         rates = {stage.learning_rate for config in configs for stage in config.quant.stages}
         assert rates == ({ablation.FINE_RATE if cell.width == "w4a6" else ablation.RATE} if cell.row.trains else set())
-        assert len({(config.quant.scale, config.quant.calibration) for config in configs}) == 1, "a row and its start have one policy"
+        assert len({(config.quant.range_mode, config.quant.calibration) for config in configs}) == 1, "a row and its start have one policy"
     assert len({cell.folder for cell in found}) == len(found)
 
 

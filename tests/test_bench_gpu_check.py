@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 from small_checks import assert_gone, code, leaves, results
 
 from bench import checks, gpu_check, gpu_engine, gpu_network
 from bench.checks import Check, Result
 from bench.gpu_check import STUDENTS, GpuCheckError, file_name, plan
-from eval.comparison import DISTANCE, ComparisonError, Row
+from eval.comparison import DISTANCE, ComparisonError, TensorDifference
 from eval.open_model import open_model
 from plugins import torch_ops
 from qdbev import artifact
@@ -121,10 +122,9 @@ def test_without_a_gpu_and_optional_packages_there_is_one_error_and_nothing_is_w
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_comparing_a_network_without_a_gpu_says_what_it_needs(folder, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu_network", "--out", "network.json"])
-    with pytest.raises(SystemExit, match="^error: .*NVIDIA GPU"):
-        gpu_network.main()
+def test_comparing_a_network_without_a_gpu_says_what_it_needs(folder):
+    with pytest.raises(SystemExit, match="^error: .*needs an NVIDIA GPU"):
+        gpu_network.main(["--out", "network.json"])
     assert not list(folder.iterdir())
 
 
@@ -171,7 +171,7 @@ def test_the_tests_of_the_plan_are_those_marked_for_a_gpu_or_tensorrt(monkeypatc
     assert found["operators"] == ["tests/test_plugins_gpu.py"]
     expected = {f"tests/test_{name}.py" for name in ("engine_run", "engine_session", "export_deform_conv", "export_float16")}
     assert expected <= set(found["engines"])
-    assert not {"tests/test_plugins_gpu.py", "tests/test_layers.py", "tests/test_eval_gpu_check.py"} & set(found["engines"])
+    assert not {"tests/test_plugins_gpu.py", "tests/test_layers.py", "tests/test_bench_gpu_check.py"} & set(found["engines"])
 
 
 def test_the_plan_works_on_copies_of_the_models_of_a_run(folder):
@@ -179,7 +179,7 @@ def test_the_plan_works_on_copies_of_the_models_of_a_run(folder):
     run.mkdir(parents=True)
     for name in ("w8a8.pt", "w8a8.onnx", "w8a8.engine"):
         (run / name).write_text(name)
-    artifact.seal(run / "w8a8.onnx", kind="onnx", config={"data": {"root": "data/micro"}}, parent=None, facts={})
+    artifact.seal(run / "w8a8.onnx", config={"data": {"root": "data/micro"}}, parent=None, facts=onnx_facts())
     found = {check.name: check for check in plan(run, Path("work"))}
     assert sorted(path.name for path in Path("work/run").iterdir()) == ["w8a8.onnx", "w8a8.onnx.seal.json", "w8a8.pt"]
     assert found["w8a8_nds"].files == (Path("data/micro"),)
@@ -249,7 +249,7 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
 
     class Opened:
         def __init__(self, path, device=None):
-            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts={}, made={}, sha256="1" * 64)
+            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts=engine_facts(), provenance={}, sha256="1" * 64)
             opened.append(path.name)
 
         def __enter__(self):
@@ -258,8 +258,8 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(gpu_engine, "open_detector", Opened)
-    with pytest.raises(artifact.ArtifactError, match=r"net\.engine .*000000000000.* net\.onnx"):
+    monkeypatch.setattr(gpu_engine, "open_model", Opened)
+    with pytest.raises(artifact.ArtifactError, match=r"net\.engine was made from 000000000000, not from net\.onnx"):
         gpu_engine.differences(Path("net.engine"), Path("net.onnx"))
     assert opened == ["net.onnx", "net.engine"]
 
@@ -284,7 +284,7 @@ def test_noise_frames_are_successive_and_the_same_at_every_call():
 
 
 def test_the_tolerance_of_a_row_is_a_distance_and_its_cosine():
-    row = Row("b", "a", 0, "t", "bev", cosine=0.9991, distance=0.04, max_abs=1.0, allowed=DISTANCE)
+    row = TensorDifference("b", "a", 0, "t", "bev", cosine=0.9991, distance=0.04, max_abs=1.0, allowed=DISTANCE)
     assert row.passed and row.least_cosine == pytest.approx(0.999)
     assert not row._replace(cosine=0.9989).passed
     assert not row._replace(distance=0.045).passed

@@ -1,9 +1,8 @@
-"""An engine, its ONNX and its checkpoint side by side, on a small synthetic world; the engine runs on host memory (host_cuda.py)."""
+"""An engine is scored and compared with its ONNX and its checkpoint on a small synthetic world (the engine runs on host_cuda.py)."""
 
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +10,25 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from sealed_facts import engine_facts
 from small_networks import DATA, exported_network
 
 from engine import backend
 from engine.backend import Backend, Gpu
 from eval import comparison, engine_eval
 from eval.comparison import ComparisonError
+from eval.loop import FramesInOrder
 from eval.nds import EvaluationError
-from eval.open_model import Detector
+from eval.open_model import OpenModel
 from export import to_onnx
 from qdbev import artifact
-from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.noise_frames import noise_frames
+from qdbev.detector import Arrays
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import TeacherFacts
+from qdbev.frames import open_frames
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def config(tiny_world: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def dataset(config: Config) -> FrameDataset:
-    return FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
+    return open_frames(config, "val")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def made(config: Config, dataset: FrameDataset, tmp_path_factory: pytest.TempPat
     torch.manual_seed(0)
     model = BEVFormer(config.model).eval()
     weights = model.state_dict()
-    artifact.save_checkpoint(folder / "net.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(folder / "net.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     parent, *_ = artifact.load_checkpoint(folder / "net.pt", "teacher")
     to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
     return folder
@@ -61,9 +64,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def command(*arguments: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        engine_eval.main()
+    engine_eval.main([str(argument) for argument in arguments])
 
 
 def reseal(path: Path, model: onnx.ModelProto) -> None:
@@ -71,7 +72,7 @@ def reseal(path: Path, model: onnx.ModelProto) -> None:
     made = artifact.unseal(path, "onnx")
     parent = dataclasses.replace(made, sha256=made.parent or "")
     onnx.save(model, path)
-    artifact.seal(path, kind="onnx", config=made.config, parent=parent, facts=made.facts)
+    artifact.seal(path, config=made.config, parent=parent, facts=made.facts)
 
 
 def test_an_onnx_and_its_checkpoint_are_scored_and_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,8 +103,8 @@ def test_an_engine_is_a_third_column_and_is_compared_with_its_onnx(run: Path, mo
     monkeypatch.setattr(backend, "load", lambda name: Backend(name=name, module=trt, version="1.7.1"))
     parent = artifact.unseal(run / "net.onnx", "onnx")
     (run / "net.engine").write_bytes(PLAN)
-    facts = {"backend": {"name": "tensorrt-rtx", "version": "1.7.1"}, "target": {"compute_capabilities": "portable"}}
-    artifact.seal(run / "net.engine", kind="engine", config=parent.config, parent=parent, facts=facts)
+    facts = engine_facts(parent.facts.interface, capabilities=None)
+    artifact.seal(run / "net.engine", config=parent.config, parent=parent, facts=facts)
     command("--model", run / "net.engine")
     found = json.loads((run / "eval" / "net_engine_compared.json").read_text())
     assert list(found["models"]) == ["net.pt", "net.onnx", "net.engine"]
@@ -132,25 +133,24 @@ def test_the_first_tensor_out_of_tolerance_is_named_and_the_comparison_is_kept(r
     assert found["first_difference"]["tensor"] == tensor
 
 
-def recorder(config: Config, seen: list[dict[str, np.ndarray]], bev: float, poison: bool = False) -> Detector:
-    """A detector that keeps its inputs and gives `bev` everywhere."""
-    model = config.model
-    shapes = {"cls_logits": (1, model.num_query, 10), "box_code": (1, model.num_query, 10), "bev": (1, 64, model.embed_dim)}
+def recorder(config: Config, seen: list[Arrays], bev: float, poison: bool = False) -> OpenModel:
+    """A model that appends its inputs to `seen` and whose outputs hold `bev` everywhere; `poison` puts a NaN into the second frame."""
+    outputs_of = config.model.interface((96, 160)).outputs
 
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         seen.append(inputs)
-        outputs = {name: np.full(shape, bev, np.float32) for name, shape in shapes.items()}
+        outputs = {name: np.full(shape, bev, np.float32) for name, shape in outputs_of.items()}
         if poison and len(seen) == 2:
             outputs["box_code"][0, 0, 0] = np.nan
         return outputs
 
-    return Detector(Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64), config, infer)
+    return OpenModel(config, run)
 
 
-def test_models_are_compared_on_the_inputs_and_the_history_of_the_one_before(config: Config, dataset: FrameDataset) -> None:
+def test_models_are_compared_on_the_inputs_and_the_history_of_the_reference(config: Config, dataset: FrameDataset) -> None:
     first, second = [], []
     models = [("a", recorder(config, first, 1.0)), ("b", recorder(config, second, 1.01))]
-    rows = list(comparison.compare(models, dataset))
+    rows = list(comparison.compare(models, FramesInOrder(dataset)))
     assert len(first) == len(second) == 4
     for ours, theirs in zip(first, second, strict=True):
         assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -158,13 +158,13 @@ def test_models_are_compared_on_the_inputs_and_the_history_of_the_one_before(con
     assert {row.passed for row in rows} == {True}
 
 
-def test_a_wrong_scale_counts_as_a_difference_and_nan_is_an_error(config: Config, dataset: FrameDataset) -> None:
+def test_a_wrong_scale_and_a_difference_count_and_nan_is_an_error(config: Config, dataset: FrameDataset) -> None:
     one, scaled = (recorder(config, [], bev) for bev in (1.0, 1.5))
-    rows = list(comparison.compare([("a", one), ("b", scaled)], dataset))
+    rows = list(comparison.compare([("a", one), ("b", scaled)], FramesInOrder(dataset)))
     assert (rows[0].cosine, rows[0].distance, rows[0].max_abs) == (pytest.approx(1.0), pytest.approx(0.5), 0.5)
     assert not rows[0].passed
-    with pytest.raises(ComparisonError, match=r"^b: 1 of 120 .*box_code .*frame 1 "):
-        list(comparison.compare([("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0, poison=True))], dataset))
+    with pytest.raises(ComparisonError, match=r"^b: 1 of 120 values of box_code in frame 1 are NaN or infinite"):
+        list(comparison.compare([("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0, poison=True))], FramesInOrder(dataset)))
     zero, ones = np.zeros(3), np.ones(3)
     assert comparison.figures(zero, zero) == (1.0, 0.0, 0.0)
     assert comparison.figures(zero, ones) == comparison.figures(ones, zero) == (0.0, 1.0, 1.0)
@@ -184,7 +184,7 @@ def test_an_engine_must_score_what_its_onnx_scores() -> None:
 def test_the_caller_chooses_the_allowed_distance(config: Config, dataset: FrameDataset) -> None:
     def passed(bev: float, **allowed: float) -> bool:
         models = [("a", recorder(config, [], 1.0)), ("b", recorder(config, [], bev))]
-        return next(comparison.compare(models, dataset, **allowed)).passed
+        return next(comparison.compare(models, FramesInOrder(dataset), **allowed)).passed
 
     assert passed(1.04) and not passed(1.05)
     assert passed(1.009, allowed=0.01) and not passed(1.011, allowed=0.01)
@@ -196,7 +196,7 @@ def test_files_that_do_not_belong_together_are_refused_before_any_frame(run: Pat
     with pytest.raises(EvaluationError, match=r"net\.engine"):
         engine_eval.family(run / "net.engine")
     parent, weights, _ = artifact.load_checkpoint(run / "net.pt", "teacher")
-    artifact.save_checkpoint(run / "net.pt", kind="teacher", config=parent.config, weights=weights, parent=None, facts={"other": 1})
+    artifact.save_checkpoint(run / "net.pt", config=parent.config, weights=weights, parent=None, facts=TeacherFacts(steps=1))
     with pytest.raises(SystemExit, match=r"net\.onnx .*net\.pt"):
         command("--model", run / "net.onnx")
     assert not (run / "eval").exists()

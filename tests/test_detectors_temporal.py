@@ -7,24 +7,25 @@ import pytest
 import torch
 from golden_inputs import make_can_bus, make_images, make_lidar2img, make_rotate_input
 from golden_model import micro_config
-from qdbev.temporal import FrameOrderError
 from torch import Tensor
 
-from eval.loop import steps
-from eval.open_model import Detector
-from qdbev import temporal
-from qdbev.artifact import Seal
-from qdbev.config import Config, to_dict
+from eval.loop import evaluate_frames
+from eval.open_model import OpenModel
+from qdbev import can_bus as layout
+from qdbev.can_bus import relative_can_bus
+from qdbev.config import Config
 from qdbev.data.collate import queue_batch
 from qdbev.data.config import DataConfig
+from qdbev.detector import Arrays, FrameOrderError
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.temporal import BEVFormerStream, Memory, previous
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
 from train.loop import history_state
 
 BEV = np.ones((1, 4, 2), np.float32)
-MOVING = [*range(3), temporal.YAW_DEG]
+MOVING = [*range(3), layout.YAW_DEG]
 
 
 def seen(can_bus: np.ndarray, time_s: float, scene: str = "a", images: np.ndarray | None = None) -> Frame:
@@ -41,10 +42,15 @@ def seen(can_bus: np.ndarray, time_s: float, scene: str = "a", images: np.ndarra
     )
 
 
+def remember(frame: Frame, bev: np.ndarray) -> Memory:
+    """The memory that a frame leaves for the next one."""
+    return BEVFormerStream(BEVFormerConfig()).remember(frame, {"bev": bev})
+
+
 def heading(degrees: float) -> np.ndarray:
     """(18,) can_bus of a vehicle that stands and looks that way."""
     can_bus = np.zeros(18)
-    can_bus[temporal.YAW_DEG], can_bus[temporal.YAW_RAD] = degrees, np.deg2rad(degrees)
+    can_bus[layout.YAW_DEG], can_bus[layout.YAW_RAD] = degrees, np.deg2rad(degrees)
     return can_bus
 
 
@@ -52,8 +58,8 @@ def streamed(frames: list[Frame]) -> tuple[np.ndarray, list[bool]]:
     """Relative can_bus of each frame (F, 18), and whether it had a history."""
     memory, vectors, known = None, [], []
     for frame in frames:
-        can_bus, bev = temporal.observe(frame, memory)
-        memory = temporal.remember(frame, BEV)
+        can_bus, bev = previous(frame, memory)
+        memory = remember(frame, BEV)
         vectors.append(can_bus)
         known.append(bev is not None)
     return np.stack(vectors), known
@@ -90,7 +96,7 @@ def test_after_a_dropped_frame_the_motion_is_the_sum_of_the_two(golden_micro):
     whole = golden_micro["train_can_bus"]
     np.testing.assert_allclose(found[1, MOVING], whole[1, MOVING] + whole[2, MOVING], atol=2e-6)
     np.testing.assert_array_equal(found[1, 3:17], streamed(frames)[0][2, 3:17])  # nothing else is relative
-    assert found[1, temporal.YAW_DEG] == pytest.approx(25.36)
+    assert found[1, layout.YAW_DEG] == pytest.approx(25.36)
 
 
 @pytest.mark.parametrize("degrees", [25.36, -178.48, 12.68])
@@ -112,10 +118,10 @@ def test_the_history_is_turned_by_the_whole_motion(degrees):
 
 def test_a_heading_that_wraps_turns_the_history_the_short_way_and_stays_absolute_in_radians():
     east, again = heading(350.0), heading(10.0)
-    delta = temporal.delta(again, east)
-    assert delta[temporal.YAW_DEG] == -340  # as upstream; the network reads it so
-    assert delta[temporal.YAW_RAD] == np.float32(np.deg2rad(10))
-    assert temporal.delta(east, again)[temporal.YAW_DEG] == 340
+    delta = relative_can_bus(again, east)
+    assert delta[layout.YAW_DEG] == -340  # as upstream; the network reads it so
+    assert delta[layout.YAW_RAD] == np.float32(np.deg2rad(10))
+    assert relative_can_bus(east, again)[layout.YAW_DEG] == 340
     torch.testing.assert_close(turned(-340.0), turned(20.0), atol=0, rtol=0)
     assert not torch.equal(turned(20.0), turned(-20.0))
 
@@ -135,20 +141,20 @@ def test_a_gap_within_a_scene_keeps_the_history_and_the_exact_motion():
 
 @pytest.mark.parametrize("time_s", [7.5, 7.0, -1.0])
 def test_a_frame_that_is_not_later_is_refused_with_both_times(time_s):
-    memory = temporal.remember(seen(heading(0), 7.5), BEV)
+    memory = remember(seen(heading(0), 7.5), BEV)
     late = seen(heading(1), time_s)
     message = rf"{late.timestamp_us} us is not later than the one before it at 7500000 us .*'a'; .*memory=None\Z"
     with pytest.raises(FrameOrderError, match=message):
-        temporal.observe(late, memory)
+        previous(late, memory)
     with pytest.raises(FrameOrderError, match=message):
-        temporal.deployed_inputs(late, memory, small_config())
-    assert temporal.observe(late, None)[1] is None
+        BEVFormerStream(small_config()).inputs(late, memory)
+    assert previous(late, None)[1] is None
 
 
 def test_another_scene_may_have_been_recorded_earlier():
     found, known = streamed([seen(heading(5), 100.0, "a"), seen(heading(50), 1.0, "b"), seen(heading(60), 1.5, "b")])
     assert known == [False, False, True]
-    assert found[:, temporal.YAW_DEG].tolist() == [0, 0, 10]
+    assert found[:, layout.YAW_DEG].tolist() == [0, 0, 10]
 
 
 class Stream:
@@ -164,18 +170,17 @@ class Stream:
         return self.frames[index]
 
 
-def evaluated(frames: list[Frame]) -> list[dict[str, np.ndarray]]:
+def evaluated(frames: list[Frame]) -> list[Arrays]:
     """The inputs that a detector gets; it gives the number of its call as BEV."""
     config, given = Config(name="small", data=DataConfig(root=""), model=small_config()), []
 
-    def infer(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         given.append(inputs)
         model = config.model
         outputs = {"cls_logits": np.zeros((1, model.num_query, 10), np.float32), "box_code": np.zeros((1, model.num_query, 10), np.float32)}
         return {**outputs, "bev": np.full((1, 64, model.embed_dim), len(given), np.float32)}
 
-    seal = Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    assert len(list(steps(Detector(seal, config, infer), Stream(frames)))) == len(frames)
+    assert len(list(evaluate_frames(OpenModel(config, run), Stream(frames)))) == len(frames)
     return given
 
 
@@ -224,8 +229,7 @@ def frames() -> dict[str, Frame]:
 def last_bev(model: BEVFormer, *queues: list[Frame]) -> Tensor:
     """(B, BEV cells, C) of the last frames, by the steps of training."""
     history, current = queue_batch(list(queues))
-    prev_bev = history_state(model, history)
-    return model.encode(current.images, current.lidar2img, current.can_bus, prev_bev, None if prev_bev is None else current.has_prev)[1]
+    return model.advance(current, history_state(model, history))
 
 
 @pytest.mark.parametrize(
@@ -248,10 +252,9 @@ def test_queues_of_a_batch_do_not_share_their_histories(model, frames):
 
 def test_a_dropped_frame_turns_and_shifts_the_history_of_the_network_by_the_whole_motion(model, frames):
     found = last_bev(model, [frames["a0"], frames["a2"]])
-    stream = temporal.observe(frames["a2"], temporal.remember(frames["a0"], BEV))[0]
+    stream = previous(frames["a2"], remember(frames["a0"], BEV))[0]
     history, current = queue_batch([[frames["a0"], frames["a2"]]])
     assert not torch.allclose(found, last_bev(model, [frames["a1"], frames["a2"]]), atol=1e-3)
     with torch.no_grad():
-        can_bus = torch.from_numpy(stream)[None]
-        alone = model.encode(current.images, current.lidar2img, can_bus, history_state(model, history))[1]
+        alone = model.advance(current._replace(can_bus=torch.from_numpy(stream)[None]), history_state(model, history))
     torch.testing.assert_close(found, alone, atol=0, rtol=0)

@@ -9,8 +9,9 @@ import torch
 from small_networks import DATA, exported_network
 
 from engine.preprocess import FrameError, Preprocessor
-from eval.loop import steps
-from eval.open_model import Detector as Evaluated
+from engine.stream import StreamingDetector
+from eval.loop import evaluate_frames
+from eval.open_model import OpenModel
 from export import to_onnx
 from export.runner import OnnxRunner
 from qdbev.artifact import Seal
@@ -18,8 +19,9 @@ from qdbev.config import Config, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
-from qdbev.detector import FrameOrderError
+from qdbev.detector import Arrays, FrameOrderError
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import TeacherFacts
 from qdbev.schema import Detections, Frame
 
 
@@ -36,22 +38,20 @@ def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> O
     torch.manual_seed(0)
     config = exported_network()
     model = BEVFormer(config.model).eval()
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
     to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
     return OnnxRunner(path)
 
 
 @pytest.fixture
-def detector(runner: OnnxRunner) -> Detector:
-    return Detector(runner, exported_network(), runner.shapes["images"][1:])
+def detector(runner: OnnxRunner) -> StreamingDetector:
+    return StreamingDetector(runner, exported_network(), runner.interface)
 
 
 def evaluated(runner: OnnxRunner, dataset: FrameDataset) -> list[Detections]:
     """What the evaluation loop finds, frame by frame."""
-    config = exported_network()
-    seal = Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    return [step.detections for step in steps(Evaluated(seal, config, runner), dataset)]
+    return [step.detections for step in evaluate_frames(OpenModel(exported_network(), runner), dataset)]
 
 
 def agree(found: Detections, wanted: Detections) -> None:
@@ -60,7 +60,7 @@ def agree(found: Detections, wanted: Detections) -> None:
 
 
 def test_a_stream_finds_what_evaluation_finds_and_starts_anew_with_a_scene(
-    detector: Detector, runner: OnnxRunner, dataset: FrameDataset
+    detector: StreamingDetector, runner: OnnxRunner, dataset: FrameDataset
 ) -> None:
     wanted = evaluated(runner, dataset)
     assert len({dataset.frame(index).scene_token for index in range(len(dataset))}) == 2
@@ -69,7 +69,7 @@ def test_a_stream_finds_what_evaluation_finds_and_starts_anew_with_a_scene(
     assert len(wanted[-1].boxes) > 0
 
 
-def test_a_reset_is_the_beginning_of_a_scene(detector: Detector, dataset: FrameDataset) -> None:
+def test_a_reset_is_the_beginning_of_a_scene(detector: StreamingDetector, dataset: FrameDataset) -> None:
     first, second = dataset.frame(0), dataset.frame(1)
     alone = detector(second)
     detector.reset()
@@ -118,7 +118,7 @@ def changed(frame: Frame, name: str) -> Frame:
     ],
 )
 def test_a_bad_frame_is_one_clear_error_and_the_next_goes_on_as_after_a_dropped_frame(
-    detector: Detector, dataset: FrameDataset, mistake: str, kind: type[ValueError], message: str
+    detector: StreamingDetector, dataset: FrameDataset, mistake: str, kind: type[ValueError], message: str
 ) -> None:
     frames = [dataset.frame(index) for index in range(3)]
     detector(frames[0])
@@ -135,12 +135,12 @@ def test_a_bad_frame_is_one_clear_error_and_the_next_goes_on_as_after_a_dropped_
 def test_a_network_that_fails_leaves_the_history_as_it_was(runner: OnnxRunner, dataset: FrameDataset) -> None:
     wanted, lost = evaluated(runner, dataset), []
 
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         if lost:
             raise ValueError(lost.pop())
         return runner(inputs)
 
-    detector = Detector(run, exported_network(), runner.shapes["images"][1:])
+    detector = StreamingDetector(run, exported_network(), runner.interface)
     for index in range(3):
         lost.append("no memory for this frame")
         with pytest.raises(ValueError, match="no memory"):
@@ -152,11 +152,11 @@ def test_boxes_that_are_not_finite_are_refused_and_their_history_is_dropped(runn
     config: Config = exported_network()
     poison: list[bool] = []
 
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         outputs = runner(inputs)
         return {name: value * np.float32(np.nan) for name, value in outputs.items()} if poison else outputs
 
-    detector = Detector(run, config, runner.shapes["images"][1:])
+    detector = StreamingDetector(run, config, runner.interface)
     alone = detector(dataset.frame(2))
     detector.reset()
     detector(dataset.frame(0))
@@ -168,7 +168,7 @@ def test_boxes_that_are_not_finite_are_refused_and_their_history_is_dropped(runn
 
 
 def test_camera_images_become_the_frame_that_evaluation_reads_from_files(
-    detector: Detector, runner: OnnxRunner, dataset: FrameDataset, tiny_world: Path
+    detector: StreamingDetector, runner: OnnxRunner, dataset: FrameDataset, tiny_world: Path
 ) -> None:
     info, wanted = dataset.info(0), dataset.frame(0)
     images = [read_image(tiny_world / name, (180, 320)) for name in info.image_files]
@@ -192,22 +192,22 @@ def test_camera_images_become_the_frame_that_evaluation_reads_from_files(
         ),
     ],
 )
-def test_camera_images_that_do_not_fit_are_told_with_what_does(detector: Detector, images: list[np.ndarray], message: str) -> None:
+def test_camera_images_that_do_not_fit_are_told_with_what_does(detector: StreamingDetector, images: list[np.ndarray], message: str) -> None:
     with pytest.raises(FrameError, match=message):
         detector.prepare(images, np.zeros((6, 4, 4)), np.zeros(18), 0)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.8])
 def test_the_sizes_that_are_said_to_fit_are_those_that_do(scale: float) -> None:
-    data = dataclasses.replace(exported_network().data, image_range_mode=scale, pad_multiple=32)
-    preparation = Preprocessor(data, (1, 3, 96, 160))
+    data = dataclasses.replace(exported_network().data, image_scale=scale, pad_multiple=32)
+    preprocessor = Preprocessor(data, (1, 3, 96, 160))
     fits = []
     for height in range(40, 260):
         try:
-            preparation.frame([np.zeros((height, preparation.largest_hw[1], 3), np.uint8)], np.zeros((1, 4, 4)), np.zeros(18), 0)
+            preprocessor.frame([np.zeros((height, preprocessor.largest_hw[1], 3), np.uint8)], np.zeros((1, 4, 4)), np.zeros(18), 0)
             fits.append(height)
         except FrameError as error:
             said = str(error)
-    assert fits == list(range(fits[0], preparation.largest_hw[0] + 1))
+    assert fits == list(range(fits[0], preprocessor.largest_hw[0] + 1))
     assert f"takes {fits[0]} x " in said
     assert f" to {fits[-1]} x " in said
