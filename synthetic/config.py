@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from qdbev.data.image_transform import NUSCENES_HW
 from synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
 
 KEY_FRAME_INTERVAL = 0.5
@@ -163,7 +162,7 @@ def street() -> WorldConfig:
         num_train=8,
         num_val=2,
         num_samples=40,
-        image_hw=NUSCENES_HW,
+        image_hw=(900, 1600),
         annotation_radius=70.0,
         reach=70.0,
         ego_speed=(3.5, 9.0),

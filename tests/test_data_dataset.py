@@ -12,7 +12,7 @@ import torch
 from golden_inputs import make_can_bus
 from torch.utils.data import DataLoader
 
-from qdbev import temporal
+from qdbev.can_bus import ROTATION, YAW_DEG, YAW_RAD
 from qdbev.data.collate import queue_batch
 from qdbev.data.config import DataConfig
 from qdbev.data.dataset import FrameDataset, start_worker
@@ -150,8 +150,8 @@ def test_can_bus_has_the_whole_quaternion_only_if_the_config_says_so(
     )  # q and -q are one rotation
     root = with_poses(tiny_world, tmp_path, rotations, official[:, :3])
     found = np.stack([open_split(root, full_quaternion=full).frame(index).can_bus for index in range(3)])
-    np.testing.assert_array_equal(found[:, temporal.ROTATION], rotations if full else rotations[:, :1].repeat(4, 1))
-    moves = [0, 1, 2, temporal.YAW_RAD, temporal.YAW_DEG]
+    np.testing.assert_array_equal(found[:, ROTATION], rotations if full else rotations[:, :1].repeat(4, 1))
+    moves = [0, 1, 2, YAW_RAD, YAW_DEG]
     np.testing.assert_allclose(found[:, moves], official[:, moves], atol=1e-11)  # degrees of float64
     assert open_split(root).frame(0).can_bus[3:7].tolist() == [rotations[0, 0]] * 4  # the default repeats w, as BEVFormer does
 
@@ -161,7 +161,7 @@ def test_the_whole_quaternion_reaches_the_network_unchanged(tiny_world: Path) ->
     history, current = queue_batch([dataset[(0, 6)]])
     for batch in (*history, current):
         index = [dataset.info(i).token for i in range(len(dataset))].index(batch.tokens[0])
-        w, x, y, z = batch.can_bus[0, temporal.ROTATION].double().tolist()
+        w, x, y, z = batch.can_bus[0, ROTATION].double().tolist()
         expected = dataset.info(index).global_from_ego[:2, :2]
         np.testing.assert_allclose([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z)]], expected[:1], atol=1e-6)  # float32
         assert z != w
@@ -244,9 +244,9 @@ def test_the_history_in_a_queue_ends_where_the_scene_changes() -> None:
     history, current = queue_batch([queue, other])
     assert [batch.has_prev.tolist() for batch in (*history, current)] == [[0, 0], [1, 0], [0, 1]]
     assert current.has_prev.dtype == torch.float32
-    assert (current.can_bus[0, [0, 1, 2, temporal.YAW_DEG]] == 0).all()
-    assert (current.can_bus[1, [0, 1, temporal.YAW_DEG]] != 0).all()
-    assert current.can_bus[0, temporal.YAW_RAD] == np.float32(queue[2].can_bus[temporal.YAW_RAD])
+    assert (current.can_bus[0, [0, 1, 2, YAW_DEG]] == 0).all()
+    assert (current.can_bus[1, [0, 1, YAW_DEG]] != 0).all()
+    assert current.can_bus[0, YAW_RAD] == np.float32(queue[2].can_bus[YAW_RAD])
 
 
 def test_batches_from_a_loader_equal_those_made_directly_from_the_dataset(tiny_world: Path) -> None:

@@ -11,9 +11,6 @@ import numpy as np
 from qdbev.data.config import DataConfig
 from qdbev.data.infos import DatasetError
 
-NUSCENES_HW = (900, 1600)
-"""Height and width in pixels of the stored images of nuScenes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdbev.data.config import DataConfig
-from qdbev.data.image_transform import NUSCENES_HW, image_transform, scale_lidar2img
+from qdbev.data.image_transform import image_transform, scale_lidar2img
 from qdbev.geometry import inverse, rigid, rotation_z
 from qdbev.schema import CAMERAS
 
@@ -99,9 +99,9 @@ def lidar2img(num_cameras: int, image_width: int) -> np.ndarray:
 
 
 def network_rig(config: DataConfig) -> tuple[np.ndarray, tuple[int, int]]:
-    """lidar2img (6, 4, 4) for the network's input images, and their padded (height, width), if the stored images have nuScenes' size."""
-    transform = image_transform(config, NUSCENES_HW)
-    return scale_lidar2img(lidar2img(len(CAMERAS), NUSCENES_HW[1]), transform.scale), transform.padded_hw
+    """lidar2img (6, 4, 4) for the network's input images, and their padded (height, width), from stored images of `config.stored_hw`."""
+    transform = image_transform(config, config.stored_hw)
+    return scale_lidar2img(lidar2img(len(CAMERAS), config.stored_hw[1]), transform.scale), transform.padded_hw
 
 
 def view_from(sensor: Sensor, ego_position: np.ndarray, ego_yaw: float) -> View:

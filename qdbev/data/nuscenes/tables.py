@@ -72,7 +72,7 @@ def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) 
     yaw_deg = np.rad2deg(np.arctan2(heading[1], heading[0]))
     if yaw_deg < 0:
         yaw_deg += 360
-    vector = np.empty(18)
+    vector = np.empty(layout.SIZE)
     vector[layout.POSITION] = translation
     vector[layout.ROTATION] = rotation[0]
     vector[7:16] = signals
