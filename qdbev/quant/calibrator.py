@@ -1,5 +1,7 @@
 """Ranges from data: a histogram of bounded size for an activation, a search over ranges for a weight."""
 
+from typing import assert_never
+
 import torch
 from torch import Tensor
 
@@ -67,9 +69,13 @@ class RangeCalibrator:
             raise ValueError(
                 f"{self.name} saw {seen} during calibration; use frames that reach the layer, or add the layer to quant.float_layers"
             )
-        if method == "max":
-            return torch.tensor([self.amax])
-        return self._least_squared_error(qmax)
+        match method:
+            case "max":
+                return torch.tensor([self.amax])
+            case "mse":
+                return self._least_squared_error(qmax)
+            case _:
+                assert_never(method)
 
     def _least_squared_error(self, qmax: int) -> Tensor:
         width = self.top / NUM_BINS
@@ -85,9 +91,13 @@ class RangeCalibrator:
 def weight_amax(rows: Tensor, method: CalibrationMethod, qmax: int) -> Tensor:
     """(G,) end of the range of each row of (G, N) weights, for a quantizer with integers from -qmax to qmax."""
     amax = row_amax(rows)
-    if method == "mse":
-        return amax * _least_squared_shrink(rows.detach().float(), amax, qmax)
-    return amax
+    match method:
+        case "max":
+            return amax
+        case "mse":
+            return amax * _least_squared_shrink(rows.detach().float(), amax, qmax)
+        case _:
+            assert_never(method)
 
 
 def _least_squared_shrink(rows: Tensor, amax: Tensor, qmax: int) -> Tensor:
