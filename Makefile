@@ -56,7 +56,7 @@ setup: .venv/.ok
 
 ifdef NUSCENES
 data: .venv/.ok
-	$(PY) -m qdbev.data.infos --root $(NUSCENES) $(if $(VERSION),--version $(VERSION))
+	$(PY) -m qdbev.data.build_infos --root $(NUSCENES) $(if $(VERSION),--version $(VERSION))
 else
 data: $(WORLD)/world.json
 endif

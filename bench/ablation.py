@@ -345,8 +345,8 @@ def _curve(cell: Cell) -> list[dict[str, float]]:
             metrics = json.loads(path.read_text())
             points.append(
                 {
-                    "stage": facts["stage"] + len(BEFORE) * (part is cell and cell.start is not None),
-                    "epochs": facts["epochs"],
+                    "stage": facts.stage + len(BEFORE) * (part is cell and cell.start is not None),
+                    "epochs": facts.epochs,
                     "nds": metrics["nds"],
                     "map": metrics["map"],
                 }

@@ -11,7 +11,6 @@ from eval.comparison import TensorDifference, compare
 from eval.open_model import open_model
 from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.facts import interface_of
 
 
 def differences(engine: Path, onnx: Path) -> list[TensorDifference]:
@@ -23,7 +22,7 @@ def differences(engine: Path, onnx: Path) -> list[TensorDifference]:
     """
     with open_model(onnx) as source, open_model(engine) as built:
         artifact.expect_parent(engine, built.seal, onnx, source.seal)
-        height, width = interface_of(built.seal).inputs["images"][-2:]
+        height, width = built.seal.facts.interface.inputs["images"][-2:]
         frames = gpu_network.noise(source.config, (height, width))
         return list(compare([(onnx.name, source), (engine.name, built)], frames))
 

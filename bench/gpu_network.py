@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import torch
 from eval.comparison import DISTANCE, TensorDifference, compare, require_same
 from eval.open_model import OpenModel
 from qdbev import artifact, detectors
-from qdbev.command import device, entry_point
+from qdbev.command import entry_point, parse_device
 from qdbev.config import Config
-from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Arrays, Deployed, Detector
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
@@ -38,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
     """Two successive frames that a network of `config` can run on where there is no data."""
-    return noise_frames(config.model.num_cameras, image_hw, PIXEL_STD / statistics.mean(config.data.std))
+    return noise_frames(config.data, config.model.num_cameras, image_hw)
 
 
 def network(bits: str) -> tuple[Config, Deployed]:
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bits", default=FLOAT, help="float, or widths of weights and activations, as w8a8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     args = parser.parse_args(argv)
-    target = device("cuda")
+    target = parse_device("cuda")
     from plugins import torch_ops
 
     torch_ops.install()

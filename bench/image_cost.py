@@ -1,6 +1,6 @@
-"""What one sample's images cost: `python -m bench.image_cost --root data/street`.
+"""Measures the time to load the images of one key frame: `python -m bench.image_cost --root data/street`.
 
-CPU milliseconds of one core for the images of a frame, decoded only, and decoded, scaled, normalised and padded.
+The times are CPU milliseconds of one core, for decoding only, and for decoding, scaling, normalising and padding.
 """
 
 import argparse
@@ -15,14 +15,22 @@ import cv2
 
 from qdbev import artifact
 from qdbev.command import entry_point
+from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform
-from qdbev.data.infos import Infos, load_or_build
+from qdbev.data.infos import Infos
 from qdbev.data.transforms import load_images, read_image
 
 
 def measure(root: Path, infos: Infos, scale: float, num_frames: int) -> dict[str, float]:
-    """Median milliseconds over the first `num_frames` frames of the version."""
+    """Medians over the first `num_frames` key frames in milliseconds, and the number of frames measured, which may be smaller.
+
+    Args:
+        root: Folder of the dataset.
+        infos: Infos of its version.
+        scale: Scale of the images, as `data.image_scale`.
+        num_frames: Number of key frames to measure.
+    """
     cv2.setNumThreads(0)
     height, width = infos.image_hw.tolist()
     transform = image_transform(DataConfig(root=str(root), image_scale=scale), (height, width))
@@ -41,15 +49,15 @@ def _milliseconds(work: Callable[[], object]) -> float:
 
 
 @entry_point
-def main() -> None:
-    """Measure decoding and preparing the images of a sample."""
+def main(argv: list[str] | None = None) -> None:
+    """Measure the time to decode and to prepare the images of a key frame."""
     parser = argparse.ArgumentParser(prog="python -m bench.image_cost", description=main.__doc__)
     parser.add_argument("--root", type=Path, required=True, help="folder in nuScenes format")
-    parser.add_argument("--version", default="v1.0-trainval")
-    parser.add_argument("--scale", type=float, default=0.5, help="data.image_scale (default: %(default)s, as tiny)")
-    parser.add_argument("--frames", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    args = parser.parse_args()
+    parser.add_argument("--version", default="v1.0-trainval", help="folder of tables in it (default: %(default)s)")
+    parser.add_argument("--scale", type=float, default=0.5, help="data.image_scale (default: %(default)s, as in the recipe tiny)")
+    parser.add_argument("--frames", type=int, default=20, help="key frames to measure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    args = parser.parse_args(argv)
     infos = load_or_build(DataConfig(root=str(args.root), version=args.version))
     figures = measure(args.root, infos, args.scale, args.frames)
     about = {"image_hw": infos.image_hw.tolist(), "scale": args.scale, "made": artifact.provenance()}

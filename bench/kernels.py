@@ -1,8 +1,9 @@
-"""The kernels on this machine's GPU: right, and how fast: `python -m bench.kernels --out results/kernels_h200.json`.
+"""Check the attention kernels on this machine's GPU and measure their speed: `python -m bench.kernels --out FILE`.
 
-Spatial cross-attention at the size of base, with visibility of the synthetic rig, which is close to that of nuScenes, beside PyTorch's
-own operators and beside the floor: the larger of all bytes once at the speed of a device copy, and all gathered sectors at the speed of
-reads that hit the L2 cache. mmcv's kernel is measured too where mmcv is installed.
+Spatial cross-attention is measured at the size of the recipe base, with the camera visibility of the synthetic rig, which is close to
+that of nuScenes. It is compared with PyTorch's own operators, with mmcv's kernel if mmcv is installed, and with a lower bound of the
+time: the larger of the time to move every byte once at the speed of a device copy, and the time to read all gathered cache sectors at
+the speed of reads that hit the L2 cache.
 """
 
 import argparse
@@ -12,54 +13,61 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.memory_traffic import corners_inside, cost
+from bench.kernel_build import camera_levels
+from bench.memory_traffic import corners_inside, traffic
 from plugins import launch
-from plugins.cases import Case, edge_cases, excess, random_cases
-from plugins.variant import TYPES, Number, Out, Variant, camera_levels
+from plugins.attention.cases import Case, edge_cases, error_ratio, level_attribute, operator_inputs, random_cases
+from plugins.attention.variant import TYPES, Variant
+from plugins.kernel import OutType, Types, ValueType
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.data.rig import CAMERAS, network_rig
 from qdbev.geometry import pillar_points, project
+from qdbev.ops.contract import SCA
 from qdbev.ops.msda import joint_softmax
 from qdbev.ops.sca import gathered_spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
 
 GOALS = {"pytorch_over_kernel": 3.0, "mmcv_over_kernel": 2.0, "floor_over_kernel": 0.5, "float16_over_int8": 1.5}
-"""At the size of base, on an H200."""
-MEASURED: dict[Number, Out] = {"float32": "float32", "float16": "float16", "int8": "float16"}
-"""Output of each type of `value`."""
+"""Smallest acceptable ratio of two times on an H200, at the size of base. `floor` is the lower bound of the time."""
+MEASURED: dict[ValueType, OutType] = {"float32": "float32", "float16": "float16", "int8": "float16"}
+"""Number type of the output with which each number type of `value` is measured."""
 _RANDOM_CASES = 1000
+"""Number of random problems on which each kernel is checked."""
 _REPEATS, _FEW_REPEATS = 100, 10
+"""Number of timed runs of a kernel, and of everything slower."""
 _COPY_BYTES = 1 << 30
+"""Bytes of the device copy that is timed; more than any L2 cache holds."""
 _READ_THREADS, _READ_AT_ONCE = 512, 8
-"""As in bench/bandwidth.cu."""
+"""Threads per block and loads in flight per thread; the same numbers as in bench/bandwidth.cu."""
 _CHECKED_QUERIES = 997
+"""Approximate number of queries of the measured problem that are compared with PyTorch on the CPU."""
 _log = logging.getLogger(__name__)
 
 
 class BenchError(ValueError):
-    """There is nothing to measure on, or the kernels are wrong."""
+    """There is no GPU to measure on, or the kernels compute wrong numbers."""
 
 
 def check() -> dict[str, Any]:
-    """The GPU, and how far its kernels are from the truth.
+    """Return facts about the GPU and the errors of the kernels on it, compared with PyTorch on the CPU.
 
     Raises:
-        BenchError: There is no GPU that torch can use.
+        BenchError: There is no GPU that PyTorch can use.
     """
     if not torch.cuda.is_available():
         raise BenchError(
             "measuring the kernels needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch finds none on "
-            "this machine; run it where there is one. Without: `python -m plugins.nvrtc` compiles them, `make test` checks their numbers"
+            "this machine. Without a GPU, `python -m bench.kernel_build` compiles the kernels and `make test` checks their numbers"
         )
     torch.manual_seed(0)
     properties = torch.cuda.get_device_properties(0)
@@ -68,37 +76,37 @@ def check() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
-        "correctness": {f"{number} to {out}": correctness(number, out) for number, out in TYPES},
+        "correctness": {" to ".join(types): correctness(types) for types in TYPES},
         "made": artifact.provenance(),
     }
 
 
-def correctness(number: Number, out_number: Out) -> dict[str, Any]:
-    """Largest error of the device build, as a share of the tolerance, over random problems and all edges."""
+def correctness(types: Types) -> dict[str, Any]:
+    """Return the largest error of a kernel on the GPU, as a share of the permitted error, over random problems and all edge cases."""
     worst, name, count = 0.0, "", 0
     for case in (*random_cases(_RANDOM_CASES), *edge_cases()):
-        variant, value, scale = case.inputs(number, out_number)
-        out = run(variant, case, value, scale).cpu()
-        share = excess(number, scale, out, case.truth(value, scale))
+        variant, value, scale = case.in_types(types)
+        inputs = [tensor.cuda() for tensor in operator_inputs(variant, value, scale, case.others())]
+        out = run(variant, inputs).cpu()
+        share = error_ratio(types[0], scale, out, case.truth(value, scale))
         worst, name = max((worst, name), (share, case.name))
         count += out.shape[0]
-    _log.info("%s to %s: %d problems, worst error %.2f of the tolerance (%s)", number, out_number, count, worst, name)
+    _log.info("%s: %d problems, largest error %.2f of the permitted one (%s)", " to ".join(types), count, worst, name)
     return {"problems": count, "worst_share_of_tolerance": worst, "worst_case": name, "passed": worst <= 1}
 
 
-def run(variant: Variant, case: Case, value: Tensor, scale: float) -> Tensor:
-    """The kernel's answer to `case` with this `value`."""
-    others = [tensor.cuda() for tensor in case.others()]
-    return launch.attention(value.cuda(), others, variant.level_hw, _scale_tensor(variant, scale))
+def run(variant: Variant, inputs: Sequence[Tensor]) -> Tensor:
+    """Return the output (B, Q, M * C) of the kernel for the operator's inputs on the GPU."""
+    return launch.compute(variant.form, inputs, level_attribute(variant))
 
 
 def base_case(config: Config) -> Case:
-    """Spatial cross-attention of a recipe on the GPU: random numbers, geometry of the rig."""
+    """Return spatial cross-attention at the size of a recipe, on the GPU: random numbers with the geometry of the synthetic rig."""
     model = config.model
     level_hw = camera_levels(config)
     reference_points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *rig(config))
     variant = Variant(
-        op="spatial_cross_attention",
+        operator=SCA,
         value="float32",
         out="float32",
         num_heads=model.num_heads,
@@ -120,22 +128,22 @@ def base_case(config: Config) -> Case:
 
 
 def rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
-    """lidar2img (1, N, 4, 4) of the synthetic cameras, and the padded image size, for images of nuScenes."""
+    """Return lidar2img (1, N, 4, 4) of the synthetic cameras and the padded image size, for images of the size of nuScenes images."""
     lidar2img, padded_hw = network_rig(config.data)
     return torch.from_numpy(lidar2img).float()[None], padded_hw
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Times, ceilings and floors of one problem, and the kernels' errors on some of its queries."""
+    """Measure one problem: times, memory speeds, lower bounds of the time, and the kernels' errors on some of its queries."""
     ceilings = {"copy_bytes_per_s": copy_speed(), "l2_read_bytes_per_s": l2_read_speed()}
     corners = corners_inside(case.reference_points, case.visible, case.sampling_offsets, case.variant.level_hw)
-    times, costs, floors, errors = {}, {}, {}, {}
+    times, moved, floors, errors = {}, {}, {}, {}
     for number, out in MEASURED.items():
-        variant, value, scale = case.inputs(number, out)
-        arguments = (value, case.others(), variant.level_hw, _scale_tensor(variant, scale))
-        times[f"kernel_{number}"] = median_ms(lambda arguments=arguments: launch.attention(*arguments), _REPEATS)
-        counted = cost(variant, *case.visible.shape, corners)
-        costs[number] = dataclasses.asdict(counted)
+        variant, value, scale = case.in_types((number, out))
+        inputs = operator_inputs(variant, value, scale, case.others())
+        times[f"kernel_{number}"] = median_ms(lambda variant=variant, inputs=inputs: run(variant, inputs), _REPEATS)
+        counted = traffic(variant, *case.visible.shape, corners)
+        moved[number] = dataclasses.asdict(counted)
         seconds = (counted.bytes_once / ceilings["copy_bytes_per_s"], counted.gathered_bytes / ceilings["l2_read_bytes_per_s"])
         floors[number] = 1000 * max(seconds)
         errors[number] = _largest_error(case, number)
@@ -143,12 +151,12 @@ def measure(case: Case) -> dict[str, Any]:
     for name, value in times.items():
         _log.info("%s: %s", name, value if isinstance(value, str) else f"{value:.3f} ms")
     views = float(case.visible.sum(1).mean())
-    about = {"visible_cameras_a_query": views, "corners_inside": corners, "costs": costs}
+    about = {"visible_cameras_per_query": views, "corners_inside": corners, "traffic": moved}
     return {**about, "ceilings": ceilings, "times_ms": times, "floors_ms": floors, "largest_errors": errors}
 
 
 def pytorch_times(case: Case) -> dict[str, float]:
-    """PyTorch's own operators: every camera reading every query, and each camera only those it sees."""
+    """Measure PyTorch code in which every camera reads every query, and in which each camera reads only the queries it sees."""
     times = {}
     for number in ("float32", "float16"):
         tensors = [tensor.to(getattr(torch, number)) for tensor in (case.value, *case.others())]
@@ -159,7 +167,10 @@ def pytorch_times(case: Case) -> dict[str, float]:
 
 
 def mmcv_times(case: Case) -> dict[str, float | str]:
-    """mmcv's kernel called for each camera with all queries, its locations and softmax computed beforehand; or why there is no figure."""
+    """Measure mmcv's kernel, called for each camera with all queries; sampling locations and softmax are computed before the timing.
+
+    The value is the reason if mmcv cannot be measured.
+    """
     try:
         from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
     except ImportError as error:
@@ -182,17 +193,18 @@ def mmcv_times(case: Case) -> dict[str, float | str]:
 
 
 def copy_speed() -> float:
-    """Bytes a second of a device copy, read and written ones counted."""
+    """Return the speed of a device copy in bytes per second, where reads and writes both count."""
     source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * _COPY_BYTES / median_ms(lambda: target.copy_(source), _FEW_REPEATS) * 1000
 
 
 def l2_read_speed() -> float:
-    """Bytes a second of reads that hit the L2 cache."""
+    """Return the speed of reads that hit the L2 cache, in bytes per second."""
     properties = torch.cuda.get_device_properties(0)
     step = _READ_THREADS * _READ_AT_ONCE
-    words = max(1, properties.L2_cache_size // 4 // (16 * step)) * step  # a quarter: also less than the half that is near
+    # A quarter of the cache, which is also less than the half that is close to a multiprocessor.
+    words = max(1, properties.L2_cache_size // 4 // (16 * step)) * step
     buffer, out = torch.randint(2**31, (4 * words,), dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     blocks, rounds = 8 * properties.multi_processor_count, 256
     values, types = (buffer.data_ptr(), words, rounds, out.data_ptr()), (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
@@ -202,12 +214,12 @@ def l2_read_speed() -> float:
 
 
 def median_ms(work: Callable[[], object], repeats: int) -> float:
-    """GPU milliseconds of `work`, which finds an L2 cache full of other things, as in a network."""
+    """Return the median GPU time of `work` in milliseconds. The L2 cache is filled with other data first, as it is in a network."""
     other = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        other.zero_()  # also keeps the GPU busy until `work` has been launched
+        other.zero_()  # this also keeps the GPU busy until `work` has been launched
         start.record()
         work()
         end.record()
@@ -216,10 +228,10 @@ def median_ms(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[3:])
 
 
-def _largest_error(case: Case, number: Number) -> float:
-    """Of some queries against the truth on the CPU; in steps of the scale for int8."""
-    variant, value, scale = case.inputs(number, MEASURED[number])
-    out = launch.attention(value, case.others(), variant.level_hw, _scale_tensor(variant, scale))
+def _largest_error(case: Case, number: ValueType) -> float:
+    """Return the largest error of some queries compared with PyTorch on the CPU; for int8 in steps of the scale."""
+    variant, value, scale = case.in_types((number, MEASURED[number]))
+    out = run(variant, operator_inputs(variant, value, scale, case.others()))
     queries = torch.arange(0, out.shape[1], out.shape[1] // _CHECKED_QUERIES + 1, device="cuda")
     some = dataclasses.replace(
         case,
@@ -231,12 +243,8 @@ def _largest_error(case: Case, number: Number) -> float:
     return float((out[:, queries].cpu().double() - some.truth(value.cpu(), scale)).abs().max()) / scale
 
 
-def _scale_tensor(variant: Variant, scale: float) -> Tensor | None:
-    return torch.tensor(scale, dtype=getattr(torch, variant.out), device="cuda") if variant.value == "int8" else None
-
-
 def goals(figures: dict[str, Any]) -> dict[str, Any]:
-    """Each goal, what was reached, and whether that is enough; None where there is no figure."""
+    """Return each goal of GOALS with the ratio that was reached and whether it is met; both are None if it was not measured."""
     times, floors = figures["times_ms"], figures["floors_ms"]
     mmcv = [times[f"mmcv_per_camera_{n}"] / times[f"kernel_{n}"] for n in MEASURED if isinstance(times.get(f"mmcv_per_camera_{n}"), float)]
     reached = {
@@ -249,18 +257,18 @@ def goals(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Check the kernels on this machine's GPU and measure them."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
-    out = parser.parse_args().out
+    out = parser.parse_args(argv).out
     content = check()
-    _save(out, content)  # before anything is measured, which may take the process down
+    _save(out, content)  # saved before measuring, which may end the process
     figures = measure(base_case(RECIPES["base"]()))
     _save(out, {**content, **figures, "goals": goals(figures)})
     wrong = [name for name, found in content["correctness"].items() if not found["passed"]]
     if wrong:
-        raise BenchError(f"the kernels are wrong in {', '.join(wrong)}; {out}")
+        raise BenchError(f"the kernels compute wrong numbers in {', '.join(wrong)}; {out} has the errors")
     sys.stdout.write(f"{out}\n")
 
 

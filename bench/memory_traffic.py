@@ -1,6 +1,7 @@
-"""What spatial cross-attention has to move and compute, counted. Letters as in qdbev/ops/sca.py; plugins/README.md has the formulas.
+"""Count the bytes that spatial cross-attention reads and writes, and its operations. plugins/README.md has the formulas.
 
-`cost` counts from sizes and two averages, `corners_inside` on given tensors.
+`traffic` computes them from sizes and the number of corners that are read; `corners_inside` counts these corners in given tensors.
+Letters as in qdbev/ops/sca.py.
 """
 
 from collections.abc import Sequence
@@ -8,27 +9,35 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from plugins.variant import Variant
+from plugins.attention.variant import Variant
 from qdbev.ops.msda import level_wh
 
 SECTOR_BYTES = 32
-"""What a GPU's caches move at least."""
+"""Smallest number of bytes that a GPU's caches transfer."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one launch."""
+class Traffic:
+    """Memory traffic and arithmetic of one launch of spatial cross-attention."""
 
     bytes_once: int
-    """Every input read once, the output written once."""
+    """Bytes if every input is read once and the output is written once."""
     gathered_bytes: int
-    """Corners read, in whole sectors, each time one is asked for."""
+    """Bytes of the cache sectors of all corners that are read; a corner that is read twice counts twice."""
     operations: int
-    """Multiplications and additions of the weighted sum, two for each corner and channel."""
+    """Multiplications and additions of the weighted sums: two per corner and channel."""
 
 
-def cost(variant: Variant, batch: int, num_cameras: int, num_query: int, corners: int) -> Cost:
-    """`corners`: how many are read, over all queries, cameras that see them, heads and points."""
+def traffic(variant: Variant, batch: int, num_cameras: int, num_query: int, corners: int) -> Traffic:
+    """Count the traffic of one launch.
+
+    Args:
+        variant: The kernel.
+        batch: Batch size.
+        num_cameras: Number of cameras.
+        num_query: Number of queries.
+        corners: Number of corners that are read, over all samples, queries, cameras that see them, heads, levels and points.
+    """
     B, N, Q, M, C = batch, num_cameras, num_query, variant.num_heads, variant.channels
     samples = len(variant.level_hw) * variant.num_points
     out_bytes = 4 if variant.out == "float32" else 2
@@ -36,7 +45,7 @@ def cost(variant: Variant, batch: int, num_cameras: int, num_query: int, corners
     geometry = B * N * Q * (2 * variant.num_pillar_points + 1) * 4  # reference points and visible
     query = B * Q * M * samples * 3 * 4  # offsets and logits
     sectors = -(-C * variant.value_bytes // SECTOR_BYTES)
-    return Cost(
+    return Traffic(
         bytes_once=value + geometry + query + B * Q * M * C * out_bytes,
         gathered_bytes=corners * sectors * SECTOR_BYTES,
         operations=2 * corners * C,
@@ -44,7 +53,14 @@ def cost(variant: Variant, batch: int, num_cameras: int, num_query: int, corners
 
 
 def corners_inside(reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, level_hw: Sequence[tuple[int, int]]) -> int:
-    """Corners that lie inside their level, over all queries, cameras that see them, heads, levels and points."""
+    """Count the corners inside their level, over all samples, queries, cameras that see them, heads, levels and points.
+
+    Args:
+        reference_points: (B, N, Q, D, 2) as (u, v) in 0..1.
+        visible: (B, N, Q), positive where the camera sees the query.
+        sampling_offsets: (B, Q, M, L, P, 2) as (x, y) in cells of each level.
+        level_hw: Height and width of each level, in cells.
+    """
     D, P = reference_points.shape[3], sampling_offsets.shape[4]
     size = level_wh(level_hw, sampling_offsets)  # (L, 1, 2)
     total = 0
@@ -52,6 +68,6 @@ def corners_inside(reference_points: Tensor, visible: Tensor, sampling_offsets: 
         sample, query = (visible[:, camera] > 0).nonzero(as_tuple=True)
         pillars = reference_points[sample, camera, query].repeat(1, P // D, 1)[:, None, None]  # (K, 1, 1, P, 2)
         low = (pillars * size + sampling_offsets[sample, query] - 0.5).floor()  # (K, M, L, P, 2)
-        inside = ((low >= 0) & (low < size)).long() + ((low >= -1) & (low < size - 1)).long()  # of the two along each axis
+        inside = ((low >= 0) & (low < size)).long() + ((low >= -1) & (low < size - 1)).long()  # 0, 1 or 2 cells along each axis
         total += int(inside.prod(-1).sum())
     return total

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ def collect(run: Path) -> dict[str, list[dict[str, Any]]]:
     files = [path for path in sorted(run.glob("*.onnx")) if not path.name.endswith(".int4.onnx")]
     if not files:
         raise artifact.ArtifactError(f"{run} holds no .onnx; `make sizes` makes them, or `python -m export.to_onnx`")
-    onnx = [{"name": path.stem, **artifact.unseal(path, "onnx").facts} for path in files]
-    engines = [{"name": path.stem, **artifact.unseal(path, "engine").facts} for path in sorted(run.glob("*.engine"))]
+    onnx = [{"name": path.stem, **asdict(artifact.unseal(path, "onnx").facts)} for path in files]
+    engines = [{"name": path.stem, **asdict(artifact.unseal(path, "engine").facts)} for path in sorted(run.glob("*.engine"))]
     return {"onnx": onnx, "engines": engines}
 
 
@@ -36,7 +37,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """Both kinds of row as aligned text."""
     lines = [f"{'ONNX':<14}{'nodes':>6}{'MB':>7}{'trace s':>9}{'peak GB':>9}" + "".join(f"{name:>12}" for name in _PARITY) + "  (max abs)"]
     for row in rows["onnx"]:
-        parity = "".join(f"{row[f'parity_{name}_max_abs']:>12.1e}" for name in _PARITY)
+        parity = "".join(f"{row['parity'][f'{name}_max_abs']:>12.1e}" for name in _PARITY)
         peak = row["peak_memory_mb"] / 1024
         lines.append(f"{row['name']:<14}{row['nodes']:>6}{row['bytes'] / 1e6:>7.1f}{row['trace_s']:>9.1f}{peak:>9.1f}{parity}")
     for row in rows["engines"]:

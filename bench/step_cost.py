@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from qdbev import artifact
-from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
 from qdbev.frames import open_frames
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     seal, teacher = restore(args.teacher)
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
-    target = device(args.device)
+    target = parse_device(args.device)
     figures = measure(teacher, config, target, args.steps)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"
     figures |= {"recipe": config.name, "bits": args.bits, "hardware": hardware, "made": artifact.provenance()}

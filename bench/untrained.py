@@ -17,6 +17,7 @@ from qdbev.config import Config, override, to_dict
 from qdbev.data.image_transform import image_transform
 from qdbev.data.noise_frames import PIXEL_STD
 from qdbev.detector import Detector
+from qdbev.facts import TeacherFacts
 from qdbev.nn.image_encoder import Bottleneck
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
@@ -57,9 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     args = parser.parse_args(argv)
     config = override(RECIPES[args.recipe](), args.settings)
-    facts = {"image_hw": list(image_transform(config.data, config.data.stored_hw).padded_hw), "untrained": True}
+    facts = TeacherFacts(image_hw=image_transform(config.data, config.data.stored_hw).padded_hw, untrained=True)
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(args.teacher, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts=facts)
+    artifact.save_checkpoint(args.teacher, config=to_dict(config), weights=weights, parent=None, facts=facts)
     sys.stdout.write(f"{args.teacher}: {args.recipe}, random weights\n")
 
 

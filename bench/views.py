@@ -91,7 +91,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw one frame as the network sees it."""
     args = parse_args(argv)
-    device = command.device(args.device or "cpu")
+    device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)
     config, split = chosen_data(from_dict(seal.config), args)
     dataset = open_frames(config, split)

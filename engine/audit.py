@@ -19,7 +19,7 @@ from engine import layer_table, onnx_products
 from engine.backend import EngineError
 from engine.layer_table import Layer
 from engine.onnx_products import Product, Role
-from qdbev import artifact
+from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
@@ -168,8 +168,9 @@ def audit_files(engine: Path, onnx_path: Path) -> Report:
     """
     engine_seal = artifact.unseal(engine, "engine")
     artifact.expect_parent(engine, engine_seal, onnx_path, artifact.unseal(onnx_path, "onnx"))
-    table = layer_table.load(layer_table.table_path(engine), engine_seal.facts["layer_table_sha256"])
-    return audit(onnx_products.products(onnx_products.load(onnx_path)), table)
+    table = layer_table.load(layer_table.table_path(engine), engine_seal.facts.layer_table_sha256)
+    products = onnx_products.products(deployed_graph.load(onnx_path), engine_seal.facts.interface.geometry)
+    return audit(products, table)
 
 
 def report_path(engine: Path) -> Path:

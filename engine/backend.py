@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
+from qdbev import cuda_check
+
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL: dict[BackendName, str] = {
@@ -130,15 +132,12 @@ def cuda_runtime() -> Any:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Value of a cuda-python call, which returns (status, values...).
+    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does.
 
     Raises:
         EngineError: The call failed.
     """
-    status, *values = result
-    if int(status) != 0:
-        raise EngineError(f"CUDA answers {status.name}")
-    return values[0] if len(values) == 1 else tuple(values)
+    return cuda_check.check(result, EngineError)
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,6 @@ from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.command import entry_point
 from qdbev.config import from_dict
-from qdbev.facts import interface_of
 
 _log = logging.getLogger(__name__)
 _TOOLS: dict[str, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
@@ -60,9 +60,9 @@ def bench(engine: Path, iterations: int) -> dict[str, Any]:
     seal = artifact.unseal(engine, "engine")
     device = backend.require_gpu(f"measuring {engine}")
     compatibility.require_gpu(engine, seal, device)
-    config, interface = from_dict(seal.config), interface_of(seal)
+    config, interface = from_dict(seal.config), seal.facts.interface
     frame = typical_inputs(config, interface)
-    tool = shutil.which(_TOOLS[seal.facts["backend"]["name"]])
+    tool = shutil.which(_TOOLS[seal.facts.backend.name])
     with clocks.watch(device.bus_id) as seen:
         times = _with_tool(tool, engine, seal, frame, iterations) if tool else _with_session(engine, frame, iterations)
     host = host_cost.measure(config, interface)
@@ -90,7 +90,7 @@ def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, 
         "tool": times.tool,
         "command": times.command,
         "gpu": {"name": device.name, "compute_capability": device.compute_capability, **seen},
-        "engine": {"name": engine.name, "sha256": seal.sha256, "bytes": seal.facts["plan_bytes"], **seal.facts["backend"]},
+        "engine": {"name": engine.name, "sha256": seal.sha256, "bytes": seal.facts.plan_bytes, **asdict(seal.facts.backend)},
         "made": artifact.provenance(),
     }
 
@@ -123,11 +123,11 @@ def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: P
     Args:
         folder: Holds each input as NAME.bin; trtexec writes times.json there.
     """
-    made_by = seal.facts["backend"]
-    files = ",".join(f"{name}:{folder / name}.bin" for name in interface_of(seal).inputs)
+    made_by = seal.facts.backend
+    files = ",".join(f"{name}:{folder / name}.bin" for name in seal.facts.interface.inputs)
     command = [tool, f"--loadEngine={engine}", f"--loadInputs={files}", f"--iterations={iterations}", "--duration=0"]
     command += [f"--warmUp={_WARM_UP_MS}", "--exposeDMA", "--useSpinWait", "--useCudaGraph", f"--exportTimes={folder / 'times.json'}"]
-    if made_by["name"] == "tensorrt" and backend.release(made_by["version"]) >= _TRANSFERS_OPTIONAL_FROM:
+    if made_by.name == "tensorrt" and backend.release(made_by.version) >= _TRANSFERS_OPTIONAL_FROM:
         command.append("--includeDataTransfers")
     return command
 

@@ -23,9 +23,9 @@ from engine import audit, backend, compatibility, layer_table, onnx_products, tr
 from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layer_table import Layer
 from plugins import tensorrt_ops
-from qdbev import artifact
+from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
-from qdbev.facts import interface_facts, interface_of
+from qdbev.facts import BackendVersion, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -54,7 +54,9 @@ class Plan:
 
     content: bytes
     table: list[Layer]
-    facts: dict[str, Any]
+    backend: BackendVersion
+    target: Target
+    build_seconds: float
 
 
 def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Report:
@@ -62,17 +64,21 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
 
     Raises:
         ArtifactError: The ONNX is missing, changed since it was sealed, or no ONNX artifact.
-        EngineError: The ONNX or an option does not fit, TensorRT refuses, or a quantized layer lost INT8.
+        DeployedGraphError: The ONNX is no deployed graph, or cannot be built.
+        EngineError: An option does not fit, TensorRT refuses, or a quantized layer lost INT8.
     """
     parent = artifact.unseal(onnx_path, "onnx")
-    model = onnx_products.load(onnx_path)
+    model = deployed_graph.load(onnx_path)
+    interface = parent.facts.interface
     chosen = backend.select(options.backend)
     plugins = _plugins(chosen)
-    onnx_products.check(model, plugins)
+    deployed_graph.check(onnx_path, model, interface, plugins)
+    deployed_graph.require_int8_storage(onnx_path, model)
     if not chosen.strongly_typed:
         trt86_check.check(model, plugins)
+    products = onnx_products.products(model, interface.geometry)
     plan = build_plan(chosen, onnx_path, options)
-    report = audit.audit(onnx_products.products(model), plan.table)
+    report = audit.audit(products, plan.table)
     audit.save(audit.report_path(engine_path), report)
     if not options.allow_float:
         audit.require_int8(report)
@@ -80,16 +86,18 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     with artifact.atomic(engine_path) as temporary:
         temporary.write_bytes(plan.content)
     table_sha256 = artifact.sha256(layer_table.table_path(engine_path))
-    facts = {
-        **plan.facts,
-        "build": compatibility.build_facts(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
-        **interface_facts(interface_of(parent)),
-        "plugins": plugin_nodes(model, plugins),
-        "plan_bytes": len(plan.content),
-        "audit": report.facts(),
-        "layer_table_sha256": table_sha256,
-    }
-    artifact.seal(engine_path, kind="engine", config=parent.config, parent=parent, facts=facts)
+    facts = EngineFacts(
+        interface=interface,
+        backend=plan.backend,
+        target=plan.target,
+        build=compatibility.build_options(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
+        build_seconds=plan.build_seconds,
+        plugins=tuple(plugin_nodes(model, plugins)),
+        plan_bytes=len(plan.content),
+        audit=report.facts(),
+        layer_table_sha256=table_sha256,
+    )
+    artifact.seal(engine_path, config=parent.config, parent=parent, facts=facts)
     return report
 
 
@@ -130,11 +138,11 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         with artifact.atomic(cache_path) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     table = layer_table.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
-    facts = {"backend": {"name": chosen.name, "version": chosen.version}, "target": target, "build_seconds": round(seconds, 2)}
-    return Plan(content=content, table=table, facts=facts)
+    built_by = BackendVersion(name=chosen.name, version=chosen.version)
+    return Plan(content=content, table=table, backend=built_by, target=target, build_seconds=round(seconds, 2))
 
 
-def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]]) -> list[str]:
+def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
     """Sorted operators of the graph that the parser takes from `plugins` (name, version, namespace) and not from a function body."""
     taken = set()
     for node in model.graph.node:
@@ -144,11 +152,11 @@ def plugin_nodes(model: onnx.ModelProto, plugins: frozenset[tuple[str, str, str]
     return sorted(taken)
 
 
-def timing_cache_file(chosen: Backend, target: dict[str, Any], wanted: Path | None) -> Path | None:
+def timing_cache_file(chosen: Backend, target: Target, wanted: Path | None) -> Path | None:
     """Path of the timing cache: `wanted` itself, or a file in the folder `wanted` for this version and GPU; None for TensorRT-RTX."""
     if wanted is None or chosen.name != "tensorrt" or not wanted.is_dir():
         return wanted if chosen.name == "tensorrt" else None
-    words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target['gpu']}".lower())
+    words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target.gpu}".lower())
     return wanted / f"tensorrt-{words}.timing"
 
 
@@ -168,11 +176,11 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
     """Name and operator of the node that a parser error is about; TensorRT 8.6 gives only its index."""
     if hasattr(error, "node_name"):
         return error.node_name(), error.node_operator()
-    nodes, index = onnx_products.load(onnx_path).graph.node, error.node()
+    nodes, index = deployed_graph.load(onnx_path).graph.node, error.node()
     return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
-def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any]:
+def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
     """Set the GPUs to build for; returns them as facts for the seal."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
@@ -186,16 +194,16 @@ def _set_target(chosen: Backend, config: Any, options: Options) -> dict[str, Any
         config.num_compute_capabilities = len(wanted)
         for index, capability in enumerate(wanted):
             config.set_compute_capability(names[capability], index)
-    return {"compute_capabilities": list(wanted) or compatibility.PORTABLE}
+    return Target(compute_capabilities=wanted or None)
 
 
-def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> dict[str, Any]:
+def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> Target:
     if wanted and set(wanted) != {device.compute_capability}:
         raise EngineError(
             f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
             "leave --compute-capability out, or use --backend tensorrt-rtx"
         )
-    return {"gpu": device.name, "compute_capabilities": [device.compute_capability]}
+    return Target(compute_capabilities=(device.compute_capability,), gpu=device.name)
 
 
 def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
@@ -207,7 +215,7 @@ def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
     return cache
 
 
-def _plugins(chosen: Backend) -> frozenset[tuple[str, str, str]]:
+def _plugins(chosen: Backend) -> deployed_graph.Plugins:
     """Registered plugins as (name, version, namespace). Empty for TensorRT-RTX, which aborts the process when it meets a plugin (1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()

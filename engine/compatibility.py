@@ -8,27 +8,25 @@ is printed.
 import os
 import shlex
 from pathlib import Path
-from typing import Any
 
 from engine.backend import Backend, EngineError, Gpu
 from qdbev.artifact import Seal
+from qdbev.facts import BuildOptions
 
-PORTABLE = "portable"
-"""Written instead of compute capabilities for an engine of TensorRT-RTX that runs on every GPU that TensorRT-RTX supports."""
 _NOT_OF_RTX = ("9.0", "10.0", "10.3")
 """Compute capabilities that TensorRT-RTX (seen in 1.7.1) does not build for."""
 
 
 def require_gpu(path: Path, seal: Seal, device: Gpu) -> None:
     """Raise EngineError, with the command that builds it again, if the engine is for other GPUs than `device`."""
-    target = seal.facts["target"]
-    built_for = target["compute_capabilities"]
-    if built_for == PORTABLE:
+    target = seal.facts.target
+    built_for = target.compute_capabilities
+    if built_for is None:
         return
-    same_model = target.get("gpu", device.name) == device.name
+    same_model = target.gpu in (None, device.name)
     if same_model and device.compute_capability in built_for:
         return
-    wanted = f"the {target['gpu']} ({', '.join(built_for)})" if "gpu" in target else f"GPUs of compute capability {', '.join(built_for)}"
+    wanted = f"the {target.gpu} ({', '.join(built_for)})" if target.gpu else f"GPUs of compute capability {', '.join(built_for)}"
     raise EngineError(
         f"{path} was built for {wanted}; this is a {device.name} ({device.compute_capability}). Build it again here:\n"
         f"  {rebuild_command(path, seal, device)}"
@@ -37,7 +35,7 @@ def require_gpu(path: Path, seal: Seal, device: Gpu) -> None:
 
 def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> None:
     """Raise EngineError, with the command that builds it again, if another version than the installed one built the engine."""
-    built = seal.facts["backend"]["version"]
+    built = seal.facts.backend.version
     if built != installed.version:
         raise EngineError(
             f"{path} was built with {installed.name} {built}, installed is {installed.version}, and an engine runs only under the version "
@@ -46,27 +44,27 @@ def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> 
         )
 
 
-def build_facts(onnx_path: Path, engine_path: Path, memory_limit_mb: int | None, allow_float: bool) -> dict[str, Any]:
-    """Facts for an engine's seal with which it can be built again: the ONNX relative to the engine's folder, and the options."""
+def build_options(onnx_path: Path, engine_path: Path, memory_limit_mb: int | None, allow_float: bool) -> BuildOptions:
+    """The options with which an engine can be built again; the path of the ONNX is relative to the engine's folder."""
     onnx = os.path.relpath(onnx_path, engine_path.parent)
-    return {"onnx": onnx, "memory_limit_mb": memory_limit_mb, "allow_float": allow_float}
+    return BuildOptions(onnx=onnx, memory_limit_mb=memory_limit_mb, allow_float=allow_float)
 
 
 def rebuild_command(path: Path, seal: Seal, device: Gpu) -> str:
     """The command that builds the engine at `path` again with the same options, for `device` and the GPUs it was built for before."""
-    capabilities = seal.facts["target"]["compute_capabilities"]
-    facts = {**build_facts(path.with_suffix(".onnx"), path, None, False), **seal.facts.get("build", {})}
-    onnx = os.path.normpath(path.parent / facts["onnx"])
+    capabilities = seal.facts.target.compute_capabilities
+    options = seal.facts.build or build_options(path.with_suffix(".onnx"), path, None, False)
+    onnx = os.path.normpath(path.parent / options.onnx)
     words = ["python", "-m", "engine.build", "--onnx", onnx, "--out", str(path)]
-    if seal.facts["backend"]["name"] == "tensorrt" or device.compute_capability in _NOT_OF_RTX:
+    if seal.facts.backend.name == "tensorrt" or device.compute_capability in _NOT_OF_RTX:
         words += ["--backend", "tensorrt"]
     else:
         words += ["--backend", "tensorrt-rtx"]
-        if capabilities != PORTABLE:
+        if capabilities is not None:
             every = {*capabilities, device.compute_capability}
             words += ["--compute-capability", *sorted(every, key=float)]
-    if facts["memory_limit_mb"] is not None:
-        words += ["--memory-limit", str(facts["memory_limit_mb"])]
-    if facts["allow_float"]:
+    if options.memory_limit_mb is not None:
+        words += ["--memory-limit", str(options.memory_limit_mb)]
+    if options.allow_float:
         words.append("--allow-float")
     return shlex.join(words)

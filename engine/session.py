@@ -22,7 +22,6 @@ from engine.backend import EngineError, check
 from engine.captured_context import CapturedContext, create_context, intermediate_bytes
 from engine.memory import Buffers
 from qdbev import artifact
-from qdbev.facts import interface_of
 
 _log = logging.getLogger(__name__)
 
@@ -42,11 +41,11 @@ class Session:
             EngineError: There is no GPU, its TensorRT is missing, or the engine is for another GPU or version.
         """
         self.seal = artifact.unseal(path, "engine")
-        self.interface = interface_of(self.seal)
+        self.interface = self.seal.facts.interface
         self.path = path
         device = backend.require_gpu(f"running {path}")
         compatibility.require_gpu(path, self.seal, device)
-        self._backend = backend.load(self.seal.facts["backend"]["name"])
+        self._backend = backend.load(self.seal.facts.backend.name)
         compatibility.require_version(path, self.seal, self._backend, device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}

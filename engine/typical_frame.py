@@ -16,7 +16,7 @@ from qdbev.schema import Interface
 def typical_inputs(config: Config, interface: Interface) -> Arrays:
     """Inputs of the second frame of a scene by name, the same at every call. The first frame's outputs are noise."""
     _, num_cameras, _, height, width = interface.inputs["images"]
-    first, second = noise_frames(num_cameras, (height, width))
+    first, second = noise_frames(config.data, num_cameras, (height, width))
     stream, rng = detectors.stream(config.model), np.random.default_rng(0)
     outputs = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in interface.outputs.items()}
     return stream.inputs(second, stream.remember(first, outputs))

@@ -17,6 +17,7 @@ from eval.submission import Record
 from qdbev import artifact
 from qdbev.config import Config
 from qdbev.data.dataset import FrameDataset
+from qdbev.facts import MetricsFacts, PredictionsFacts
 from qdbev.frames import open_frames
 
 RESULTS = "results_nusc.json"
@@ -47,9 +48,7 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         scratch = Path(name)
         submission.write(scratch / RESULTS, results)
-        predictions = artifact.seal(
-            scratch / RESULTS, kind="predictions", config=model.seal.config, parent=model.seal, facts={"split": split}
-        )
+        predictions = artifact.seal(scratch / RESULTS, config=model.seal.config, parent=model.seal, facts=PredictionsFacts(split=split))
         started = time.perf_counter()
         metrics = nds.evaluate(Path(data.root), data.version, split, scratch / RESULTS)
         seconds["metric"] = time.perf_counter() - started
@@ -63,8 +62,8 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
             "predictions_sha256": predictions.sha256,
         }
         (scratch / METRICS).write_text(json.dumps(content, indent=1, allow_nan=False))
-        facts = {"nds": metrics.nds, "map": metrics.map}
-        artifact.seal(scratch / METRICS, kind="metrics", config=model.seal.config, parent=model.seal, facts=facts)
+        facts = MetricsFacts(nds=metrics.nds, map=metrics.map)
+        artifact.seal(scratch / METRICS, config=model.seal.config, parent=model.seal, facts=facts)
         _move(scratch, out)
     return content
 

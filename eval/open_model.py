@@ -64,7 +64,7 @@ def open_model(path: Path, device: str | None = None) -> Iterator[SealedModel]:
 def _open_checkpoint(path: Path, device: str | None) -> Iterator[SealedModel]:
     from qdbev.restore import restore  # imports pytorch-quantization, which the other kinds of file do not need
 
-    target = command.device(device or "cpu")
+    target = command.parse_device(device or "cpu")
     if target.type == "cuda":
         from plugins import torch_ops
 

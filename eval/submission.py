@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from qdbev.artifact import atomic
-from qdbev.geometry import rotation_z
 from qdbev.schema import CLASSES, Detections
 
 Record = dict[str, object]
@@ -130,21 +130,6 @@ def _transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _quaternions(rotation: np.ndarray, yaws: np.ndarray) -> np.ndarray:
-    """(K, 4) w, x, y, z of `rotation` after a turn by each of `yaws` about z.
-
-    The eigenvector form, which is stable at every angle. Source: Bar-Itzhack, New method for extracting the quaternion from a
-    rotation matrix, 2000.
-    """
-    r = rotation @ np.stack([rotation_z(yaw) for yaw in yaws]) if len(yaws) else np.empty((0, 3, 3))
-    k = np.empty((len(r), 4, 4))
-    k[:, 0, 0] = r[:, 0, 0] + r[:, 1, 1] + r[:, 2, 2]
-    k[:, 0, 1] = k[:, 1, 0] = r[:, 2, 1] - r[:, 1, 2]
-    k[:, 0, 2] = k[:, 2, 0] = r[:, 0, 2] - r[:, 2, 0]
-    k[:, 0, 3] = k[:, 3, 0] = r[:, 1, 0] - r[:, 0, 1]
-    k[:, 1, 1] = r[:, 0, 0] - r[:, 1, 1] - r[:, 2, 2]
-    k[:, 2, 2] = r[:, 1, 1] - r[:, 0, 0] - r[:, 2, 2]
-    k[:, 3, 3] = r[:, 2, 2] - r[:, 0, 0] - r[:, 1, 1]
-    k[:, 1, 2] = k[:, 2, 1] = r[:, 0, 1] + r[:, 1, 0]
-    k[:, 1, 3] = k[:, 3, 1] = r[:, 0, 2] + r[:, 2, 0]
-    k[:, 2, 3] = k[:, 3, 2] = r[:, 1, 2] + r[:, 2, 1]
-    return np.linalg.eigh(k)[1][:, :, -1]  # the largest eigenvalue's vector
+    """(K, 4) unit quaternions (w, x, y, z) of a turn about z by each of `yaws` (K,), followed by `rotation` (3, 3)."""
+    turned = Rotation.from_matrix(rotation) * Rotation.from_euler("z", yaws[:, None])
+    return turned.as_quat(scalar_first=True)

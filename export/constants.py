@@ -1,66 +1,72 @@
-"""Products that depend on no input, computed once here and not in every frame.
+"""Computes products that depend on no input once at export instead of in every frame.
 
-A decoder begins with constants: its object queries attend to each other, and say where they will look, before anything was seen. An
-engine computes that anew in every frame, in a dozen kernels (seen in TensorRT-RTX 1.7.1).
+The decoder's first self-attention and its sampling offsets depend only on learned queries, so they are constant. TensorRT-RTX (1.7.1)
+recomputes them in every frame, in a dozen kernels.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-import onnx
+import onnx_ir as ir
 import onnxruntime
-from onnx import NodeProto, helper
 
-from export.graph import Graph
-
-PRODUCTS = ("Conv", "Gemm", "MatMul")
+from export.graph import PRODUCTS, PassError, add_constant, remove_unused, sources
 
 
-def fold(model: onnx.ModelProto, of: tuple[str, ...] = PRODUCTS) -> int:
-    """Put constants where a network reads what nodes `of` constants lead to, in place, and return the number of such nodes that go.
+def fold_constant_products(model: ir.Model, products: Sequence[str] = PRODUCTS) -> int:
+    """Replace what the network reads from nodes of the types `products` that depend on no input by constants.
 
-    onnxruntime computes them, Q/DQ executed as it stands, so that the numbers are those of the whole graph there. Constants that no
-    node `of` them made stay as they are: integer weights behind a DequantizeLinear would grow.
+    onnxruntime computes the constants, with Q/DQ executed literally, so the numbers are those that the whole graph gives there. Constants
+    in which no such node takes part stay as they are: integer weights behind a DequantizeLinear would grow.
+
+    Returns:
+        Number of nodes of these types that were removed.
+
+    Raises:
+        PassError: A product that depends on no input is left.
     """
-    graph = Graph(model)
-    nodes, made = _constant_nodes(graph, of)
-    inside = {node.output[0] for node in nodes}
-    read = {name for node in graph.proto.node if node.output[0] not in inside for name in node.input}
-    wanted = sorted(made & read)
-    if not wanted:
-        return 0
-    for name, value in zip(wanted, _computed(model, nodes, wanted), strict=True):
-        graph.redirect(name, graph.add_constant(f"{graph.producers[name].name}.constant", value))
-    before = _count(graph, of)
-    graph.prune()
-    return before - _count(graph, of)
+    nodes, made = _constant_nodes(model.graph, products)
+    inside = set(nodes)
+    wanted = sorted((value for value in made if any(node not in inside for node, _ in value.uses())), key=lambda value: value.name)
+    before = _count(model, products)
+    for value, array in zip(wanted, _computed(model, wanted), strict=True):
+        folded = add_constant(model.graph, f"{value.producer().name}.constant", array)
+        value.replace_all_uses_with(folded)
+    if wanted:
+        remove_unused(model)
+    depends = sources(model.graph)
+    for node in model.graph:
+        if node.op_type in products and not depends[node.outputs[0]]:
+            raise PassError(f"fold_constant_products: {node.op_type} {node.name} depends on no input, but could not be computed at export")
+    return before - _count(model, products)
 
 
-def _constant_nodes(graph: Graph, of: tuple[str, ...]) -> tuple[list[NodeProto], set[str]]:
-    """Nodes that depend on no input, in order, and those of their results that a node `of` them had a part in."""
-    constant, made, nodes = {"", *graph.initializers}, set(), []
-    for node in graph.proto.node:
-        if node.domain or not constant.issuperset(node.input):
-            continue
-        nodes.append(node)
-        constant.update(node.output)
-        if node.op_type in of or made.intersection(node.input):
-            made.update(node.output)
+def _constant_nodes(graph: ir.Graph, products: Sequence[str]) -> tuple[list[ir.Node], set[ir.Value]]:
+    """Nodes of ONNX itself that depend on no input, in order, and the outputs that come from a node of the types `products`."""
+    depends, made, nodes = sources(graph), set(), []
+    custom: set[ir.Value] = set()
+    for node in graph:
+        if node.domain or custom.intersection(node.inputs):
+            custom.update(node.outputs)
+        elif not depends[node.outputs[0]]:
+            nodes.append(node)
+            if node.op_type in products or made.intersection(node.inputs):
+                made.update(node.outputs)
     return nodes, made
 
 
-def _computed(model: onnx.ModelProto, nodes: list[NodeProto], wanted: list[str]) -> list[np.ndarray]:
-    """Values of the tensors `wanted`, made by `nodes` from the model's constants."""
-    read = {name for node in nodes for name in node.input}
-    constants = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    results = [helper.make_empty_tensor_value_info(name) for name in wanted]
-    part = helper.make_model(
-        helper.make_graph(nodes, "constants", [], results, constants), opset_imports=model.opset_import, ir_version=model.ir_version
-    )
+def _computed(model: ir.Model, wanted: Sequence[ir.Value]) -> list[np.ndarray]:
+    """Values of the constant tensors `wanted`."""
+    if not wanted:
+        return []
+    graph = ir.convenience.extract(model.graph, [], [value.name for value in wanted])
+    part = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(wanted, {})
+    return session.run([value.name for value in wanted], {})
 
 
-def _count(graph: Graph, op_types: tuple[str, ...]) -> int:
-    return sum(node.op_type in op_types for node in graph.proto.node)
+def _count(model: ir.Model, op_types: Sequence[str]) -> int:
+    return sum(node.op_type in op_types for node in model.graph)

@@ -1,119 +1,115 @@
-"""An ONNX graph open for edits: who makes a tensor, who reads it, which tensors are constants."""
+"""Steps that several passes share: read and add constants, create nodes, and follow values upstream.
 
-from collections import defaultdict
-from collections.abc import Collection, MutableSequence
+A pass takes the deployed graph as an `onnx_ir.Model`, changes it in place and returns how many places it changed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import onnx
-from onnx import NodeProto, TensorProto, numpy_helper
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+"""Operators that multiply by a weight or multiply two activations."""
+_REORDER = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Slice", "Split", "Gather", "Expand", "Concat")
+"""Operators that pass on the elements of their first input unchanged."""
 
 
-class Graph:
-    """The main graph of a model; constants are its initializers."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.proto = model.graph
-        self.initializers = {tensor.name: tensor for tensor in self.proto.initializer}
-        self.producers = {output: node for node in self.proto.node for output in node.output}
-        self.outputs = {output.name for output in self.proto.output}
-
-    def constant(self, name: str) -> np.ndarray | None:
-        """Value of a constant tensor, None if it is computed."""
-        return numpy_helper.to_array(self.initializers[name]) if name in self.initializers else None
-
-    def add_constant(self, name: str, values: np.ndarray) -> str:
-        """Add a constant and return its name, which gets a suffix if it is taken."""
-        unique = unused(name, self.initializers.keys() | self.producers.keys())
-        self.proto.initializer.append(numpy_helper.from_array(np.array(values, order="C"), unique))
-        self.initializers[unique] = self.proto.initializer[-1]
-        return unique
-
-    def readers(self) -> dict[str, list[NodeProto]]:
-        """Nodes that read each tensor."""
-        found: dict[str, list[NodeProto]] = defaultdict(list)
-        for node in self.proto.node:
-            for name in node.input:
-                found[name].append(node)
-        return found
-
-    def redirect(self, old: str, new: str) -> None:
-        """Let `new` stand for `old`: its readers read `new`, or `new` takes its name where `old` is a graph output."""
-        if old in self.outputs:
-            self.producers[old].output[0] = f"{old}_redirected"
-            self.rename({new: old})
-            self.forget([old])
-            return
-        for reader in self.readers()[old]:
-            for index, name in enumerate(reader.input):
-                reader.input[index] = new if name == old else name
-
-    def forget(self, names: Collection[str]) -> None:
-        """Drop what is noted of the shapes of tensors, which hold something else now."""
-        _drop(self.proto.value_info, [info.name not in names for info in self.proto.value_info])
-
-    def rename(self, new_names: dict[str, str]) -> None:
-        """Rename tensors wherever they are made or read; graph outputs must not be among them."""
-        for node in self.proto.node:
-            for names in (node.input, node.output):
-                for index, name in enumerate(names):
-                    names[index] = new_names.get(name, name)
-        named: list[TensorProto | onnx.ValueInfoProto] = [*self.proto.initializer, *self.proto.value_info]
-        for item in named:
-            item.name = new_names.get(item.name, item.name)
-        self.initializers = {new_names.get(name, name): tensor for name, tensor in self.initializers.items()}
-        self.producers = {new_names.get(name, name): node for name, node in self.producers.items()}
-
-    def prune(self) -> None:
-        """Drop nodes and constants that no output depends on."""
-        wanted = set(self.outputs)
-        for node in reversed(self.proto.node):
-            if wanted.intersection(node.output):
-                wanted.update(node.input)
-        _drop(self.proto.node, [bool(wanted.intersection(node.output)) for node in self.proto.node])
-        _drop(self.proto.initializer, [tensor.name in wanted for tensor in self.proto.initializer])
-        _drop(self.proto.value_info, [info.name in wanted for info in self.proto.value_info])
-        self.initializers = {tensor.name: tensor for tensor in self.proto.initializer}
-        self.producers = {output: node for node in self.proto.node for output in node.output}
+class PassError(ValueError):
+    """A pass left something in the graph that it exists to remove. The export fails, because the engine would be slow or inexact."""
 
 
-def opset(model: onnx.ModelProto) -> int:
-    """Version of ONNX's own operator set that the model declares."""
-    return next(entry.version for entry in model.opset_import if entry.domain == "")
+def constant(value: ir.Value | None) -> np.ndarray | None:
+    """Array of a constant, None for a value that nodes compute."""
+    return value.const_value.numpy() if value is not None and value.is_initializer() else None
 
 
-def declare_opset(model: onnx.ModelProto, version: int) -> None:
-    """Declare another version of ONNX's own operator set in the model and its functions; nodes stay as they are."""
-    for owner in (model, *model.functions):
-        for entry in owner.opset_import:
-            if entry.domain == "":
-                entry.version = version
+def add_constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    """Add a constant to `graph`. Its name gets a number if another constant has it."""
+    unused, count = name, 1
+    while unused in graph.initializers:
+        unused, count = f"{name}_{count}", count + 1
+    return ir.tape.Tape(graph).initializer(ir.tensor(np.array(values, order="C")), unused)
 
 
-def shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor; the deployed graph's are all fixed."""
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    infos = (*inferred.input, *inferred.output, *inferred.value_info)
-    found = {info.name: tuple(size.dim_value for size in info.type.tensor_type.shape.dim) for info in infos}
-    return found | {tensor.name: tuple(tensor.dims) for tensor in inferred.initializer}
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes and constants that no output depends on."""
+    common.RemoveUnusedNodesPass()(model)
 
 
-def unused(name: str, taken: set[str]) -> str:
-    """`name`, with a number behind it if it is taken."""
-    candidate, count = name, 1
-    while candidate in taken:
-        candidate, count = f"{name}_{count}", count + 1
-    return candidate
+def infer_shapes(model: ir.Model) -> None:
+    """Set type and shape of every value for which they follow from the inputs."""
+    common.ShapeInferencePass(check_type=False, strict_mode=False)(model)
 
 
-def integers(node: NodeProto, attribute: str, default: list[int] | int) -> list[int] | int:
-    """An integer attribute of a node, or a list of integers."""
-    for found in node.attribute:
-        if found.name == attribute:
-            return onnx.helper.get_attribute_value(found)
-    return default
+def declare_opset(model: ir.Model, version: int) -> None:
+    """Declare another version of ONNX's own operator set in the model and its functions. The nodes are not changed."""
+    for owner in (model.graph, *model.functions.values()):
+        owner.opset_imports[""] = version
 
 
-def _drop(items: MutableSequence, keep: list[bool]) -> None:
-    for index in reversed(range(len(items))):
-        if not keep[index]:
-            del items[index]
+def sources(graph: ir.Graph) -> dict[ir.Value, frozenset[str]]:
+    """Names of the graph inputs that each value depends on. Constants and what is computed from them alone depend on none."""
+    found: dict[ir.Value, frozenset[str]] = {value: frozenset((value.name,)) for value in graph.inputs}
+    for node in graph:
+        depends = frozenset().union(*(found.get(value, frozenset()) for value in node.inputs if value is not None))
+        found.update(dict.fromkeys(node.outputs, depends))
+    return found
+
+
+def before_reordering(value: ir.Value) -> ir.Value:
+    """The value upstream that has the same elements, before all nodes that only reorder, choose or repeat them."""
+    while (node := value.producer()) is not None and node.op_type in _REORDER and node.domain == "":
+        value = node.inputs[0]
+    return value
+
+
+def replace_node(old: ir.Node, new: Sequence[ir.Node], result: ir.Value) -> None:
+    """Put the nodes `new` in the place of `old`, whose only output becomes `result` under its old name."""
+    ir.convenience.replace_nodes_and_values(old.graph, old, [old], new, old.outputs, [result])
+
+
+class NodeBuilder:
+    """Creates nodes in order. Calling it creates a node and returns its only output; a list of integers becomes a 1-D int64 constant."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def __call__(self, op_type: str, *inputs: ir.Value | list[int] | None, domain: str = "", **attributes: Any) -> ir.Value:
+        values = [self.integers(given) if isinstance(given, list) else given for given in inputs]
+        return self.add(ir.Node(domain, op_type, values, attributes=ir.convenience.convert_attributes(attributes)))
+
+    def add(self, node: ir.Node) -> ir.Value:
+        """Take a node as the next one and return its first output."""
+        node.name = self.node_name(node)
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def node_name(self, node: ir.Node) -> str:
+        """Name of the next node."""
+        raise NotImplementedError
+
+    def integers(self, values: list[int]) -> ir.Value:
+        """1-D int64 constant."""
+        raise NotImplementedError
+
+
+class GraphNodes(NodeBuilder):
+    """Nodes that replace the node `replaced` of the main graph. Their names begin with its name, and constants become initializers."""
+
+    def __init__(self, replaced: ir.Node) -> None:
+        super().__init__()
+        self._graph, self._name = replaced.graph, replaced.name
+
+    def node_name(self, node: ir.Node) -> str:
+        """Name of the replaced node, operator type and position."""
+        return f"{self._name}/{node.op_type}_{len(self.nodes)}"
+
+    def integers(self, values: list[int]) -> ir.Value:
+        """1-D int64 constant."""
+        return self.constant(np.array(values, np.int64))
+
+    def constant(self, values: np.ndarray) -> ir.Value:
+        """Constant of any type."""
+        return add_constant(self._graph, f"{self._name}.constant", values)

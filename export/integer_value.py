@@ -1,61 +1,85 @@
-"""Values reach the attention operators as integers: QuantizeLinear -> operator(value int8, value_scale, ...).
+"""Gives the attention operators their quantized values as int8: QuantizeLinear -> operator(int8 value, value_scale, ...).
 
-With strong typing a kernel gets the tensor that stands in the graph. Behind a DequantizeLinear that is a float one, four times the
-bytes to gather; TensorRT tells a plugin no scale, so it is an input.
+A plugin receives its input exactly as it is typed in the ONNX. After DequantizeLinear that is float32, four times the bytes to gather. So
+the int8 tensor is passed instead, and its scale as an input, because TensorRT does not pass scales to plugins.
 """
 
-import onnx
-from onnx import NodeProto
+import numpy as np
+import onnx_ir as ir
 
-from export import functions
-from export.graph import Graph, unused
+from export.bodies.attach import attach
+from export.graph import PassError, before_reordering, constant, remove_unused
+from qdbev.ops import contract
 
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
+"""Operators between the DequantizeLinear and the attention that are applied to the int8 tensor instead."""
 
 
-def pass_on(model: onnx.ModelProto) -> int:
-    """Let the attention operators read what lies before the DequantizeLinear of their value, in place, and return the number that do.
+def feed_int8_values(model: ir.Model) -> int:
+    """Let every attention read the int8 tensor before the DequantizeLinear of its value; the numbers stay exactly the same.
 
-    The numbers stay exactly the same. Other readers keep the DequantizeLinear, and a value that is not quantized keeps its operator.
+    Other readers keep the DequantizeLinear, and an attention whose value is not quantized keeps its operator.
+
+    Returns:
+        Number of attentions that read int8 values now.
+
+    Raises:
+        PassError: The value of an attention comes from a DequantizeLinear that cannot be left out.
     """
-    graph = Graph(model)
-    nodes: list[NodeProto] = []
-    taken = graph.producers.keys() | graph.initializers.keys()
-    integers: dict[str, tuple[str, str]] = {}  # int8 tensor and scale of a float one
+    integers: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # int8 tensor and scale of a float tensor
     found = 0
-    for node in graph.proto.node:
-        value = node.input[0] if node.input else ""
-        if node.op_type == "DequantizeLinear" and _has_one_scale(graph, node):
-            integers[node.output[0]] = (value, node.input[1])
+    for node in list(model.graph):
+        value = node.inputs[0] if node.inputs else None
+        if node.op_type == "DequantizeLinear" and _has_one_scale(node):
+            integers[node.outputs[0]] = (value, node.inputs[1])
         elif node.op_type in _MOVES and value in integers:
             integer, scale = integers[value]
-            nodes.append(_on_integers(node, integer, taken))  # pruned where no operator reads it
-            integers[node.output[0]] = (nodes[-1].output[0], scale)
-        elif node.domain and node.op_type in functions.INTEGER_VALUE and value in integers:
-            node.op_type = functions.INTEGER_VALUE[node.op_type]
-            node.input[:] = [*integers[value], *node.input[1:]]
+            integers[node.outputs[0]] = (_repeated_on(node, integer), scale)  # removed below where no attention reads it
+        elif node.domain == contract.DOMAIN and node.op_type in contract.INTEGER_FORMS and value in integers:
+            _read_integers(node, *integers[value])
             found += 1
-        nodes.append(node)
+    remove_unused(model)
     if found:
-        del graph.proto.node[:]
-        graph.proto.node.extend(nodes)
-        graph.prune()
-        functions.attach(model)
+        attach(model)
+    _check(model)
     return found
 
 
-def _has_one_scale(graph: Graph, dequantize: NodeProto) -> bool:
-    """Whether an int8 times a number is what it gives."""
-    _, scale, *zero = (graph.constant(name) for name in dequantize.input)
-    return scale is not None and scale.ndim == 0 and all(point is not None and not point.any() for point in zero)
+def _has_one_scale(dequantize: ir.Node) -> bool:
+    """Whether the output is an integer times one number: a scalar constant scale and zero point 0."""
+    _, scale, *zero = dequantize.inputs
+    number = constant(scale)
+    zeros = [constant(point) for point in zero]
+    return number is not None and number.ndim == 0 and all(point is not None and not np.any(point) for point in zeros)
 
 
-def _on_integers(move: NodeProto, value: str, taken: set[str]) -> NodeProto:
-    """The same move of the int8 tensor `value`."""
-    copy = NodeProto()
-    copy.CopyFrom(move)
-    copy.name = f"{move.name}.int8"
-    copy.input[0] = value
-    copy.output[0] = unused(f"{move.output[0]}.int8", taken)
-    taken.add(copy.output[0])
-    return copy
+def _repeated_on(move: ir.Node, integer: ir.Value) -> ir.Value:
+    """Output of the same operation on an int8 tensor, as a new node before `move`."""
+    attributes = move.attributes.values()
+    copy = ir.Node("", move.op_type, [integer, *move.inputs[1:]], attributes=attributes, name=f"{move.name}.int8")
+    copy.outputs[0].dtype, copy.outputs[0].shape = ir.DataType.INT8, move.outputs[0].shape
+    move.prepend(copy)
+    return copy.outputs[0]
+
+
+def _read_integers(attention: ir.Node, integer: ir.Value, scale: ir.Value) -> None:
+    """Turn an attention into its integer form."""
+    others = attention.inputs[1:]
+    attention.op_type = contract.INTEGER_FORMS[attention.op_type].name
+    attention.resize_inputs(len(others) + 2)
+    for index, value in enumerate((integer, scale, *others)):
+        attention.replace_input_with(index, value)
+
+
+def _check(model: ir.Model) -> None:
+    """Raise PassError if an attention still reads a quantized value as floats."""
+    for node in model.graph:
+        if node.domain != contract.DOMAIN or node.op_type not in contract.INTEGER_FORMS:
+            continue
+        dequantize = before_reordering(node.inputs[0]).producer()
+        if dequantize is not None and dequantize.op_type == "DequantizeLinear":
+            raise PassError(
+                f"feed_int8_values: the value of {node.name} is quantized, but {node.op_type} would read it as floats. The pass looks for "
+                f"a DequantizeLinear with one scale and zero point 0, with only {', '.join(_MOVES)} between it and the attention; it found "
+                f"{dequantize.name}"
+            )

@@ -5,7 +5,6 @@ the student's outputs to the bit on two synthetic frames. Its sizes and bit oper
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,23 +19,21 @@ from qdbev.command import entry_point
 from qdbev.config import from_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Deployed, Detector, run_stream
+from qdbev.facts import PackedFacts
 from qdbev.quant.bops import bops, costs, float_bops
 from qdbev.quant.pack import pack
 from qdbev.quant.size import packed_parts, paper_bytes
 from qdbev.restore import PACKED, restore
 from qdbev.schema import Frame
 
-_GREY_STD = 57.0
-"""Of a pixel of ordinary photographs on the 0-255 scale."""
-
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Pack a student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--packed", type=Path, required=True, help="file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     artifact.load_checkpoint(args.student, "student")  # and nothing else
     seal, student = restore(args.student)
     sys.stdout.write(report(write(student, seal, args.packed)) + "\n")
@@ -49,9 +46,9 @@ def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
         ArtifactError: The student does not say its image size, or the packed form does not give its outputs; no file is left.
     """
     config = from_dict(parent.config)
-    if "image_hw" not in parent.facts:
+    if parent.facts.image_hw is None:
         raise ArtifactError(f"the student of {path} does not say its image size (fact image_hw); train it with this version")
-    frames = noise_frames(student.config.num_cameras, tuple(parent.facts["image_hw"]), _GREY_STD / statistics.mean(config.data.std))
+    frames = noise_frames(config.data, student.config.num_cameras, parent.facts.image_hw)
     layers = costs(student, lambda: _outputs(student, frames[:1]))
     measured = {
         "parts": packed_parts(student),
@@ -62,9 +59,9 @@ def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
         "float_bops": float_bops(layers),
     }
     weights = {PACKED: torch.from_numpy(np.frombuffer(pack(student), np.uint8).copy())}
-    facts = {"image_hw": parent.facts["image_hw"]} | measured
+    facts = PackedFacts(image_hw=parent.facts.image_hw, **measured)
     with artifact.atomic(path) as temporary:
-        artifact.save_checkpoint(temporary, kind="packed", config=parent.config, weights=weights, parent=parent, facts=facts)
+        artifact.save_checkpoint(temporary, config=parent.config, weights=weights, parent=parent, facts=facts)
         _, restored = restore(temporary)
         if not all(np.array_equal(*pair) for pair in zip(_outputs(student, frames), _outputs(restored, frames), strict=True)):
             raise ArtifactError(f"{path}: the packed form does not give the student's outputs; nothing was written")

@@ -80,13 +80,13 @@ def table(rows: Sequence[OutputParity]) -> str:
     return "\n".join(lines)
 
 
-def facts(rows: Sequence[OutputParity]) -> dict[str, float]:
-    """Worst figures of each output, for the seal."""
-    worst = {}
+def worst(rows: Sequence[OutputParity]) -> dict[str, float]:
+    """Largest difference and smallest cosine of each output, as `<output>_max_abs` and `<output>_cosine`."""
+    figures = {}
     for name in dict.fromkeys(row.output for row in rows):
-        worst[f"parity_{name}_max_abs"] = max(row.max_abs for row in rows if row.output == name)
-        worst[f"parity_{name}_cosine"] = min(row.cosine for row in rows if row.output == name)
-    return worst
+        figures[f"{name}_max_abs"] = max(row.max_abs for row in rows if row.output == name)
+        figures[f"{name}_cosine"] = min(row.cosine for row in rows if row.output == name)
+    return figures
 
 
 def _chain(side: Side, frames: Sequence[Frame], model: Detector) -> list[Arrays]:

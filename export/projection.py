@@ -1,58 +1,113 @@
-"""The projection into the cameras as multiplications and sums instead of a matrix product.
+"""Expands the projection into the cameras, a matrix product over homogeneous coordinates, into multiplications and sums.
 
-A point is three sums of four products, so a product of matrices saves nothing. It would cost kernels, and exactness: an engine may compute
-it in TF32, whose ten bits move a point by more than a pixel.
+A projected point is three sums of four products, so a matrix product saves nothing. It would cost kernels, and accuracy: an engine may
+compute it in TF32, whose ten mantissa bits move a point by more than a pixel.
+
+Which products must be expanded follows from the graph, not from a detector: those that multiply a value computed from the geometry inputs
+alone (calibration and motion), and sum at most four terms. So short a sum is over x, y, z and 1, while a learned layer on geometric
+features sums over many channels and stays a product.
 """
 
-import numpy as np
-import onnx
-from onnx import NodeProto, helper
+import math
+from collections.abc import Collection
 
-from export.graph import Graph
+import onnx_ir as ir
 
-EQUATION = b"bnij,dkj->bnkdi"
-"""Matrices (B, N, I, J) and homogeneous points (D, K, J) to (B, N, K, D, I), as in qdbev/geometry.py."""
+from export.graph import PRODUCTS, GraphNodes, PassError, constant, infer_shapes, remove_unused, replace_node, sources
+
+_HOMOGENEOUS = 4
+"""Most terms that a sum over homogeneous coordinates has."""
 
 
-def write_out(model: onnx.ModelProto) -> int:
-    """Replace every projection in place, and return their number."""
-    graph = Graph(model)
-    nodes: list[NodeProto] = []
+def expand_projection(model: ir.Model, geometry: Collection[str]) -> int:
+    """Replace every Einsum that transforms homogeneous coordinates by multiplications and sums.
+
+    Such an Einsum has two operands, contracts the last axis of both and no other, and meets the condition above. Its letters do not matter.
+
+    Args:
+        geometry: Names of the graph inputs that hold calibration and motion.
+
+    Returns:
+        Number of replacements.
+
+    Raises:
+        PassError: A product over homogeneous coordinates is left, for example because it is a MatMul.
+    """
+    infer_shapes(model)
     found = 0
-    for node in graph.proto.node:
-        if node.op_type == "Einsum" and _equation(node) == EQUATION:
-            nodes.extend(_written_out(graph, node))
+    for node in _coordinate_products(model, geometry):
+        if node.op_type == "Einsum" and _contracts_last_axes(node):
+            _expand(node)
             found += 1
-        else:
-            nodes.append(node)
-    del graph.proto.node[:]
-    graph.proto.node.extend(nodes)
-    graph.prune()
+    remove_unused(model)
+    infer_shapes(model)
+    left = _coordinate_products(model, geometry)
+    if left:
+        raise PassError(
+            f"expand_projection: {left[0].op_type} {left[0].name} transforms coordinates by geometry inputs and may be computed in TF32. "
+            "The pass looks for an Einsum of two operands that contracts the last axis of both; write the transform in this form"
+        )
     return found
 
 
-def _written_out(graph: Graph, node: NodeProto) -> list[NodeProto]:
-    """Nodes that give the output of the Einsum `node`; rows are chosen from what they give, so that none has to be copied before."""
-    matrices, points = node.input
-    result, name = node.output[0], node.name
-    axes = [graph.add_constant(f"{name}.axes", np.array(values)) for values in ([2, 3], [0, 1, 4], [5], [4])]
-    choice = graph.producers.get(matrices)
-    chosen = choice is not None and choice.op_type == "Slice" and np.array_equal(graph.constant(choice.input[3]), [2])
-    all_rows = f"{result}.all_rows" if chosen else result
-    nodes = [
-        helper.make_node("Unsqueeze", [choice.input[0] if chosen else matrices, axes[0]], [f"{result}.rows"]),  # (B, N, 1, 1, I, J)
-        helper.make_node("Transpose", [points], [f"{result}.cells"], perm=[1, 0, 2]),  # (K, D, J)
-        helper.make_node("Unsqueeze", [f"{result}.cells", axes[1]], [f"{result}.points"]),  # (1, 1, K, D, 1, J)
-        helper.make_node("Mul", [f"{result}.rows", f"{result}.points"], [f"{result}.products"]),
-        helper.make_node("ReduceSum", [f"{result}.products", axes[2]], [all_rows], keepdims=0),  # (B, N, K, D, I)
-    ]
-    if chosen:
-        starts, ends, _, *steps = choice.input[1:]
-        nodes.append(helper.make_node("Slice", [all_rows, starts, ends, axes[3], *steps], [result]))
-    for made in nodes:
-        made.name = f"{name}/{made.op_type}_{made.output[0]}"
-    return nodes
+def _coordinate_products(model: ir.Model, geometry: Collection[str]) -> list[ir.Node]:
+    """Products of at most four terms with an operand that is computed from geometry inputs alone."""
+    depends = sources(model.graph)
+
+    def is_geometric(value: ir.Value | None) -> bool:
+        return value is not None and bool(depends.get(value)) and depends[value] <= set(geometry)
+
+    products = [node for node in model.graph if node.op_type in (*PRODUCTS, "Einsum") and any(map(is_geometric, node.inputs[:2]))]
+    return [node for node in products if _num_terms(node) <= _HOMOGENEOUS]
 
 
-def _equation(node: NodeProto) -> bytes:
-    return next(attribute.s for attribute in node.attribute if attribute.name == "equation").replace(b" ", b"")
+def _num_terms(node: ir.Node) -> int:
+    """Terms of each sum of a product."""
+    first, second = (value.shape.numpy() for value in node.inputs[:2])
+    if node.op_type == "Conv":
+        return math.prod(second[1:])
+    if node.op_type == "Einsum":
+        terms, result = _equation(node)
+        sizes = {letter: size for term, shape in zip(terms, (first, second), strict=True) for letter, size in zip(term, shape, strict=True)}
+        return math.prod(size for letter, size in sizes.items() if letter not in result)
+    transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int()
+    return first[0] if transposed else first[-1]
+
+
+def _equation(node: ir.Node) -> tuple[list[str], str]:
+    """Letters of each operand and of the result of an Einsum."""
+    operands, _, result = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    return operands.split(","), result
+
+
+def _contracts_last_axes(node: ir.Node) -> bool:
+    """Whether an Einsum of two operands sums over the last axis of both, and keeps every other axis once."""
+    terms, result = _equation(node)
+    if len(terms) != 2 or terms[0][-1] != terms[1][-1] or any(len(set(term)) < len(term) for term in terms):
+        return False
+    return sorted(result) == sorted(set(terms[0] + terms[1]) - {terms[0][-1]})
+
+
+def _expand(node: ir.Node) -> None:
+    """Replace an Einsum. Rows that a Slice selects from the first operand are selected from the result, so that none is copied before."""
+    (matrices, points), (terms, result) = node.inputs, _equation(node)
+    nodes = GraphNodes(node)
+    rows = matrices.producer()
+    axes = constant(rows.inputs[3]) if rows is not None and rows.op_type == "Slice" else None
+    is_sliced = axes is not None and axes.size == 1 and terms[0][int(axes[0])] in result
+    first = _broadcast(nodes, rows.inputs[0] if is_sliced else matrices, terms[0], result)
+    products = nodes("Mul", first, _broadcast(nodes, points, terms[1], result))
+    output = nodes("ReduceSum", products, [len(result)], keepdims=0)
+    if is_sliced:
+        starts, ends, _, *steps = rows.inputs[1:]
+        output = nodes("Slice", output, starts, ends, [result.index(terms[0][int(axes[0])])], *steps)
+    replace_node(node, nodes.nodes, output)
+
+
+def _broadcast(nodes: GraphNodes, operand: ir.Value, term: str, result: str) -> ir.Value:
+    """An operand with the axes of the result in their order and the contracted axis last; axes that it has not get size one."""
+    order = [term.index(letter) for letter in (*result, term[-1]) if letter in term]
+    if order != sorted(order):
+        operand = nodes("Transpose", operand, perm=order)
+    missing = [axis for axis, letter in enumerate(result) if letter not in term]
+    return nodes("Unsqueeze", operand, missing) if missing else operand

@@ -1,97 +1,97 @@
-"""A graph as TensorRT 8.6 reads it: operator set 17, no local functions, float weights in front of Q/DQ.
+"""Converts a graph to what TensorRT 8.6 reads: operator set 17, no local functions, float weights in front of Q/DQ.
 
-What it does not refuse but reads wrongly: `start` and `end` of Shape, which it does not look at; integers of Constant nodes, which it
-copies as floats; axes of reductions as an input, which are of operator set 18. Source: onnx/onnx-tensorrt at release/8.6-GA,
-builtin_op_importers.cpp. onnx.version_converter (1.23) does not go from 18 to 17: it has no way back for Split.
+Never run on TensorRT 8.6: written from the source of its parser.
+
+The parser does not refuse, but misreads: `start` and `end` of Shape, which it ignores; integers of Constant nodes, which it copies as
+floats; axes of reductions as an input, which are of operator set 18. Source: onnx/onnx-tensorrt at release/8.6-GA,
+builtin_op_importers.cpp. onnx.version_converter (1.23) cannot convert from 18 to 17, because it has no adapter for Split.
 """
 
 import numpy as np
-import onnx
-from onnx import NodeProto, defs, helper, inliner, numpy_helper
+import onnx_ir as ir
+from onnx import defs
+from onnx_ir.passes import common
 
-from export import constants
-from export.graph import Graph, declare_opset, integers, shapes
+from export.constants import fold_constant_products
+from export.graph import add_constant, constant, declare_opset, infer_shapes, remove_unused
 
 OPSET = 17
 _IR_VERSION = 8
-"""That of ONNX 1.13, which TensorRT 8.6 holds."""
+"""That of ONNX 1.13, with which TensorRT 8.6 is built."""
 _NEW_ATTRIBUTES = {
     "Split": {"num_outputs": None},
-    "Resize": {"antialias": 0, "axes": [], "keep_aspect_ratio_policy": b"stretch"},
+    "Resize": {"antialias": 0, "axes": (), "keep_aspect_ratio_policy": "stretch"},
 }
-"""What operator set 18 added, with the value that means the same as its absence; None: any value does, as the outputs are counted."""
+"""Attributes that operator set 18 added, with the value that means the same as their absence; None: any value, as outputs are counted."""
 
 
-def convert(model: onnx.ModelProto) -> None:
-    """Put `model`, of operator set 18, into that form, in place.
+def convert(model: ir.Model) -> None:
+    """Convert `model`, of operator set 18, in place.
 
     Raises:
         ValueError: A node has no form in operator set 17.
     """
-    model.CopyFrom(inliner.inline_local_functions(model))
-    _write_out_shapes(model)
-    constants.fold(model, of=("Constant",))
-    graph = Graph(model)
-    nodes: list[NodeProto] = []
-    for node in graph.proto.node:
+    common.InlinePass()(model)
+    _replace_shapes(model)
+    fold_constant_products(model, ["Constant"])
+    for node in list(model.graph):
         if node.op_type == "DequantizeLinear":
-            nodes.extend(_dequantized(graph, node))
+            _expand_dequantize(node)
         elif node.domain == "":
-            _lower(graph, node)
-        if node.op_type != "DequantizeLinear":
-            nodes.append(node)
-    del graph.proto.node[:]
-    graph.proto.node.extend(nodes)
-    graph.prune()
+            _lower(node)
+    remove_unused(model)
     declare_opset(model, OPSET)
     model.ir_version = _IR_VERSION
 
 
-def _write_out_shapes(model: onnx.ModelProto) -> None:
-    """Make constants of the sizes that Shape nodes ask for."""
-    known = shapes(model)
-    for node in model.graph.node:
-        if node.op_type == "Shape":
-            sizes = known[node.input[0]][integers(node, "start", 0) : integers(node, "end", len(known[node.input[0]]))]
-            value = numpy_helper.from_array(np.array(sizes, np.int64))
-            node.CopyFrom(helper.make_node("Constant", [], list(node.output), name=node.name, value=value))
+def _replace_shapes(model: ir.Model) -> None:
+    """Replace Shape nodes by Constant nodes."""
+    infer_shapes(model)
+    for node in [node for node in model.graph if node.op_type == "Shape"]:
+        sizes = node.inputs[0].shape.numpy()
+        start, end = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
+        value = ir.tensor(np.array(sizes[start:end], np.int64))
+        node.op_type = "Constant"
+        node.resize_inputs(0)
+        node.attributes.clear()
+        node.attributes["value"] = ir.AttrTensor("value", value)
 
 
-def _dequantized(graph: Graph, dequantize: NodeProto) -> list[NodeProto]:
-    """The node with a zero point, which the parser wants; behind a QuantizeLinear where integers are stored, which it may not read."""
-    stored, scale, *zero = dequantize.input
-    node = NodeProto()
-    node.CopyFrom(dequantize)
-    steps = graph.constant(scale)
+def _expand_dequantize(node: ir.Node) -> None:
+    """Add the zero point that the parser wants, and a QuantizeLinear of float weights where integers are stored, which it may not read."""
+    graph, (stored, scale, *zero) = node.graph, node.inputs
+    steps, values = constant(scale), constant(stored)
     if not zero:
-        node.input.append(graph.add_constant(f"{scale}.zero", np.zeros(steps.shape, np.int8)))
-    values = graph.constant(stored)
+        node.resize_inputs(3)
+        node.replace_input_with(2, add_constant(graph, f"{scale.name}.zero", np.zeros(steps.shape, np.int8)))
     if values is None:
-        return [node]
-    axis = integers(node, "axis", 1)
+        return
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     broadcast = steps.reshape([-1 if index == axis else 1 for index in range(values.ndim)]) if steps.ndim else steps
-    weight = graph.add_constant(f"{stored.removesuffix('.int8')}.float32", values * broadcast)
-    quantize = helper.make_node("QuantizeLinear", [weight, *node.input[1:]], [f"{weight}.quantized"], name=f"{weight}.quantize", axis=axis)
-    node.input[0] = quantize.output[0]
-    return [quantize, node]
+    weight = add_constant(graph, f"{stored.name.removesuffix('.int8')}.float32", values * broadcast)
+    attributes = [ir.AttrInt64("axis", axis)]
+    quantize = ir.Node("", "QuantizeLinear", [weight, *node.inputs[1:]], attributes=attributes, name=f"{weight.name}.quantize")
+    node.prepend(quantize)
+    node.replace_input_with(0, quantize.outputs[0])
 
 
-def _lower(graph: Graph, node: NodeProto) -> None:
-    """Write a node as operator set 17 has it."""
-    if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
-        axes = graph.constant(node.input[1])
-        del node.input[1:]
+def _lower(node: ir.Node) -> None:
+    """Write a node as in operator set 17."""
+    if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.inputs) > 1:
+        axes = constant(node.inputs[1])
+        node.resize_inputs(1)
         _drop(node, {"noop_with_empty_axes": 0})
-        node.attribute.append(helper.make_attribute("axes", axes.tolist()))
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes.tolist())
     elif node.op_type in _NEW_ATTRIBUTES:
         _drop(node, _NEW_ATTRIBUTES[node.op_type])
     elif defs.get_schema(node.op_type, OPSET + 1).since_version > OPSET:
         raise ValueError(f"node {node.name} is a {node.op_type} of operator set 18, which has no form in 17; leave --builtin-plugin out")
 
 
-def _drop(node: NodeProto, absent: dict[str, object]) -> None:
-    for attribute in [found for found in node.attribute if found.name in absent]:
-        value, same = helper.get_attribute_value(attribute), absent[attribute.name]
-        if same is not None and value != same:
-            raise ValueError(f"{attribute.name}={value!r} of node {node.name} has no form in operator set 17; leave --builtin-plugin out")
-        node.attribute.remove(attribute)
+def _drop(node: ir.Node, absent: dict[str, object]) -> None:
+    """Remove attributes whose value is the one in `absent`."""
+    for name, same in absent.items():
+        attribute = node.attributes.pop(name, None)
+        if attribute is not None and same is not None and attribute.value != same:
+            value = attribute.value
+            raise ValueError(f"{name}={value!r} of node {node.name} has no form in operator set 17; leave --builtin-plugin out")

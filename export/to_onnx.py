@@ -1,34 +1,38 @@
-"""Checkpoint in, ONNX out: traced, packed, compared with PyTorch, sealed.
+"""Exports a checkpoint to ONNX: traces it, packs its weights, compares it with PyTorch and seals the file.
 
     python -m export.to_onnx --checkpoint runs/demo/student.pt --onnx runs/demo/student.onnx
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
-written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types what is float, geometry
-excepted, as float16. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
+written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types the float part as float16,
+except geometry. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
 """
 
 import argparse
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import onnx
+import onnx_ir as ir
 
-from export import builtin_plugin, constants, deform_conv, float16, integer_value, parity, projection, qdq, tensorrt_8
-from export.graph import opset
+from export import deform_conv, parity, qdq, tensorrt_8
+from export.builtin_plugin import replace_attention_with_builtin_plugin
+from export.constants import fold_constant_products
+from export.float16 import to_float16
+from export.integer_value import feed_int8_values
+from export.projection import expand_projection
 from export.runner import OnnxRunner
 from export.trace import trace
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import entry_point
 from qdbev.config import Config, from_dict
-from qdbev.data.noise_frames import PIXEL_STD, noise_frames
+from qdbev.data.noise_frames import noise_frames
+from qdbev.deployed_graph import DeployedGraphError
 from qdbev.detector import Detector
-from qdbev.facts import interface_facts
+from qdbev.facts import OnnxFacts
 from qdbev.restore import restore
 from qdbev.schema import Frame, Interface
 
@@ -40,7 +44,7 @@ class ParityError(ValueError):
 
 
 @entry_point
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
@@ -53,15 +57,15 @@ def main() -> None:
         "--builtin-plugin", action="store_true", help="attention by TensorRT's own plugin, in operator set 17: for TensorRT 8.6 to 10.6"
     )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
-    frames = noise_frames(model.config.num_cameras, image_hw, PIXEL_STD / statistics.mean(from_dict(seal.config).data.std))
-    forms = {"standard_deform_conv": args.standard_deform_conv, "half": args.float16, "builtin": args.builtin_plugin}
+    frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
+    forms = {"standard_deform_conv": args.standard_deform_conv, "float16": args.float16, "builtin_plugin": args.builtin_plugin}
     rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = made.facts
-    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts['nodes']} nodes, {facts['bytes']} bytes, opset {facts['opset']}, ")
-    sys.stdout.write(f"traced in {facts['trace_s']} s\n")
+    sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
+    sys.stdout.write(f"traced in {facts.trace_s} s\n")
 
 
 def export(
@@ -71,8 +75,8 @@ def export(
     image_hw: tuple[int, int],
     frames: Sequence[Frame],
     standard_deform_conv: bool = False,
-    half: bool = False,
-    builtin: bool = False,
+    float16: bool = False,
+    builtin_plugin: bool = False,
 ) -> tuple[list[parity.OutputParity], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
 
@@ -80,15 +84,16 @@ def export(
         image_hw: Height and width of the padded images.
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
         standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
-        half: What is float becomes float16, geometry excepted (float16.py).
-        builtin: The attentions become TensorRT's own plugin, all else what TensorRT 8.6 reads (builtin_plugin.py, tensorrt_8.py).
+        float16: The float part becomes float16, except geometry (float16.py).
+        builtin_plugin: The attentions become TensorRT's own plugin and the rest what TensorRT 8.6 reads (builtin_plugin, tensorrt_8.py).
 
     Raises:
-        ValueError: `standard_deform_conv` or `half` does not fit the model, or `builtin` is not alone.
+        ValueError: `standard_deform_conv` or `float16` does not fit the model, or `builtin_plugin` is combined with one of them.
+        PassError: A pass over the graph left something that it exists to remove; no file is written.
         ParityError: They differ; the message holds the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
-    if builtin and (half or standard_deform_conv):
+    if builtin_plugin and (float16 or standard_deform_conv):
         raise ValueError(
             "--builtin-plugin goes with neither --float16, since that plugin has one type for values and locations, nor "
             "--standard-deform-conv, which TensorRT 8.6 does not know; leave them out"
@@ -97,50 +102,65 @@ def export(
     quantized = parent.kind != "teacher"
     interface = model.interface(image_hw)
     start = time.perf_counter()
-    proto = trace(model, image_hw)
-    qdq.pack_weights(proto)
-    qdq.clip_early(proto)
+    graph = trace(model, image_hw)
+    passes = {"packed_weights": qdq.pack_weights(graph), "early_clips": qdq.clip_early(graph)}
     if standard_deform_conv:
-        deform_conv.use_standard_node(proto)
-    stored = qdq.pack_int4(proto) if quantized and _has_4_bit_weights(config) else None
-    arrange(proto, half, builtin)
-    facts = {"opset": opset(proto), "nodes": len(proto.graph.node), "float16": half, "builtin_plugin": builtin, "image_hw": list(image_hw)}
-    facts["trace_s"] = round(time.perf_counter() - start, 1)
+        passes["standard_deform_convs"] = deform_conv.use_standard_node(graph)
+    stored = qdq.pack_int4(graph) if quantized and _has_4_bit_weights(config) else None
+    passes |= optimize(graph, interface, float16, builtin_plugin)
+    trace_s = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
         temporary = files.enter_context(artifact.atomic(path))
-        facts["bytes"] = _save(proto, temporary)
+        size, int4_size = _save(graph, temporary), None
         runner = _open(temporary, path, interface)
-        rows = parity.measure(model, runner, frames, parity.HALF if half else parity.ORDER if quantized else None)
+        rows = parity.measure(model, runner, frames, parity.HALF if float16 else parity.ORDER if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:
-            facts["int4_bytes"] = _save(stored, files.enter_context(artifact.atomic(storage)))
-    facts["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    made = artifact.seal(
-        path, kind="onnx", config=parent.config, parent=parent, facts=facts | interface_facts(interface) | parity.facts(rows)
+            int4_size = _save(stored, files.enter_context(artifact.atomic(storage)))
+    facts = OnnxFacts(
+        interface=interface,
+        bytes=size,
+        opset=graph.opset_imports[""],
+        nodes=len(graph.graph),
+        float16=float16,
+        builtin_plugin=builtin_plugin,
+        passes=passes,
+        trace_s=trace_s,
+        peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        int4_bytes=int4_size,
+        parity=parity.worst(rows),
     )
-    if storage.is_file() and "int4_bytes" in facts:
-        artifact.seal(storage, kind="onnx", config=parent.config, parent=made, facts={"bytes": facts["int4_bytes"]})
+    made = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
+    if int4_size is not None:
+        artifact.seal(storage, config=parent.config, parent=made, facts=OnnxFacts(interface=interface, bytes=int4_size))
     return rows, made
 
 
-def arrange(model: onnx.ModelProto, half: bool = False, builtin: bool = False) -> None:
-    """From the graph as traced and packed, which is also what is stored, to the one that is deployed; in place."""
-    constants.fold(model)
-    projection.write_out(model)
-    if builtin:
-        builtin_plugin.use(model)
-        tensorrt_8.convert(model)
-        return
-    integer_value.pass_on(model)
-    if half:
-        float16.convert(model)
+def optimize(graph: ir.Model, interface: Interface, float16: bool = False, builtin_plugin: bool = False) -> dict[str, int]:
+    """Turn the traced and packed graph, which is also the stored one, into the deployed one, in place.
+
+    Returns:
+        How many places each pass changed, for the seal.
+
+    Raises:
+        PassError: A pass left something that it exists to remove.
+    """
+    done = {"constant_products": fold_constant_products(graph), "projections": expand_projection(graph, interface.geometry)}
+    if builtin_plugin:
+        done["builtin_plugins"] = replace_attention_with_builtin_plugin(graph)
+        tensorrt_8.convert(graph)
+        return done
+    done["int8_values"] = feed_int8_values(graph)
+    if float16:
+        done["float16_nodes"] = to_float16(graph, interface)
+    return done
 
 
 def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:
     """Padded image size: as given, else what training noted."""
-    found = given or seal.facts.get("image_hw")
+    found = given or seal.facts.image_hw
     if found is None:
         raise ArtifactError(f"{checkpoint} does not say its image size (fact image_hw); give it, for example --image-hw 480 800")
     if len(found) != 2 or min(found) < 1:
@@ -148,8 +168,9 @@ def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[in
     return int(found[0]), int(found[1])
 
 
-def _save(proto: onnx.ModelProto, path: Path) -> int:
-    onnx.save(proto, path)
+def _save(graph: ir.Model, path: Path) -> int:
+    """Write a graph and return the size of the file in bytes."""
+    ir.save(graph, path)
     return path.stat().st_size
 
 
@@ -157,8 +178,8 @@ def _open(temporary: Path, path: Path, interface: Interface) -> OnnxRunner:
     """A runner whose errors name the file that the user asked for."""
     try:
         return OnnxRunner.unsealed(temporary, interface)
-    except ArtifactError as error:
-        raise ArtifactError(str(error).replace(str(temporary), str(path))) from error
+    except (ArtifactError, DeployedGraphError) as error:
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error
 
 
 def _has_4_bit_weights(config: Config) -> bool:

@@ -1,37 +1,41 @@
-"""A PyTorch model to the deployed ONNX graph: traced, its custom operators single nodes, its nodes named after their modules."""
+"""Traces a PyTorch model to the deployed ONNX graph, with custom operators as single nodes and nodes named after their modules."""
 
 import ast
 import copy
+import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import onnx
+import onnx_ir as ir
 import onnxscript
 import torch
-from onnx import AttributeProto, NodeProto, defs
+from onnx import AttributeProto, defs
+from onnx_ir.passes import common
 from torch import Tensor
 
-from export import functions
-from export.graph import Graph, integers, unused
-from qdbev import schema
+from export.bodies.attach import attach
+from export.graph import PRODUCTS, constant, remove_unused
 from qdbev.detector import Deployed, Detector
+from qdbev.ops import contract
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
 from qdbev.schema import Interface
 
-_COMPUTE = ("Conv", "Gemm", "MatMul", *functions.INPUTS)
-"""Nodes that carry exactly the name of their module, so that an engine's layers can be traced back to it."""
+_NAMED = (*PRODUCTS, *contract.OPERATORS)
+"""Operators whose nodes have exactly the name of their module, so that an engine's layers can be traced back to it."""
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata in which torch 2.11 and 2.13 leave the modules around a node, outermost first, the traced call last."""
+"""Metadata in which torch 2.11 and 2.13 note the modules around a node, outermost first, the traced call last."""
 _DEPLOYED, _QUANT_OP = "model.", ".op"
-"""What `Deployed` puts in front of a module's path, and `QuantOp` behind it."""
+"""Prefix that `Deployed` adds to a module's path, and suffix that `QuantOp` adds."""
 _LEGACY_CHECK = r".*isinstance\(treespec, LeafSpec\).*"
+_ATTRIBUTE_TYPES = {"int": AttributeProto.INT, "ints": AttributeProto.INTS}
+"""ONNX types of the attribute types of the contract."""
 
 
-def trace(model: Detector, image_hw: tuple[int, int]) -> onnx.ModelProto:
+def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
     """The deployed graph of a float or quantized model, batch 1, for padded images of `image_hw`.
 
     Quantized weights are still float followed by Q/DQ (qdq.py packs them). The model is not changed.
@@ -43,20 +47,19 @@ def trace(model: Detector, image_hw: tuple[int, int]) -> onnx.ModelProto:
             Deployed(model).eval(),
             _example_inputs(interface),
             dynamo=True,
-            opset_version=schema.OPSET,
+            opset_version=contract.OPSET,
             input_names=list(interface.inputs),
             output_names=list(interface.outputs),
             custom_translation_table=_translations(),
             verbose=False,
         )
-        proto = program.model_proto  # reads the weights, which are baked only in here
-    graph = Graph(proto)
-    _skip_stacks(graph)
-    graph.prune()
-    _name_nodes(graph)
-    _forget_sources(proto)
-    functions.attach(proto)
-    return proto
+        traced = ir.from_proto(program.model_proto)  # inside `exporting`: only here are the weights read and fixed
+    _skip_stacks(traced.graph)
+    remove_unused(traced)
+    _name_nodes(traced.graph)
+    _remove_metadata(traced)
+    attach(traced)
+    return traced
 
 
 def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
@@ -64,95 +67,105 @@ def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
     return tuple(torch.zeros(shape) for shape in interface.inputs.values())
 
 
-def _translations() -> dict[Any, Any]:
-    """One bare node for each operator of ours; bodies are attached afterwards, since the exporter would inline them."""
-    domain = onnxscript.values.Opset(schema.OP_DOMAIN, schema.OP_VERSION)
-    msda, sca, im2col = (onnxscript.values.Op(domain, name, _op_schema(name)) for name in (functions.MSDA, functions.SCA, functions.IM2COL))
-
-    def translate_msda(value: Any, reference_points: Any, sampling_offsets: Any, attention_logits: Any, level_hw: Any) -> Any:
-        return msda(value, reference_points, sampling_offsets, attention_logits, level_hw=list(level_hw), **functions.PLUGIN)
-
-    def translate_sca(value: Any, reference_points: Any, visible: Any, sampling_offsets: Any, attention_logits: Any, level_hw: Any) -> Any:
-        return sca(value, reference_points, visible, sampling_offsets, attention_logits, level_hw=list(level_hw), **functions.PLUGIN)
-
-    def translate_im2col(x: Any, offsets: Any, mask: Any, stride: int) -> Any:
-        return im2col(x, offsets, mask, stride=stride, **functions.PLUGIN)
-
-    return {
-        torch.ops.qdbev.multi_scale_deformable_attention.default: translate_msda,
-        torch.ops.qdbev.spatial_cross_attention.default: translate_sca,
-        torch.ops.qdbev.modulated_deformable_im2col.default: translate_im2col,
-    }
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """A translation to a bare node for each PyTorch operator of the contract. Bodies are attached later: the exporter would inline them."""
+    operators = [operator for operator in contract.OPERATORS.values() if not operator.has_integer_value]
+    return {getattr(getattr(torch.ops, contract.DOMAIN), operator.torch_name).default: _translation(operator) for operator in operators}
 
 
-def _op_schema(op_type: str) -> defs.OpSchema:
-    kinds = dict.fromkeys(functions.PLUGIN, AttributeProto.STRING) | functions.ATTRIBUTES[op_type]
+def _translation(operator: contract.Operator) -> Callable[..., Any]:
+    """A function that creates the ONNX node of an operator. It takes the operator's inputs and attributes by position or name."""
+    domain = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
+    node = onnxscript.values.Op(domain, operator.name, _op_schema(operator))
+    convert = {"int": int, "ints": list}
+    names = (*operator.inputs, *operator.attributes)
+    signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+
+    def translate(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        attributes = {name: convert[kind](given[name]) for name, kind in operator.attributes.items()}
+        return node(*(given[name] for name in operator.inputs), **attributes, **contract.PLUGIN_ATTRIBUTES)
+
+    return translate
+
+
+def _op_schema(operator: contract.Operator) -> defs.OpSchema:
+    """ONNX schema of an operator and of the attributes that name its plugin."""
+    kinds = dict.fromkeys(contract.PLUGIN_ATTRIBUTES, AttributeProto.STRING)
+    kinds |= {name: _ATTRIBUTE_TYPES[kind] for name, kind in operator.attributes.items()}
     return defs.OpSchema(
-        op_type,
-        schema.OP_DOMAIN,
-        schema.OP_VERSION,
-        inputs=[defs.OpSchema.FormalParameter(name, "T") for name in functions.INPUTS[op_type]],
+        operator.name,
+        contract.DOMAIN,
+        contract.VERSION,
+        inputs=[defs.OpSchema.FormalParameter(name, "T") for name in operator.inputs],
         outputs=[defs.OpSchema.FormalParameter("output", "T")],
         type_constraints=[("T", ["tensor(float)"], "")],
         attributes=[defs.OpSchema.Attribute(name, defs.OpSchema.AttrType(kind), required=True) for name, kind in kinds.items()],
     )
 
 
-def _skip_stacks(graph: Graph) -> None:
-    """Read an entry of a stack directly, so that the other entries (the earlier decoder layers' outputs) can be pruned."""
-    for node in graph.proto.node:
-        entry = _stacked_entry(graph, node)
+def _skip_stacks(graph: ir.Graph) -> None:
+    """Read an entry of a stack directly, so that the other entries (the earlier decoder layers' outputs) can be removed."""
+    for node in graph:
+        entry = _stacked_entry(node)
         if entry is not None:
-            graph.redirect(node.output[0], entry)
+            ir.convenience.replace_nodes_and_values(graph, node, [], [], node.outputs, [entry])
 
 
-def _stacked_entry(graph: Graph, node: NodeProto) -> str | None:
-    """The tensor that a Gather picks out of a Concat of Unsqueezes along the same axis, None if it is no such node."""
-    if node.op_type != "Gather" or node.input[0] not in graph.producers:
+def _stacked_entry(node: ir.Node) -> ir.Value | None:
+    """The value that a Gather picks out of a Concat of Unsqueezes along the same axis, None for any other node."""
+    stack = node.inputs[0].producer() if node.op_type == "Gather" else None
+    if stack is None or stack.op_type != "Concat":
         return None
-    stack, index, axis = graph.producers[node.input[0]], graph.constant(node.input[1]), integers(node, "axis", 0)
-    if stack.op_type != "Concat" or index is None or index.ndim or integers(stack, "axis", 0) != axis:
+    index, axis = constant(node.inputs[1]), _axis(node)
+    if index is None or index.ndim or _axis(stack) != axis:
         return None
-    parts = [graph.producers.get(name) for name in stack.input]
+    parts = [value.producer() for value in stack.inputs]
     for part in parts:
-        axes = graph.constant(part.input[1]) if part is not None and part.op_type == "Unsqueeze" else None
+        axes = constant(part.inputs[1]) if part is not None and part.op_type == "Unsqueeze" else None
         if axes is None or axes.tolist() != [axis]:
             return None
-    return parts[int(index)].input[0]
+    return parts[int(index)].inputs[0]
 
 
-def _name_nodes(graph: Graph) -> None:
-    """Compute nodes take the name of their module, others that name in front of their own; constants lose the wrapper's name."""
+def _axis(node: ir.Node) -> int:
+    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Give compute nodes the name of their module, other nodes that name as a prefix, and remove the wrapper's prefix from constants."""
     taken: set[str] = set()
-    for node in graph.proto.node:
+    for node in graph:
         path = _module_path(node)
-        wanted = path if node.op_type in _COMPUTE and path else f"{path}/{node.name}" if path else node.name
-        node.name = unused(wanted, taken)
+        wanted = path if node.op_type in _NAMED and path else f"{path}/{node.name}" if path else node.name
+        node.name, count = wanted, 1
+        while node.name in taken:
+            node.name, count = f"{wanted}_{count}", count + 1
         taken.add(node.name)
-    graph.rename({name: name.removeprefix(_DEPLOYED) for name in graph.initializers})
+    constants = list(graph.initializers.values())
+    ir.convenience.rename_values(constants, [value.name.removeprefix(_DEPLOYED) for value in constants])
 
 
-def _module_path(node: NodeProto) -> str:
-    """Name of the module in which a node was traced, as `named_modules` says it; empty for the outermost."""
-    for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            *scopes, _ = ast.literal_eval(entry.value)
-            path = f"{scopes[-1]}." if scopes else ""
-            return path.removeprefix(_DEPLOYED).removesuffix(".").removesuffix(_QUANT_OP)
-    return ""
+def _module_path(node: ir.Node) -> str:
+    """Name of the module in which a node was traced, as in `BEVFormer.named_modules`; empty for the outermost."""
+    if _SCOPES not in node.metadata_props:
+        return ""
+    *scopes, _ = ast.literal_eval(node.metadata_props[_SCOPES])
+    path = f"{scopes[-1]}." if scopes else ""
+    return path.removeprefix(_DEPLOYED).removesuffix(".").removesuffix(_QUANT_OP)
 
 
-def _forget_sources(proto: onnx.ModelProto) -> None:
-    """Drop stack traces and other notes of the exporter, which hold paths of this machine."""
-    for item in (proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.graph.value_info, *proto.graph.input):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    proto.graph.name = "qdbev"
+def _remove_metadata(model: ir.Model) -> None:
+    """Remove stack traces and other notes of the exporter, which hold paths of this machine."""
+    common.ClearMetadataAndDocStringPass()(model)
+    for item in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values()):
+        item.metadata_props.clear()
+    model.graph.name = "qdbev"
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns that torchvision is absent and about its own use of torch's internals; neither concerns a user."""
+    """Silence warnings of the exporter that do not concern a user: torchvision is missing, and it uses torch's internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

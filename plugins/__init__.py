@@ -1,1 +1,1 @@
-"""CUDA kernels of the operators and their TensorRT registration; README.md is the operator contract."""
+"""CUDA kernels of the custom operators, compiled at run time, for PyTorch and as TensorRT plugins. README.md describes them."""

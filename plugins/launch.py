@@ -1,4 +1,4 @@
-"""The kernels on torch's tensors and streams, launched with cuda-python. Letters as in qdbev/ops/sca.py."""
+"""Launch the operators' kernels on PyTorch's CUDA tensors and on its current stream, with cuda-python."""
 
 import ctypes
 import functools
@@ -8,90 +8,88 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugins import nvrtc as kernels
-from plugins.variant import THREADS, Number, Out, Variant, input_names, of_shapes
-
-_NUMBERS: dict[torch.dtype, Number] = {torch.float32: "float32", torch.float16: "float16", torch.int8: "int8"}
-_OUTS: dict[torch.dtype, Out] = {torch.float32: "float32", torch.float16: "float16"}
-_OPERATORS = {3: "multi_scale_deformable_attention", 4: "spatial_cross_attention"}
+from plugins import nvrtc
+from plugins.kernel import Attributes, Kernel, Launch, Types
+from plugins.operators import KERNELS
+from qdbev.cuda_check import check
+from qdbev.ops.contract import Operator
 
 
 class LaunchError(ValueError):
-    """Tensors that a kernel cannot compute, or a CUDA call that failed."""
+    """No kernel can compute these tensors, or a CUDA call failed."""
 
 
-def attention(value: Tensor, others: Sequence[Tensor], level_hw: Sequence[tuple[int, int]], value_scale: Tensor | None = None) -> Tensor:
-    """What the operator gives, computed by a kernel on the current stream.
+_check = functools.partial(check, error=LaunchError)
+
+
+def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes) -> Tensor:
+    """Compute an operator with its kernel on the current stream.
 
     Args:
-        value: float32, float16 or int8, on a GPU; shape as in the operator.
-        others: The operator's other inputs in its order; with `visible` it is spatial cross-attention.
-        level_hw: Height and width of each level.
-        value_scale: One number, float32 or float16: what a step of an int8 `value` is worth.
+        operator: An operator in plugins.operators.KERNELS.
+        inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first input has a number type for
+            which there is a kernel; `value_scale` is float32 or float16. All other inputs may have any type and are converted to
+            float32.
+        attributes: Value of each attribute by name, as a sequence of integers.
 
     Returns:
-        (B, Q, M * C), of the type of `value_scale` for an int8 `value`, else of that of `value`.
+        The output, with the shape of the contract. Its number type is that of `value_scale` if the operator has this input, else
+        that of the first input.
 
     Raises:
-        LaunchError: A tensor is missing, of a type that no kernel reads, or not on the GPU of the others, or CUDA refuses.
-        VariantError: The shapes do not fit together, or there is no kernel of these sizes.
+        LaunchError: The number of inputs is wrong, an input has a type for which there is no kernel, an input is not on the GPU of
+            the others, or a CUDA call failed.
+        KernelError: The shapes contradict each other, or there is no kernel for these sizes.
         CompileError: The kernel cannot be compiled for this GPU.
     """
-    tensors = inputs(value, others, value_scale)
-    variant = variant_of(tensors, level_hw)
-    numbers = variant.launch_numbers({name: tensor.shape for name, tensor in tensors.items()})
+    if len(inputs) != len(operator.inputs):
+        raise LaunchError(f"{operator.name} has the inputs {', '.join(operator.inputs)}, but {len(inputs)} tensors were passed")
+    tensors = dict(zip(operator.inputs, inputs, strict=True))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    kernel = KERNELS[operator].make(_types(operator, tensors), shapes, attributes)
+    launch = kernel.launch(shapes)
     require_one_gpu(tensors)
-    B, Q = others[-1].shape[:2]
-    out = torch.empty(B, Q, variant.num_heads * variant.channels, dtype=getattr(torch, variant.out), device=value.device)
+    device = inputs[0].device
+    out = torch.empty(operator.output_shape(shapes), dtype=getattr(torch, kernel.out), device=device)
     if out.numel():
-        read = {name: _readable(tensor if name in ("value", "value_scale") else tensor.float()) for name, tensor in tensors.items()}
-        run(value.device, _source(variant), variant.op, variant.grid(Q, B), THREADS, *arguments(variant, numbers, {**read, "out": out}))
+        readable = [_readable(tensor if name in operator.value_inputs else tensor.float()) for name, tensor in tensors.items()]
+        run(device, _source(kernel), kernel.entry, launch.grid, kernel.threads, *_arguments(launch, readable, out))
     return out
 
 
-def inputs(value: Tensor, others: Sequence[Tensor], value_scale: Tensor | None) -> dict[str, Tensor]:
-    """The kernel's inputs by name.
+def _types(operator: Operator, tensors: Mapping[str, Tensor]) -> Types:
+    """Return the number types of the first input and of the output.
 
     Raises:
-        LaunchError: `value` or its scale is of another type, or there are not as many inputs as an operator has.
+        LaunchError: There is no kernel for them.
     """
-    if value.dtype not in _NUMBERS:
-        raise LaunchError(f"value is {value.dtype}; kernels exist for float32, float16 and int8")
-    if len(others) not in _OPERATORS or others[-1].ndim != 5:
-        raise LaunchError(f"{len(others)} inputs behind value, the last of {others[-1].ndim} axes; an operator has 3 or 4, logits last")
-    scale = [value_scale] * (value.dtype == torch.int8)
-    if any(tensor is None or tensor.dtype not in _OUTS for tensor in scale):
-        found = "missing" if value_scale is None else f"{value_scale.dtype}"
-        raise LaunchError(f"value is int8; its value_scale is {found}, must be float32 or float16")
-    return dict(zip(input_names(_OPERATORS[len(others)], _NUMBERS[value.dtype]), (value, *scale, *others), strict=True))
+    names = operator.value_inputs
+    value, out = (str(tensors[name].dtype).removeprefix("torch.") for name in (names[0], names[-1]))
+    known = KERNELS[operator].types
+    if (value, out) not in known:
+        listed = ", ".join(f"{a} to {b}" for a, b in known)
+        found = " and ".join(f"{name} is {tensors[name].dtype}" for name in names)
+        raise LaunchError(f"{found}; the kernels of {operator.name} compute {listed}")
+    return value, out
 
 
-def variant_of(tensors: Mapping[str, Tensor], level_hw: Sequence[tuple[int, int]]) -> Variant:
-    """The kernel for these inputs.
-
-    Raises:
-        VariantError: There is none of these sizes.
-    """
-    out = _OUTS[tensors.get("value_scale", tensors["value"]).dtype]
-    return of_shapes(_NUMBERS[tensors["value"].dtype], out, {name: tensor.shape for name, tensor in tensors.items()}, level_hw)
-
-
-def require_one_gpu(tensors: dict[str, Tensor]) -> None:
-    """Raise LaunchError unless all lie on the same GPU."""
-    device = tensors["value"].device
+def require_one_gpu(tensors: Mapping[str, Tensor]) -> None:
+    """Raise LaunchError unless all tensors are on the same GPU."""
+    first = next(iter(tensors))
+    device = tensors[first].device
     for name, tensor in tensors.items():
         if tensor.device != device or device.type != "cuda":
-            raise LaunchError(f"{name} is on {tensor.device}, value on {device}; kernels read one GPU")
+            raise LaunchError(f"{name} is on {tensor.device} and {first} on {device}; a kernel needs all its inputs on one GPU")
 
 
-def arguments(variant: Variant, numbers: Mapping[str, int], tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[type, ...]]:
-    """Values and types of the kernel's parameters, in their order."""
-    values = tuple(numbers[name] if name in variant.numbers else tensors[name].data_ptr() for name in variant.parameters)
-    return values, tuple(ctypes.c_int if name in variant.numbers else ctypes.c_void_p for name in variant.parameters)
+def _arguments(launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> tuple[tuple[int, ...], tuple[type, ...]]:
+    """Return the values and the ctypes types of the kernel's parameters, in the order that plugins.kernel.Kernel defines."""
+    values = (*(tensor.data_ptr() for tensor in inputs), *launch.numbers.values(), out.data_ptr())
+    return values, (*[ctypes.c_void_p] * len(inputs), *[ctypes.c_int] * len(launch.numbers), ctypes.c_void_p)
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """Contiguous, from a multiple of 16 bytes on."""
+    """Return the tensor as a contiguous one that starts at a multiple of 16 bytes, copied only if necessary."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -99,58 +97,51 @@ def _readable(tensor: Tensor) -> Tensor:
 def run(
     device: torch.device,
     source: str,
-    kernel: str,
+    entry: str,
     grid: tuple[int, int, int],
     threads: int,
     values: tuple[int, ...],
     types: tuple[type, ...],
 ) -> None:
-    """Launch a kernel of `source` on torch's current stream; compiled and loaded the first time.
+    """Launch a kernel on PyTorch's current stream. It is compiled and loaded the first time it is used on a device.
 
     Args:
         device: A GPU.
-        source: CUDA C++.
-        kernel: Its name in there.
-        grid: Blocks along x, y and z.
-        threads: A block, along x.
-        values: The kernel's arguments, addresses as numbers.
-        types: Their ctypes types.
+        source: CUDA C++ source.
+        entry: Name of the kernel function in the source.
+        grid: Number of blocks along x, y and z.
+        threads: Threads per block, along x.
+        values: The kernel's arguments; pointers as integers.
+        types: The ctypes type of each argument.
 
     Raises:
-        LaunchError: CUDA refuses.
-        CompileError: It cannot be compiled for this GPU.
+        LaunchError: A CUDA call failed.
+        CompileError: The source cannot be compiled for this GPU.
     """
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
         number = torch.cuda.current_device()
-        if int(_check(driver.cuCtxGetCurrent())) == 0:  # a thread in which torch has not touched the GPU yet
+        if int(_check(driver.cuCtxGetCurrent())) == 0:  # PyTorch has not used the GPU in this thread yet
             _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(number))))))
         stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        _check(driver.cuLaunchKernel(_function(number, source, kernel), *grid, threads, 1, 1, 0, stream, (values, types), 0))
+        _check(driver.cuLaunchKernel(_function(number, source, entry), *grid, threads, 1, 1, 0, stream, (values, types), 0))
 
 
 @functools.cache
-def _source(variant: Variant) -> str:
-    return variant.source()
+def _source(kernel: Kernel) -> str:
+    """Return the kernel's source, which is read from disk once."""
+    return kernel.source()
 
 
 @functools.cache
-def _function(device: int, source: str, kernel: str) -> Any:
-    """The kernel, compiled for device number `device`, which is the current one, and loaded there."""
+def _function(device: int, source: str, entry: str) -> Any:
+    """Return the kernel function, compiled for device number `device` and loaded there. This device must be the current one."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    module = _check(driver.cuModuleLoadData(kernels.cubin(source, f"sm_{major}{minor}")))
-    function = _check(driver.cuModuleGetFunction(module, kernel.encode()))
+    module = _check(driver.cuModuleLoadData(nvrtc.cubin(source, f"sm_{major}{minor}")))
+    function = _check(driver.cuModuleGetFunction(module, entry.encode()))
     carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    _check(driver.cuFuncSetAttribute(function, carveout, 0))  # all of it as L1 cache: no kernel here shares memory
+    _check(driver.cuFuncSetAttribute(function, carveout, 0))  # all on-chip memory serves as L1 cache: no kernel here uses shared memory
     return function
-
-
-def _check(result: tuple[Any, ...]) -> Any:
-    """Value of a cuda-python call, which returns (status, values...)."""
-    status, *values = result
-    if int(status) != 0:
-        raise LaunchError(f"CUDA answers {status.name}")
-    return values[0] if values else None

@@ -1,57 +1,78 @@
-"""The operators of qdbev/ops on CUDA tensors: computed by kernels, with a gradient.
+"""Register the kernels with PyTorch, so that the operators of qdbev/ops run on them for CUDA tensors.
 
-`install()` registers both with PyTorch. From then on `torch.ops.qdbev`, and the functions of qdbev/ops where no gradient is asked
-for, run the kernels; training through those functions stays with the PyTorch operators. Without `install()` these compute CUDA tensors,
-too. Nothing falls back: where no kernel exists for the sizes or the GPU, that is an error.
+After `install()`, `torch.ops.qdbev.<operator>` runs the kernel on CUDA tensors and has a gradient. The functions of qdbev/ops run the
+kernel too if no gradient is needed; with a gradient they run PyTorch code. Without `install()`, PyTorch code computes everything. If
+there is no kernel for the sizes or for the GPU, an error is raised; nothing else is run instead.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, library
 
-from plugins.launch import attention
+from plugins.launch import compute
+from plugins.operators import KERNELS
+from qdbev.ops.contract import DOMAIN, MSDA, SCA, Operator
 from qdbev.ops.msda import multi_scale_deformable_attention
-from qdbev.ops.sca import spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 
-_STATIC_FORMS = {
-    multi_scale_deformable_attention: multi_scale_deformable_attention,
-    spatial_cross_attention: dense_spatial_cross_attention,
+
+def _flat_levels(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `form`, whose last argument is [(h0, w0), ...], as a function that takes h0, w0, ... there, as the contract says."""
+
+    def with_flat_levels(*given: Any) -> Tensor:
+        *tensors, flat = given
+        return form(*tensors, list(zip(flat[::2], flat[1::2], strict=True)))
+
+    return with_flat_levels
+
+
+_DIFFERENTIABLE: dict[Operator, Callable[..., Tensor]] = {
+    MSDA: _flat_levels(multi_scale_deformable_attention),
+    SCA: _flat_levels(dense_spatial_cross_attention),
 }
-"""Of each operator, the PyTorch form whose shapes depend on no values: what gradients go through, so that they can be traced."""
+"""PyTorch code with the gradient of each operator. It takes the inputs and attributes of the contract, in their order.
+
+Its shapes must not depend on tensor values, so that it can be traced.
+"""
 
 
 @functools.cache
 def install() -> None:
-    """Register kernels and gradients; a second time does nothing."""
-    for operator, form in _STATIC_FORMS.items():
-        name = f"qdbev::{operator.__name__}"
-        library.register_kernel(name, "cuda", _evaluate)
-        library.register_autograd(name, functools.partial(_differentiate, form), setup_context=_keep_inputs)
+    """Register all kernels and gradients with PyTorch; calling it again does nothing."""
+    for operator in KERNELS:
+        if not operator.has_integer_value:  # PyTorch has no operators for the int8 forms
+            library.register_kernel(f"{DOMAIN}::{operator.torch_name}", "cuda", evaluation(operator))
+    for operator, form in _DIFFERENTIABLE.items():
+        save, backward = functools.partial(_save_inputs, operator), functools.partial(_differentiate, form)
+        library.register_autograd(f"{DOMAIN}::{operator.torch_name}", backward, setup_context=save)
 
 
-def _evaluate(value: Tensor, *rest: Any) -> Tensor:
-    """The operator's inputs; level_hw comes last, as h0, w0, h1, w1, ..."""
-    *others, flat = rest
-    return attention(value, others, _pairs(flat))
+def evaluation(operator: Operator) -> Callable[..., Tensor]:
+    """Return the function that PyTorch calls for CUDA tensors. It takes the operator's inputs and then its attributes."""
+
+    def evaluate(*given: Any) -> Tensor:
+        inputs, values = given[: len(operator.inputs)], given[len(operator.inputs) :]
+        kinds = operator.attributes.items()
+        attributes = {name: value if kind == "ints" else (value,) for (name, kind), value in zip(kinds, values, strict=True)}
+        return compute(operator, inputs, attributes)
+
+    return evaluate
 
 
-def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.level_hw = inputs
-    ctx.save_for_backward(*tensors)
+def _save_inputs(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep the inputs and attributes for the backward pass."""
+    count = len(operator.inputs)
+    ctx.save_for_backward(*inputs[:count])
+    ctx.attributes = inputs[count:]
 
 
 def _differentiate(form: Callable[..., Tensor], ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Compute again with PyTorch what the kernel gave, and go back through that."""
+    """Recompute the output with PyTorch and return the gradient of each input; attributes have none."""
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
-        out = form(*tensors, _pairs(ctx.level_hw))
-    found = iter(torch.autograd.grad(out, [tensor for tensor in tensors if tensor.requires_grad], gradient))
-    return (*(next(found) if tensor.requires_grad else None for tensor in tensors), None)
-
-
-def _pairs(flat: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(flat[::2], flat[1::2], strict=True))
+        out = form(*tensors, *ctx.attributes)
+    gradients = iter(torch.autograd.grad(out, [tensor for tensor in tensors if tensor.requires_grad], gradient))
+    return (*(next(gradients) if tensor.requires_grad else None for tensor in tensors), *[None] * len(ctx.attributes))

@@ -21,13 +21,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, get_args
+
+from qdbev import seal_migrations
+from qdbev.facts import Facts, Kind
+from qdbev.settings import ConfigError, build, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["infos", "training", "teacher", "student", "packed", "onnx", "engine", "predictions", "metrics"]
 _PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorch-quantization", "tensorrt-rtx", "tensorrt", "nuscenes-devkit")
+_FACTS: dict[str, type] = {kind.kind: kind for kind in get_args(Facts)}
 
 
 class ArtifactError(ValueError):
@@ -36,22 +40,25 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """What an artifact says about itself. `config` is `config.to_dict` output; `parent` is the parent's sha256."""
+    """What an artifact says about itself."""
 
     kind: Kind
     config: dict[str, Any]
+    """Output of `config.to_dict`."""
     parent: str | None
-    facts: dict[str, Any]
-    made: dict[str, str]
+    """sha256 of the artifact that this one was made from."""
+    facts: Facts
+    provenance: dict[str, str]
+    """When, where and with which versions it was made."""
     sha256: str = ""
-    """Of the sealed file; filled in when it is read back."""
+    """Hash of the sealed file; filled in when the seal is read back."""
 
 
-def seal(path: Path, *, kind: Kind, config: dict[str, Any], parent: Seal | None, facts: dict[str, Any]) -> Seal:
-    """Write the seal of the finished file `path` beside it."""
-    seal_ = Seal(kind=kind, config=config, parent=parent.sha256 if parent else None, facts=facts, made=provenance(), sha256=sha256(path))
+def seal(path: Path, *, config: dict[str, Any], parent: Seal | None, facts: Facts) -> Seal:
+    """Write the seal of the finished file `path` beside it; the class of `facts` decides its kind."""
+    seal_ = dataclasses.replace(_new_seal(config, parent, facts), sha256=sha256(path))
     with atomic(seal_path(path)) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(seal_), indent=1))
+        temporary.write_text(json.dumps(_to_dict(seal_), indent=1))
     return seal_
 
 
@@ -66,9 +73,9 @@ def unseal(path: Path, kind: Kind) -> Seal:
     if not seal_path(path).is_file():
         raise ArtifactError(f"{path} has no seal ({seal_path(path).name}); make it again with this project, or bring the seal along")
     try:
-        found = Seal(**json.loads(seal_path(path).read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ArtifactError(f"{seal_path(path)} is damaged ({error}); make {path.name} again") from error
+        found = _from_dict(json.loads(seal_path(path).read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
+        raise ArtifactError(f"{seal_path(path)} cannot be read: {error}. If the file is damaged, make {path.name} again") from error
     _expect_kind(path, found.kind, (kind,))
     actual = sha256(path)
     if actual != found.sha256:
@@ -88,19 +95,17 @@ def expect_parent(child: Path, child_seal: Seal, parent: Path, parent_seal: Seal
 def save_checkpoint(
     path: Path,
     *,
-    kind: Kind,
     config: dict[str, Any],
     weights: dict[str, Tensor],
     parent: Seal | None,
-    facts: dict[str, Any],
+    facts: Facts,
     state: Any = None,
 ) -> None:
-    """Write weights and their seal as one file. `state` is what `--resume` needs besides."""
+    """Write weights and their seal as one file; the class of `facts` decides its kind. `state` is what `--resume` needs besides."""
     import torch  # not above: a session in a vehicle reads seals without it
 
-    seal_ = Seal(kind=kind, config=config, parent=parent.sha256 if parent else None, facts=facts, made=provenance())
     with atomic(path) as temporary:
-        torch.save({"seal": dataclasses.asdict(seal_), "weights": weights, "state": state}, temporary)
+        torch.save({"seal": _to_dict(_new_seal(config, parent, facts)), "weights": weights, "state": state}, temporary)
 
 
 def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], Any]:
@@ -119,9 +124,35 @@ def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], 
         raise ArtifactError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]}); copy or train it again") from error
     if not isinstance(content, dict) or "seal" not in content:
         raise ArtifactError(f"{path} is no checkpoint of this project; python -m train.official makes one of a published checkpoint")
-    found = Seal(**{**content["seal"], "sha256": sha256(path)})
+    try:
+        found = dataclasses.replace(_from_dict(content["seal"]), sha256=sha256(path))
+    except ConfigError as error:
+        raise ArtifactError(f"the seal of {path} cannot be read: {error}") from error
     _expect_kind(path, found.kind, kinds)
     return found, content["weights"], content["state"]
+
+
+def _new_seal(config: dict[str, Any], parent: Seal | None, facts: Facts) -> Seal:
+    return Seal(kind=facts.kind, config=config, parent=parent.sha256 if parent else None, facts=facts, provenance=provenance())
+
+
+def _to_dict(seal_: Seal) -> dict[str, Any]:
+    return {"format": seal_migrations.FORMAT, **dataclasses.asdict(seal_)}
+
+
+def _from_dict(values: Any) -> Seal:
+    """A seal from what `_to_dict` gave, now or in an earlier version.
+
+    Raises:
+        ConfigError: A field is missing, unknown or of the wrong type, or the seal is of a later version.
+    """
+    require(isinstance(values, dict), f"a seal must be a mapping, got {values!r}")
+    values = seal_migrations.migrate(values)
+    values.pop("format")
+    known = {field.name for field in dataclasses.fields(Seal)}
+    require(values.keys() == known, f"its fields are {', '.join(sorted(values))}; a seal has {', '.join(sorted(known))}")
+    require(values["kind"] in _FACTS, f"its kind is {values['kind']!r}, must be one of {', '.join(_FACTS)}")
+    return Seal(**{**values, "facts": build(_FACTS[values["kind"]], values["facts"], "facts.")})
 
 
 def _expect_kind(path: Path, found: str, wanted: tuple[str, ...]) -> None:

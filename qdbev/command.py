@@ -1,4 +1,4 @@
-"""What every entry point does alike: settings on the command line, and errors as one line."""
+"""Parts that every entry point shares: options for settings and the device, progress lines, and errors as one line."""
 
 import argparse
 import functools
@@ -12,11 +12,11 @@ import torch
 P = ParamSpec("P")
 
 ROOMS = ("__main__", "qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
-"""Loggers whose progress is shown."""
+"""Names of the loggers whose progress lines are shown."""
 
 
 def entry_point(main: Callable[P, None]) -> Callable[P, None]:
-    """`main` with progress lines on, and with user errors (ValueError, OSError) as one line and exit status 1."""
+    """Wrap `main` so that progress lines are shown, and user errors (ValueError, OSError) become one line and exit status 1."""
 
     @functools.wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -30,14 +30,14 @@ def entry_point(main: Callable[P, None]) -> Callable[P, None]:
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever sys.stderr is at the time."""
+    """Writes to the sys.stderr of the moment, which a test may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 
 
 def _show_progress() -> None:
-    """Let the project's own loggers speak; libraries are left alone, and only warn (pytorch-quantization reports every quantizer)."""
+    """Show the project's own progress lines. Libraries keep their level, because pytorch-quantization reports every quantizer."""
     for room in ROOMS:
         logger = logging.getLogger(room)
         logger.setLevel(logging.INFO)
@@ -46,22 +46,22 @@ def _show_progress() -> None:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The --set option; its values go to config.override."""
+    """Add the --set option; `config.override` applies its values (args.settings)."""
     parser.add_argument(
         "--set", action="append", default=[], metavar="a.b=value", dest="settings", help="change one setting; may be repeated"
     )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """The --device option; read it with `device`."""
+    """Add the --device option; `parse_device` checks its value."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
 
 
-def device(name: str) -> torch.device:
-    """The named device.
+def parse_device(name: str) -> torch.device:
+    """Return the device called `name`.
 
     Raises:
-        ValueError: There is no such device here.
+        ValueError: This machine has no such device.
     """
     try:
         found = torch.device(name)

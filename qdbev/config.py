@@ -1,7 +1,7 @@
-"""Everything that decides a run's numbers: one frozen dataclass for each room, joined in `Config`.
+"""The settings that decide a run's numbers: one frozen dataclass for each room, joined in `Config`.
 
-A config is built by a function in qdbev/recipes.py, changed on the command line only through `override`, and saved in every artifact
-through `to_dict` and `from_dict`. After training no stage takes a recipe.
+A recipe (qdbev/recipes.py) builds a config, `override` applies changes from the command line, and every artifact holds its config as
+`to_dict` returns it. After training no stage takes a recipe.
 """
 
 import dataclasses
@@ -17,29 +17,36 @@ from qdbev.settings import require
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Losses, optimizer and schedule; defaults are the official ones."""
+    """Settings of losses, optimizer and schedule; the defaults are those of the official BEVFormer."""
 
     epochs: float = 24
-    """Fractions are allowed."""
+    """Length of the training; fractions are allowed."""
     batch_size: int = 1
-    """Samples per step over all processes."""
+    """Samples of one step over all processes."""
     learning_rate: float = 2e-4
+    """Highest learning rate, which warm-up ends with."""
     backbone_lr_factor: float = 0.1
+    """Factor of the image backbone's learning rate."""
     weight_decay: float = 0.01
     max_grad_norm: float = 35.0
+    """Gradients are clipped to this norm."""
     warmup_steps: int = 500
     warmup_start: float = 1 / 3
-    """Fraction of the learning rate at the first step; rises linearly."""
+    """Fraction of the learning rate at the first step; it rises linearly during warm-up."""
     final_lr_fraction: float = 1e-3
+    """Fraction of the learning rate at the end of the cosine."""
     anneal: Literal["epoch", "step"] = "epoch"
-    """How often the cosine moves: once an epoch, as upstream, or every step, which short runs need."""
+    """How often the cosine schedule changes the learning rate: once an epoch, as upstream, or every step, which short runs need."""
     cls_weight: float = 2.0
+    """Weight of the classification loss."""
     box_weight: float = 0.25
+    """Weight of the box loss."""
     code_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
+    """Weights of the ten numbers of a box code in the box loss."""
     grid_mask: float = 0.7
-    """Probability that a step masks a grid of squares in the current images; 0 switches it off."""
+    """Probability that a step masks the current images with a grid of squares; 0 switches the mask off."""
     amp: bool = True
-    """Mixed precision (float16) where there is a GPU; geometry and quantizers stay in float32."""
+    """Use mixed precision (float16) on a GPU; geometry and quantizers stay in float32."""
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"train.epochs is {self.epochs}, must be positive")
@@ -50,9 +57,10 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run's numbers."""
+    """All settings that decide a run's numbers."""
 
     name: str
+    """Name of the recipe."""
     data: DataConfig
     model: "DetectorConfig"
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -67,12 +75,12 @@ class Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain JSON values, with the format version; `from_dict` is the inverse."""
+    """Return the config as plain JSON values with the format version; `from_dict` is the inverse."""
     return {"format": config_migrations.FORMAT, **dataclasses.asdict(config)}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Config from what `to_dict` gave, now or in an earlier version of this project.
+    """Build a config from values that `to_dict` returned, in this or an earlier version of this project.
 
     Raises:
         ConfigError: A key is unknown or missing, a value has the wrong type, or the config is of a later version.
@@ -83,7 +91,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def override(config: Config, changes: list[str]) -> Config:
-    """Config with settings of the form `a.b=value` applied, each with the type of its field.
+    """Apply settings of the form `a.b=value` to a config; each value is converted to the type of its field.
 
     Raises:
         ConfigError: A setting has no '=', names no field, or its value does not fit the field.

@@ -1,7 +1,7 @@
-"""Configs saved by earlier versions of this project, brought to the present format.
+"""Converts configs that earlier versions of this project saved to the present format.
 
-A config carries its format version. Whoever renames, moves or removes a setting raises `FORMAT` by one and appends a function that
-turns a config of the format before into one of the new format. Configs without a version are of format 1.
+A config has a format version. A change that renames, moves or removes a setting must raise `FORMAT` by one and append a function that
+converts a config of the previous format to the new one. Configs without a version have format 1.
 """
 
 import copy
@@ -16,13 +16,15 @@ FORMAT = 2
 
 _log = logging.getLogger(__name__)
 _BEVFORMER_GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
+"""Groups of format 1, which knew no other detector."""
 _REMOVED_DISTILL = {"axis": "channel", "generalized": True, "image_map": "camera", "foreground": 0.0, "balance": "start"}
-"""Settings of distillation that format 2 no longer has, with the only value that is left of each."""
+"""Settings of distillation that format 2 does not have, each with the value that the code now always uses."""
 _REMOVED_CHOICES = {"distill.form": ("sum",), "calibration": ("percentile", "entropy")}
+"""Settings of quantization that lost some of their values in format 2, with these values."""
 
 
 def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the saved config `values` in the present format.
+    """Return a copy of the saved config `values` in the present format.
 
     Raises:
         ConfigError: The config is of a later format than this code knows.
@@ -42,7 +44,7 @@ def migrate(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
-    """The detector gets a `kind`; bit widths are one value and exceptions; range modes and distillation lose what was removed."""
+    """Convert format 1: add the detector's `kind`, replace the bits of each group by `bits` and `group_bits`, drop removed settings."""
     values["model"] = {"kind": "bevformer", **values.get("model", {})}
     quant = values.get("quant", {})
     given = {group: quant.pop(group) for group in _BEVFORMER_GROUPS if group in quant}
@@ -62,16 +64,17 @@ def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _drop_removed(quant: dict[str, Any]) -> None:
-    """Leave out settings and choices that no longer exist. Finished models compute the same without them; a warning names each loss."""
+    """Remove settings and values that no longer exist, and warn about each. Finished models compute the same without them."""
     distill = quant.get("distill", {})
-    lost = [f"quant.distill.{name}={distill[name]!r}" for name, kept in _REMOVED_DISTILL.items() if distill.pop(name, kept) != kept]
+    dropped = {name: distill.pop(name, kept) for name, kept in _REMOVED_DISTILL.items()}
+    lost = [f"quant.distill.{name}={value!r}" for name, value in dropped.items() if value != _REMOVED_DISTILL[name]]
     for path, removed in _REMOVED_CHOICES.items():
         node, name = (distill, "form") if path == "distill.form" else (quant, path)
         if node.get(name) in removed:
             lost.append(f"quant.{path}={node.pop(name)!r}")
     if lost:
-        _log.warning("warning: a config of an earlier version has settings that no longer exist and are left out: %s", ", ".join(lost))
+        _log.warning("warning: a config of an earlier version has settings that no longer exist and are ignored: %s", ", ".join(lost))
 
 
 _MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_to_format_2,)
-"""Step k leads from format k + 1 to format k + 2."""
+"""Conversions in order: entry k converts format k + 1 to format k + 2."""

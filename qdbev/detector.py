@@ -1,7 +1,7 @@
 """The contract between a detector and the rooms that train, quantize, export, run and evaluate it.
 
-A detector is a network (`Detector`) and what surrounds it on the host (`FrameStream`). The rooms use these two, `Output` and
-`schema.Interface`, and know no detector by name; qdbev/detectors/__init__.py chooses by the type of the config.
+A detector is a network (`Detector`) and its work on the host (`FrameStream`). The rooms use these two, `Output` and `schema.Interface`,
+and name no detector; qdbev/detectors/__init__.py selects one by the type of the config.
 
 B batch, N cameras, C width, h w a feature level, K places of the BEV, Q queries.
 """
@@ -15,20 +15,23 @@ from torch import Tensor, nn
 
 from qdbev.schema import Batch, Detections, Frame, Interface
 
+BACKBONE = "backbone"
+"""Group of every detector that encodes the camera images. It has a learning-rate factor of its own (train.backbone_lr_factor)."""
+
 State = Any
-"""What a network keeps from one frame for the next (tensors of batch B), in a form that only that network reads; None at the start."""
+"""Tensors (batch B) that a network keeps from one frame for the next; only that network knows their form. None at the start."""
 Memory = Any
-"""What a stream keeps from one frame for the next on the host, in a form that only that stream reads; None at the start."""
+"""Values that a stream keeps on the host from one frame for the next; only that stream knows their form. None at the start."""
 Arrays = dict[str, np.ndarray]
 """Tensors of the deployed graph on the host, by the names of its `Interface`."""
 
 
 class FrameOrderError(ValueError):
-    """A frame that is not later than the frame before it in the same scene."""
+    """Raised for a frame that is not later than the frame before it in the same scene."""
 
 
 class Output(NamedTuple):
-    """What a network computes for one batch; losses, distillation and decoding read these fields and nothing else.
+    """Results of a network for one batch; losses, distillation and decoding read these fields and nothing else.
 
     image_features: per level (B, N, C, h, w), the output of the neck.
     bev: (B, K, C) features of the bird's-eye view, row-major with y as the row; None for a detector without a BEV.
@@ -43,42 +46,47 @@ class Output(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A network. Its top-level children are the groups of the quantization policy, in the order of the progressive stages."""
+    """A detection network. Its top-level children are the groups of the quantization policy, in the order of the progressive stages.
+
+    One group is called `backbone` (see `BACKBONE`).
+    """
 
     groups: ClassVar[tuple[str, ...]]
+    """Names of the top-level children, in order."""
     config: Any
+    """The network's part of the run's config."""
 
     def forward(self, batch: Batch, state: State = None) -> tuple[Output, State]:
-        """One frame of each sample, and the state for the next frame.
+        """Compute one frame of each sample; returns the output and the state for the next frame.
 
         Args:
-            batch: Frames; `batch.has_prev` is zero for a sample whose `state` does not count.
-            state: What the forward of the previous frame returned, or None.
+            batch: The frames; `batch.has_prev` is zero for a sample whose `state` must be ignored.
+            state: The state that the forward of the previous frame returned, or None.
         """
         raise NotImplementedError
 
     def advance(self, batch: Batch, state: State = None) -> State:
-        """Only the state for the next frame, as `forward` gives it; cheaper where a detector can leave out its head."""
+        """Compute only the state for the next frame, equal to the one of `forward`; cheaper where a detector can leave out its head."""
         return self(batch, state)[1]
 
     def interface(self, image_hw: tuple[int, int]) -> Interface:
-        """Names and shapes of the deployed graph for padded images of `image_hw` pixels (height, width)."""
+        """Return names and shapes of the deployed graph for padded images of `image_hw` pixels (height, width)."""
         return self.config.interface(image_hw)
 
     def deployed(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The deployed graph: outputs in the order of `interface`, from inputs in its order."""
+        """Compute the deployed graph: inputs and outputs in the order of `interface`."""
         raise NotImplementedError
 
     def visibility(self, batch: Batch) -> Tensor | None:
-        """(B, N, K) bool: camera n sees place k of the BEV. None for a detector without a BEV; view guidance needs it."""
+        """Return (B, N, K) bool, true where camera n sees place k of the BEV; view guidance needs it. None for a detector without a BEV."""
         return None
 
 
 class FrameStream(Protocol):
-    """A detector's work on the host in numpy: from a frame and a memory to the graph's inputs, and from its outputs to boxes."""
+    """A detector's work on the host in numpy: graph inputs from a frame and a memory, and boxes from graph outputs."""
 
     def inputs(self, frame: Frame, memory: Memory) -> Arrays:
-        """Inputs of the deployed graph for `frame`; a memory of another scene counts as none.
+        """Return the inputs of the deployed graph for `frame`; a memory of another scene is ignored.
 
         Raises:
             FrameOrderError: The memory is of the same scene but not of an earlier frame.
@@ -86,27 +94,27 @@ class FrameStream(Protocol):
         ...
 
     def remember(self, frame: Frame, outputs: Mapping[str, np.ndarray]) -> Memory:
-        """The memory that `frame` leaves for the next one."""
+        """Return the memory for the frame after `frame`."""
         ...
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Detections:
-        """Boxes of the lidar frame, best first."""
+        """Decode the boxes in the lidar frame, best first."""
         ...
 
 
 class Deployed(nn.Module):
-    """A network with the deployed graph's inputs and outputs, for the exporter and to run on arrays."""
+    """A network with the deployed graph's inputs and outputs, for the exporter and for running on arrays."""
 
     def __init__(self, model: Detector) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of the deployed graph, in order, from its inputs, in order."""
+        """Compute the deployed graph: inputs and outputs in the graph's order."""
         return self.model.deployed(*tensors)
 
     def run(self, inputs: Arrays) -> Arrays:
-        """Outputs by name from inputs by name, on the device of the network's parameters; gradients as the caller has set them.
+        """Compute outputs by name from inputs by name, on the device of the network's parameters, with the caller's gradient mode.
 
         Raises:
             ValueError: An input is missing or unknown, or has another shape or type than the network takes.
@@ -132,13 +140,13 @@ class Step(NamedTuple):
 
 
 def run_stream(stream: FrameStream, run: Callable[[Arrays], Arrays], frames: Iterable[Frame]) -> Iterator[Step]:
-    """Run frames in order of time, each with the memory of the one before it; the memory starts anew with every scene.
+    """Run frames in order of time, each with the memory of the frame before it; every scene starts without a memory.
 
     Args:
-        run: The deployed graph, whatever computes it: PyTorch, onnxruntime or an engine.
+        run: Computes the deployed graph, with PyTorch, onnxruntime or an engine.
 
     Raises:
-        FrameOrderError: Frames of a scene do not come in order of time.
+        FrameOrderError: The frames of a scene do not come in order of time.
     """
     memory: Memory = None
     for frame in frames:

@@ -1,28 +1,185 @@
-"""The interface of the deployed graph in a seal."""
+"""Facts in seals: what was measured or decided when an artifact was made, as one dataclass for each kind of artifact.
 
-from dataclasses import asdict
-from typing import Any
+The rooms read them by attribute. A fact that older or differently made files lack is None.
+"""
 
-from qdbev.artifact import ArtifactError, Seal
-from qdbev.config import from_dict
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
 from qdbev.schema import Interface
-from qdbev.settings import build
+
+ImageSize = tuple[int, int]
+"""Height and width of the padded images in pixels."""
 
 
-def interface_facts(interface: Interface) -> dict[str, Any]:
-    """The interface as JSON values; `interface_of` is the inverse."""
-    return {"interface": asdict(interface)}
+@dataclass(frozen=True, kw_only=True)
+class InfosFacts:
+    """The info cache of a dataset."""
+
+    kind: ClassVar[str] = "infos"
+    tables: dict[str, tuple[int, ...]]
+    """Size in bytes and modification time in nanoseconds of each table, and the number of CAN bus files under `can_bus`."""
+    samples: int
+    scenes: int
+    boxes: int
+    boxes_with_points: int
+    samples_without_can_signals: int
+    splits: dict[str, int]
+    """Number of samples of each split."""
 
 
-def interface_of(seal: Seal) -> Interface:
-    """The interface of a sealed ONNX file or engine; files of earlier versions do not hold it, so it comes from their config.
+@dataclass(frozen=True, kw_only=True)
+class TrainingFacts:
+    """The state of a training that can be resumed."""
 
-    Raises:
-        ArtifactError: The seal says neither.
-    """
-    if "interface" in seal.facts:
-        return build(Interface, seal.facts["interface"], "interface.")
-    image_hw = seal.facts.get("image_hw") or seal.facts.get("inputs", {}).get("images", ())[-2:]
-    if len(image_hw) != 2:
-        raise ArtifactError("the seal says neither the interface of the graph nor its image size; export the ONNX again")
-    return from_dict(seal.config).model.interface(tuple(image_hw))
+    kind: ClassVar[str] = "training"
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts:
+    """A float model."""
+
+    kind: ClassVar[str] = "teacher"
+    image_hw: ImageSize | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    seconds: float | None = None
+    """Duration of the training."""
+    final_loss: float | None = None
+    pretrained: str | None = None
+    """sha256 of the file with the backbone that training started from."""
+    official: str | None = None
+    """sha256 of the published checkpoint that was converted."""
+    untrained: bool = False
+    """The weights are random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentFacts:
+    """A quantized model."""
+
+    kind: ClassVar[str] = "student"
+    image_hw: ImageSize | None = None
+    steps: int | None = None
+    """Training steps of all stages so far."""
+    final_loss: float | None = None
+    stage: int | None = None
+    """Of a student kept on the way: the stage, counted from 1."""
+    epochs: float | None = None
+    """Of a student kept on the way: epochs of all stages so far."""
+    paper_bytes: float | None = None
+    """Size as QD-BEV counts it: every parameter at the width of the weights."""
+    packed_bytes: int | None = None
+    """Size of the packed file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFacts:
+    """A packed student."""
+
+    kind: ClassVar[str] = "packed"
+    image_hw: ImageSize
+    parts: dict[str, int]
+    """Bytes of each part before compression."""
+    float_bytes: float
+    paper_bytes: float
+    macs: int
+    """Multiply-accumulates of one frame."""
+    bops: int
+    """Bit operations of one frame."""
+    float_bops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxFacts:
+    """An ONNX file of the deployed graph."""
+
+    kind: ClassVar[str] = "onnx"
+    interface: Interface
+    bytes: int
+    opset: int | None = None
+    nodes: int | None = None
+    float16: bool = False
+    builtin_plugin: bool = False
+    passes: dict[str, int] = field(default_factory=dict)
+    """Number of places that each graph pass changed."""
+    trace_s: float | None = None
+    peak_memory_mb: int | None = None
+    int4_bytes: int | None = None
+    """Size of the storage file with 4-bit weights, where there is one."""
+    parity: dict[str, float] = field(default_factory=dict)
+    """Largest difference (max_abs) and smallest cosine of each output against PyTorch."""
+
+    @property
+    def image_hw(self) -> ImageSize:
+        """Height and width of the padded images in pixels."""
+        height, width = self.interface.inputs["images"][-2:]
+        return height, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendVersion:
+    """The library that built an engine."""
+
+    name: Literal["tensorrt", "tensorrt-rtx"]
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The GPUs that an engine was built for."""
+
+    compute_capabilities: tuple[str, ...] | None
+    """None where TensorRT-RTX built for every GPU that it supports."""
+    gpu: str | None = None
+    """Name of the only model of GPU that the engine fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How an engine was built, so that it can be built again."""
+
+    onnx: str
+    """Path of the ONNX file, relative to the engine's folder."""
+    memory_limit_mb: int | None = None
+    allow_float: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """A TensorRT or TensorRT-RTX engine."""
+
+    kind: ClassVar[str] = "engine"
+    interface: Interface
+    backend: BackendVersion
+    target: Target
+    build: BuildOptions | None = None
+    build_seconds: float | None = None
+    plugins: tuple[str, ...] = ()
+    """Operators of the graph that run as registered plugins."""
+    plan_bytes: int
+    audit: dict[str, Any] = field(default_factory=dict)
+    """Counts of engine/audit.py."""
+    layer_table_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictionsFacts:
+    """Detections of a split in nuScenes' submission format."""
+
+    kind: ClassVar[str] = "predictions"
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsFacts:
+    """Official metrics of a model."""
+
+    kind: ClassVar[str] = "metrics"
+    nds: float
+    map: float
+
+
+Facts = InfosFacts | TrainingFacts | TeacherFacts | StudentFacts | PackedFacts | OnnxFacts | EngineFacts | PredictionsFacts | MetricsFacts
+Kind = Literal["infos", "training", "teacher", "student", "packed", "onnx", "engine", "predictions", "metrics"]

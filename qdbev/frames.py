@@ -1,11 +1,11 @@
-"""The frames of a run: one split of the dataset that a config names, as its detector wants them."""
+"""Opens the frames of a run: one split of the dataset that the config names, with the objects that its detector can find."""
 
 from qdbev.config import Config
 from qdbev.data.dataset import FrameDataset
 
 
 def open_frames(config: Config, split: str, training: bool = False) -> FrameDataset:
-    """The key frames of `split`; objects outside the detector's `pc_range` are left out.
+    """Open the key frames of `split`; objects outside the detector's `pc_range` are left out.
 
     Args:
         training: Distort the images of training queues, if the config asks for it.

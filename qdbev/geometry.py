@@ -1,6 +1,6 @@
 """Rigid transforms, the BEV grid, and projection into the cameras.
 
-Frames are named `<to>_from_<from>`. The BEV grid is row-major with rows along y (forward) and columns along x (right) of the lidar
+Transforms are named `<to>_from_<from>`. The BEV grid is row-major with rows along y (forward) and columns along x (right) of the lidar
 frame; normalised coordinates run from 0 to 1 over `pc_range`.
 """
 
@@ -13,7 +13,7 @@ MIN_DEPTH = 1e-5
 
 
 def rigid(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """(4, 4) float64 transform from a (3, 3) rotation and a (3,) translation."""
+    """Return the (4, 4) float64 transform with rotation (3, 3) and translation (3,)."""
     matrix = np.eye(4)
     matrix[:3, :3] = rotation
     matrix[:3, 3] = translation
@@ -21,19 +21,21 @@ def rigid(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
 
 
 def inverse(matrix: np.ndarray) -> np.ndarray:
-    """Inverse of a (4, 4) rigid transform."""
+    """Return the inverse of a (4, 4) rigid transform."""
     rotation = matrix[:3, :3].T
     return rigid(rotation, -rotation @ matrix[:3, 3])
 
 
-def rotation_z(yaw: float) -> np.ndarray:
-    """(3, 3) rotation by `yaw` radians, counter-clockwise about z."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+def rotation_z(yaw: np.ndarray | float) -> np.ndarray:
+    """Return the (..., 3, 3) rotations by `yaw` (...) radians, counter-clockwise about the z axis."""
+    yaw = np.asarray(yaw, dtype=np.float64)
+    cos, sin, zero, one = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw), np.ones_like(yaw)
+    rows = [np.stack(row, -1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, one))]
+    return np.stack(rows, -2)
 
 
 def cell_centers(bev_hw: tuple[int, int]) -> Tensor:
-    """(H * W, 2) normalised (x, y) centres of the BEV cells, row-major."""
+    """Return (H * W, 2) normalised (x, y) centres of the BEV cells, row-major."""
     rows, columns = bev_hw
     y = (torch.arange(rows, dtype=torch.float32) + 0.5) / rows
     x = (torch.arange(columns, dtype=torch.float32) + 0.5) / columns
@@ -42,7 +44,9 @@ def cell_centers(bev_hw: tuple[int, int]) -> Tensor:
 
 
 def pillar_points(bev_hw: tuple[int, int], num_heights: int, pc_range: tuple[float, ...]) -> Tensor:
-    """(num_heights, H * W, 3) points in metres: every cell centre at heights spread over the z range, half a metre off its ends.
+    """Return (num_heights, H * W, 3) points in metres: each cell centre at heights that are evenly spread over the z range.
+
+    The lowest and the highest point are half a metre inside the range.
 
     Source: BEVFormer (ECCV 2022), section 3.3; bevformer/modules/encoder.py at 66b65f3.
     """
@@ -57,7 +61,7 @@ def pillar_points(bev_hw: tuple[int, int], num_heights: int, pc_range: tuple[flo
 
 
 def project(points: Tensor, lidar2img: Tensor, image_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Where lidar points appear in each camera.
+    """Project lidar points into each camera.
 
     Args:
         points: (D, K, 3) metres, lidar frame.

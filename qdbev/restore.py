@@ -1,4 +1,4 @@
-"""A checkpoint or packed file to a model that runs: the one place where model and quantization meet."""
+"""Builds the model of a checkpoint. This is the one place where networks and quantization meet."""
 
 from pathlib import Path
 
@@ -6,20 +6,25 @@ from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict
 from qdbev.detector import Detector
+from qdbev.facts import Kind
 from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
 
 PACKED = "packed"
-"""Name of the one array of a packed file, uint8."""
+"""Name of the only array of a packed file, uint8."""
+_KINDS: tuple[Kind, ...] = ("teacher", "student", "packed")
 
 
-def restore(path: Path) -> tuple[Seal, Detector]:
-    """Seal and model, in evaluation mode on the CPU, of a teacher (float), a student (quantized) or a packed student.
+def restore(path: Path, *kinds: Kind) -> tuple[Seal, Detector]:
+    """Open a checkpoint; returns its seal, and its model in evaluation mode on the CPU.
+
+    Args:
+        kinds: Accepted kinds: teacher (a float model), student (a quantized model), packed (a student in packed form). All by default.
 
     Raises:
         ArtifactError: The file is missing, damaged, of another kind, or its weights do not fit its config.
     """
-    seal, weights, _ = artifact.load_checkpoint(path, "teacher", "student", "packed")
+    seal, weights, _ = artifact.load_checkpoint(path, *(kinds or _KINDS))
     config = from_dict(seal.config)
     model = detectors.build(config.model) if seal.kind == "teacher" else quantized(config)
     try:
@@ -35,7 +40,7 @@ def restore(path: Path) -> tuple[Seal, Detector]:
 
 
 def quantized(config: Config, teacher: Detector | None = None) -> Detector:
-    """A model with batch norm folded and quantizers in place, of `teacher`'s weights (altered in place) or fresh ones."""
+    """Return a model with folded batch norm and with quantizers, made of `teacher` (altered in place) or with fresh weights."""
     model = teacher if teacher is not None else detectors.build(config.model)
     fold_batch_norm(model.eval())
     return prepare(model, config.quant)

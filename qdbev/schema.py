@@ -31,11 +31,6 @@ CLASSES = (
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 """Camera order of images, lidar2img and the learned camera embeddings."""
 
-OPSET = 18
-OP_DOMAIN = "qdbev"
-OP_VERSION = 1
-INPUTS = ("images", "lidar2img", "can_bus", "prev_bev", "has_prev")
-OUTPUTS = ("cls_logits", "box_code", "bev")
 CODE_SIZE = 10
 """Numbers of a box code, see qdbev/nn/box_code.py."""
 

@@ -1,4 +1,4 @@
-"""Typed settings: frozen dataclasses from and to plain JSON values, and single values changed on the command line."""
+"""Typed settings: builds frozen dataclasses from plain JSON values, and changes single values from the command line."""
 
 import ast
 import dataclasses
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A setting that does not exist or has the wrong type or value."""
+    """Raised for a setting that does not exist or has the wrong type or value."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,7 +20,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def build(kind: type[T], values: Any, path: str = "") -> T:
-    """An instance of the dataclass `kind` from plain values, as `dataclasses.asdict` and JSON give them.
+    """Build an instance of the dataclass `kind` from plain values, as `dataclasses.asdict` and JSON return them.
 
     Nested dataclasses are built too. Where a field's type is a union of dataclasses, the value's `kind` entry selects the member whose
     own `kind` field has that literal. Integers become floats and lists become tuples where the annotation asks for it; nothing else is
@@ -28,7 +28,7 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
 
     Args:
         values: A mapping from field names to values.
-        path: Where `values` was found, for messages: empty, or dotted names with a final dot.
+        path: Position of `values` in the whole config, for messages: empty, or dotted names with a final dot.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type.
@@ -49,10 +49,10 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
 
 
 def override(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """`values` with settings of the form `a.b=value` applied in place; the values are read as Python literals, else as text.
+    """Apply settings of the form `a.b=value` to `values` in place and return them; a value is a Python literal or else text.
 
     Raises:
-        ConfigError: A setting has no '=' or names no single value.
+        ConfigError: A setting has no '=', names no setting, or names a group of settings.
     """
     for setting in settings:
         path, separator, text = setting.partition("=")
@@ -82,7 +82,7 @@ def _parse(text: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
-    """`value` as the annotated type."""
+    """Convert `value` to the annotated type `hint`."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, f"{path}.")
@@ -101,6 +101,8 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         require(len(kinds) == len(value), f"{path} is {value!r}, must have {len(kinds)} values")
         return tuple(_coerce(v, k, f"{path}[{i}]") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     fits = type(value) is hint
@@ -109,7 +111,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
-    """None, a value of the only other member, or a dataclass that the value's `kind` selects."""
+    """Convert `value` to a member of a union: None, the only other member, or the dataclass that the value's `kind` selects."""
     if value is None and type(None) in members:
         return None
     members = tuple(member for member in members if member is not type(None))

@@ -1,1 +1,1 @@
-"""A synthetic world in the nuScenes v1.0 format: streets, cameras, lidar, and the thirteen tables that describe them."""
+"""Generates a synthetic dataset in the nuScenes v1.0 format: camera images, lidar sweeps, CAN bus messages and the thirteen tables."""

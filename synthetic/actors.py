@@ -1,32 +1,34 @@
-"""The objects of a street: who they are, how they move, and how they are placed without ever touching each other."""
+"""The objects of a scene: their class, size and motion, and their placement such that no two of them ever overlap."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from synthetic.boxes import footprints, outlines_overlap
 from synthetic.classes import CLASSES
 from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
-from synthetic.frames import footprints, outlines_overlap
 from synthetic.road import EgoMotion, Road
-from synthetic.solids import Solid, draw_colour, draw_rider, make_solid
+from synthetic.solids import Solid, draw_colour, draw_rider_colour, make_solid
 from synthetic.zones import EGO_CENTRE_AHEAD, EGO_WLH, ROW_SPACING, STREET_PLACED_PER_SHARE, ZONES, Zone
 
-_CLEARANCE = 0.5  # metres kept between any two objects
-_TRIES = 25  # places tried for one object before it is left out
+_CLEARANCE = 0.5
+"""Smallest distance between any two objects, in metres."""
+_TRIES = 25
+"""Number of positions tried for an object, or a row of objects, before it is left out."""
 
 
 @dataclass(frozen=True)
 class Actor:
-    """One object for one scene.
+    """One object of one scene.
 
     Attributes:
         class_name: detection class.
-        wlh: width, length, height.
-        start: road coordinates s and d at t = 0.
-        speed: m/s along its heading.
-        heading: relative to the road; constant.
-        attribute: nuScenes attribute name, or ''.
-        solid: what it looks like.
+        wlh: width, length and height in metres.
+        start: road coordinates s and d in metres at t = 0.
+        speed: metres per second along its heading.
+        heading: radians relative to the road; constant.
+        attribute: nuScenes attribute name, or '' if the class has none.
+        solid: its shape and colours.
     """
 
     class_name: str
@@ -38,30 +40,30 @@ class Actor:
     solid: Solid
 
     def ground_pose(self, road: Road, t: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
-        """Global x and y (..., 2), and yaw (...), at times t (...)."""
+        """Global x and y (..., 2) in metres and yaw (...) in radians at times t (...) in seconds."""
         t = np.asarray(t, dtype=np.float64)
         s0, d0 = self.start
-        stretch = 1 - road.curvature * d0  # a metre on the inside of a bend is more than a metre of s
+        stretch = 1 - road.curvature * d0  # on the inside of a bend, one metre corresponds to more than one metre of s
         s = s0 + self.speed * np.cos(self.heading) * t / stretch
         d = d0 + self.speed * np.sin(self.heading) * t
         return road.point(s, d), road.heading(s) + self.heading
 
 
 def place_actors(config: WorldConfig, road: Road, ego: EgoMotion, rng: np.random.Generator) -> tuple[Actor, ...]:
-    """Fill the street: classes by the layout's shares, places by its zones, none overlapping at any time."""
+    """Draw the objects of a scene: class by the layout's shares, position by its zones, such that no two overlap at any time."""
     ground = _OccupiedGround(config, road, ego)
     actors: list[Actor] = []
     for class_name, row_length in _draw_classes(config, ego, rng):
         for _ in range(_TRIES):
             row = _draw_row(config, class_name, row_length, ego, rng)
-            if ground.claim(row):
+            if ground.add_if_free(row):
                 actors += row
                 break
     return tuple(actors)
 
 
 class _OccupiedGround:
-    """Ground outlines of everything placed so far, at all times that matter."""
+    """Ground outlines of the ego and of all objects placed so far, at every key frame and half-way between key frames."""
 
     def __init__(self, config: WorldConfig, road: Road, ego: EgoMotion) -> None:
         self._road = road
@@ -70,17 +72,17 @@ class _OccupiedGround:
         outline = footprints(road.point(s + EGO_CENTRE_AHEAD), road.heading(s), np.array(EGO_WLH) + 2 * _CLEARANCE)
         self._outlines = outline[None]  # (N, T, 4, 2)
 
-    def claim(self, row: list[Actor]) -> bool:
-        """Whether all of `row` fits; if so it is remembered."""
+    def add_if_free(self, row: list[Actor]) -> bool:
+        """Add all objects of `row` if none of them overlaps an object placed earlier; returns whether they were added."""
         outlines = np.stack([self._outline(actor) for actor in row])  # (R, T, 4, 2)
         centres = self._outlines.mean(-2)
-        extents = np.linalg.norm(self._outlines - centres[..., None, :], axis=-1).max(-1)  # (N, T)
+        radii = np.linalg.norm(self._outlines - centres[..., None, :], axis=-1).max(-1)  # (N, T)
         for outline in outlines:
-            middle = outline.mean(-2)
-            reach = np.linalg.norm(outline - middle[:, None], axis=-1).max(-1)
-            near = np.linalg.norm(centres - middle, axis=-1) < extents + reach  # (N, T)
-            who, when = np.nonzero(near)
-            if len(who) and outlines_overlap(self._outlines[who, when], outline[when]).any():
+            centre = outline.mean(-2)
+            radius = np.linalg.norm(outline - centre[:, None], axis=-1).max(-1)
+            near = np.linalg.norm(centres - centre, axis=-1) < radii + radius  # (N, T)
+            index, time = np.nonzero(near)
+            if len(index) and outlines_overlap(self._outlines[index, time], outline[time]).any():
                 return False
         self._outlines = np.concatenate([self._outlines, outlines])
         return True
@@ -91,7 +93,7 @@ class _OccupiedGround:
 
 
 def _draw_classes(config: WorldConfig, ego: EgoMotion, rng: np.random.Generator) -> list[tuple[str, int]]:
-    """Class and row length of everything to place: rows first, then big before small, as these are hardest to fit."""
+    """Class and number of objects of each row to place: long rows first, then large objects, as these are the hardest to fit."""
     road_length = float(ego.travelled(config.duration)) + 2 * config.reach
     total = max(len(CLASSES), round(config.object_density * road_length))
     longest = {name: 5 if config.layout == "street" and name in ROW_SPACING else 1 for name in CLASSES}
@@ -107,7 +109,7 @@ def _draw_classes(config: WorldConfig, ego: EgoMotion, rng: np.random.Generator)
 
 
 def _class_counts(config: WorldConfig, total: int, rng: np.random.Generator) -> dict[str, int]:
-    """How many objects of each class: equally many on a square, by their shares on a street."""
+    """Number of objects of each class: equal numbers in the square layout, by the classes' shares in the street layout."""
     if config.layout == "square":
         counts = np.full(len(CLASSES), total // len(CLASSES))
         counts[rng.permutation(len(CLASSES))[: total % len(CLASSES)]] += 1
@@ -128,7 +130,7 @@ def _draw_row(config: WorldConfig, class_name: str, row_length: int, ego: EgoMot
 
 
 def _draw_motion(config: WorldConfig, zone: Zone, side: int, ego: EgoMotion, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """Road coordinates at t = 0, speed and heading, such that the object is near the ego at some time."""
+    """Road coordinates s and d at t = 0, speed and heading, drawn such that the object is near the ego at some time of the scene."""
     meeting = rng.uniform(0, config.duration) if config.layout == "street" else config.duration / 2
     s = float(ego.travelled(meeting)) + rng.uniform(-config.reach, config.reach)
     d = side * rng.uniform(*zone.lateral)
@@ -151,7 +153,7 @@ def _make_actor(
     mean = np.array(kind.wlh)
     width, length, height = np.maximum(0.7 * mean, rng.normal(mean, kind.spread)).round(3).tolist()
     colour = draw_colour(class_name, config.palette, rng)
-    rider = draw_rider(class_name, config.palette, rng) if zone.attribute == "cycle.with_rider" else None
+    rider = draw_rider_colour(class_name, config.palette, rng) if zone.attribute == "cycle.with_rider" else None
     wlh = (width, length, height)
     solid = make_solid(class_name, wlh, colour, rider)
     return Actor(class_name, wlh, start, speed, heading, zone.attribute, solid)

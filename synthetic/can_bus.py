@@ -1,27 +1,33 @@
 """CAN bus messages of one scene, with the keys and the key order of the nuScenes CAN bus expansion.
 
-Readers that turn a pose message into a vector rely on the order accel, orientation, pos, rotation_rate, (utime,) vel.
+The order accel, orientation, pos, rotation_rate, (utime,) vel matters, because readers concatenate a pose message's values in it.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from qdbev.data.rig import yaw_quaternion
+from synthetic.rotations import yaw_quaternion
 from synthetic.street import Street
 
-_LEAD = 0.1  # seconds before the first and after the last key frame
-_WHEEL_RADIUS, _WHEEL_BASE, _STEERING_RATIO = 0.31, 2.6, 16.0
+_MARGIN = 0.1
+"""Seconds that messages begin before the first and end after the last key frame."""
+_WHEEL_RADIUS, _WHEEL_BASE = 0.31, 2.6
+"""Metres."""
+_STEERING_RATIO = 16.0
+"""Angle of the steering wheel divided by that of the front wheels."""
 _GRAVITY = 9.81
+"""m/s^2."""
 _ROUTE_MARGIN = 50.0
+"""Metres that the route begins before the first and ends after the last position of the ego."""
 
 
 def can_messages(street: Street, start_us: int) -> dict[str, list | dict]:
-    """Messages by file name part (`pose`, `route`, `meta`, ...).
+    """Content of each CAN bus file of the scene; the key is the last part of the file's name (`pose`, `route`, `meta`, ...).
 
     Args:
         street: the scene.
-        start_us: stamp of its first key frame, in microseconds.
+        start_us: time of its first key frame in microseconds.
     """
     streams: dict[str, list] = {"pose": _stream(street, start_us, 50, _pose)}
     if street.config.full_can_bus:
@@ -36,8 +42,9 @@ def can_messages(street: Street, start_us: int) -> dict[str, list | dict]:
 
 
 def _stream(street: Street, start_us: int, rate: int, message: Callable[[Street, float], dict]) -> list[dict]:
-    count = int(np.ceil((street.config.duration + 2 * _LEAD) * rate)) + 1
-    times = -_LEAD + np.arange(count) / rate
+    """Messages at `rate` per second over the whole scene; `message` returns one for a time in seconds."""
+    count = int(np.ceil((street.config.duration + 2 * _MARGIN) * rate)) + 1
+    times = -_MARGIN + np.arange(count) / rate
     return [
         {key: value if key != "utime" else start_us + round(t * 1e6) for key, value in message(street, t).items()} for t in times.tolist()
     ]

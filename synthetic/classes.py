@@ -1,11 +1,12 @@
-"""The ten detection classes: nuScenes category, size, colour, share.
+"""The ten detection classes with their nuScenes category, size, colour and frequency, and the names in the tables.
 
 Sizes and shares are rounded from the statistics that the nuScenes devkit prints for v1.0-trainval (`list_categories`).
 """
 
 from dataclasses import dataclass
 
-Colour = tuple[int, int, int]  # blue, green, red, 0 to 255
+Colour = tuple[int, int, int]
+"""Blue, green, red, 0 to 255."""
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,10 @@ class ObjectClass:
 
     Attributes:
         category: nuScenes category name.
-        wlh: mean width, length and height. A barrier is wider than it is long: its local x is the thin direction.
-        spread: standard deviations of the same.
-        hue: its colour where each class has one.
-        share: its part of all annotations of the real dataset.
+        wlh: mean width, length and height in metres. A barrier is wider than it is long: its heading is perpendicular to its face.
+        spread: standard deviations of width, length and height in metres.
+        hue: colour of the class in worlds where each class has one colour.
+        share: fraction of all annotations of nuScenes v1.0-trainval that are of this class.
     """
 
     category: str
@@ -39,6 +40,8 @@ CLASSES = {
     "traffic_cone": ObjectClass("movable_object.trafficcone", (0.41, 0.41, 1.07), (0.04, 0.04, 0.1), (15, 85, 255), 0.087),
     "barrier": ObjectClass("movable_object.barrier", (2.53, 0.50, 0.98), (0.25, 0.05, 0.08), (45, 40, 205), 0.134),
 }
+
+"""By the name of the detection class."""
 
 CATEGORIES = (
     "human.pedestrian.adult",
@@ -66,6 +69,8 @@ CATEGORIES = (
     "static_object.bicycle_rack",
 )
 
+"""Names of the records of the category table."""
+
 ATTRIBUTES = (
     "vehicle.moving",
     "vehicle.stopped",
@@ -76,3 +81,4 @@ ATTRIBUTES = (
     "pedestrian.standing",
     "pedestrian.moving",
 )
+"""Names of the records of the attribute table."""

@@ -1,4 +1,4 @@
-"""What a synthetic world is: one frozen dataclass, and the named worlds."""
+"""Settings of a synthetic world, and the two named worlds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,34 +6,36 @@ from typing import Literal
 
 from synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
 
-KEY_FRAME_INTERVAL = 0.5  # seconds: nuScenes annotates at 2 Hz
+KEY_FRAME_INTERVAL = 0.5
+"""Seconds between key frames; nuScenes annotates at 2 Hz."""
 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Everything that decides the bytes of a world. Metres, seconds, pixels.
+    """All settings of a world; together they determine every byte of it. Lengths are in metres, times in seconds, sizes in pixels.
 
     Attributes:
         name: the world's name; also its key in `WORLDS`.
-        layout: `square` scatters all classes evenly around the ego; `street` fills lanes, kerbs and pavements.
+        layout: `square` places all classes in equal numbers around the ego; `street` places them on lanes, kerbs and pavements.
         palette: `class` gives each class one hue; `natural` gives road users everyday colours.
-        num_train: number of scenes that take a name of the official train split.
-        num_val: number of scenes that take a name of the official val split.
+        num_train: number of scenes, with names of the official train split.
+        num_val: number of scenes, with names of the official val split.
         num_samples: key frames per scene.
-        image_hw: image height and width; 16:9, as the rig's intrinsics are scaled, not cropped.
-        annotation_radius: only objects whose centre is nearer than this to the ego are annotated.
-        reach: how far ahead of and behind the ego objects are placed.
+        image_hw: height and width of the images; 16:9, because the cameras' intrinsics are scaled from 1600 x 900, not cropped.
+        annotation_radius: only objects whose centre is within this distance of the ego are annotated.
+        reach: greatest distance along the road, ahead of and behind the ego, at which objects are placed.
         ego_speed: lowest and highest speed of the ego at the start of a scene.
-        max_curvature: road curvature is drawn from +- this, in 1/m.
-        object_density: objects placed per metre of road within reach.
-        mean_annotated: a scene is drawn again unless its objects in range, averaged over key frames, lie in here.
-        buildings: whether house fronts line the road.
-        texel: metres per texel of the ground texture.
-        lidar_columns: firings per revolution; counts of lidar points per box use all of them.
+        max_curvature: greatest curvature of a road in 1/m, to the left or to the right.
+        object_density: number of objects placed per metre of road within reach.
+        mean_annotated: smallest and largest number of objects in range, as a mean over a scene's key frames. A scene with more or
+            fewer is drawn again.
+        buildings: whether there are house fronts along the road.
+        texel: metres per pixel of the ground texture.
+        lidar_columns: firings of the lidar per revolution. The numbers of lidar points in boxes come from all of them.
         lidar_stride: every n-th lidar point is written to disk.
         jpeg_quality: 1 to 100.
         full_can_bus: write all eight CAN messages, not only `pose`, `route` and `meta`.
-        seed: every random number of the world follows from it.
+        seed: seed of all random numbers.
     """
 
     name: str
@@ -58,10 +60,10 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what no world can be made of.
+        """Check every field.
 
         Raises:
-            ValueError: with the field, its value and what is allowed.
+            ValueError: A field has a value that is not allowed; the message names both and what is allowed.
         """
         height, width = self.image_hw
         slowest, fastest = self.ego_speed
@@ -87,7 +89,7 @@ class WorldConfig:
         }
         for field, holds in checks.items():
             if not holds:
-                raise ValueError(f"world {self.name!r}: {field} = {getattr(self, field)!r} is refused; {_ALLOWED[field]}")
+                raise ValueError(f"world {self.name!r}: {field} = {getattr(self, field)!r} is not allowed; {_ALLOWED[field]}")
 
     @property
     def duration(self) -> float:
@@ -96,11 +98,11 @@ class WorldConfig:
 
     @property
     def scene_names(self) -> tuple[str, ...]:
-        """Names of all scenes, train before val, taken from the official splits."""
+        """Names of all scenes, train before val, from the official splits."""
         return TRAIN_NAMES[: self.num_train] + VAL_NAMES[: self.num_val]
 
 
-_ALLOWED = {
+_ALLOWED = {  # what to do about a field with a value that is not allowed
     "layout": "choose 'square' or 'street'",
     "palette": "choose 'class' or 'natural'",
     "num_train": f"choose 0 to {len(TRAIN_NAMES)}",
@@ -122,10 +124,10 @@ _ALLOWED = {
 
 
 def micro() -> WorldConfig:
-    """Small enough to train a detector on in minutes: ten classes equally often, near, coloured by class.
+    """A small world on which a detector can be trained in minutes: ten classes in equal numbers, near the ego, one colour for each class.
 
-    192 train and 30 val scenes of 8 key frames at 320 x 180. About a dozen objects a frame stand or move within 30 m beside a
-    straight road, so that hardly one hides another and none in range goes unlabelled.
+    192 train and 30 val scenes of 8 key frames with images of 320 x 180. About a dozen objects in a frame stand or move within 30 m
+    beside an almost straight road, so that they seldom hide each other and all objects in range are annotated.
     """
     return WorldConfig(
         name="micro",
@@ -148,10 +150,10 @@ def micro() -> WorldConfig:
 
 
 def street() -> WorldConfig:
-    """As the real thing where statistics go: 1600 x 900, class shares, sizes and crowding of nuScenes v1.0-trainval.
+    """A world with the statistics of nuScenes v1.0-trainval: images of 1600 x 900, class frequencies, object sizes and numbers of objects.
 
-    Scenes of 40 key frames on a two-way street with parked rows, pavements and house fronts; common classes are common and
-    rare ones rare, so a single scene need not contain all ten.
+    Scenes of 40 key frames on a two-way street with rows of parked cars, pavements and house fronts. Rare classes are as rare as in
+    nuScenes, so a single scene need not contain all ten classes.
     """
     return WorldConfig(
         name="street",
@@ -175,3 +177,4 @@ def street() -> WorldConfig:
 
 
 WORLDS: dict[str, Callable[[], WorldConfig]] = {"micro": micro, "street": street}
+"""The named worlds."""

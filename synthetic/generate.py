@@ -1,4 +1,4 @@
-"""Writes a synthetic world that the untouched nuScenes devkit loads: `python -m synthetic.generate`."""
+"""Writes a synthetic world that the unmodified nuScenes devkit can load: `python -m synthetic.generate --world micro --out data/micro`."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qdbev.command import entry_point
-from qdbev.data.infos import TABLES
+from qdbev.data.nuscenes.files import TABLES
 from qdbev.data.rig import CHANNELS
 from synthetic.config import WORLDS, WorldConfig
 from synthetic.scene_files import PARTS_FOLDER, part_path, replace_text, write_scene
@@ -26,22 +26,24 @@ from synthetic.tables import VERSION, world_tables
 _log = logging.getLogger(__name__)
 
 MARKER = "world.json"
-FORMAT = 1  # raised when the same config begins to give other bytes
+"""File in a world's folder with its settings, and whether it is complete."""
+FORMAT = 1
+"""Version of the generator. Raise it when the same settings give other bytes than before."""
 
 
 def generate(config: WorldConfig, root: Path, num_workers: int = 1) -> bool:
-    """Write a world, or finish one that was interrupted.
+    """Write a world, or the missing part of one whose writing was interrupted.
 
     Args:
-        config: what to write.
-        root: an empty or new folder, or one that holds a part of this very world.
-        num_workers: processes; the result does not depend on it.
+        config: settings of the world.
+        root: a new or empty folder, or one with a part of a world of the same settings.
+        num_workers: number of processes; the files do not depend on it.
 
     Returns:
-        Whether anything had to be written.
+        False if the world was complete already, otherwise True.
 
     Raises:
-        ValueError: the folder holds something else, or another world.
+        ValueError: The folder contains something else, or a world of other settings.
     """
     if num_workers < 1:
         raise ValueError(f"num_workers = {num_workers}; choose at least 1")
@@ -60,20 +62,20 @@ def generate(config: WorldConfig, root: Path, num_workers: int = 1) -> bool:
 
 
 def _check_folder(config: WorldConfig, root: Path) -> dict:
-    """The marker of a world begun earlier; empty for a new folder."""
+    """Content of the marker file of a world begun earlier, or an empty dictionary for a new folder."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return {}
     path = root / MARKER
     if not path.is_file():
-        raise ValueError(f"{root} is not empty and holds no {MARKER}, so it was not made by this command; choose another --out")
+        raise ValueError(f"{root} is not empty and has no {MARKER}, so it was not written by this command; choose another --out")
     marker = json.loads(path.read_text())
     wanted = json.loads(_marker_text(config, complete=False))
     found, asked = ({"format": part["format"], **part["config"]} for part in (marker, wanted))
     for field in asked:
         if found.get(field) != asked[field]:
             raise ValueError(
-                f"{root} holds another world: {field} = {found.get(field)!r} there, {asked[field]!r} asked for; "
-                "choose another --out, or delete that folder"
+                f"{root} contains another world: {field} is {found.get(field)!r} there, {asked[field]!r} was asked for; "
+                "choose another --out, or delete the folder"
             )
     return marker
 
@@ -97,7 +99,7 @@ def _write_named_scene(root: Path, config: WorldConfig, scene_name: str) -> str:
 
 
 def _run(task: functools.partial, names: list[str], num_workers: int) -> Iterator[str]:
-    """Names as they are finished."""
+    """Runs the task for each scene name; yields each name when its scene is written."""
     if num_workers == 1 or len(names) < 2:
         yield from map(task, names)
         return
@@ -107,7 +109,7 @@ def _run(task: functools.partial, names: list[str], num_workers: int) -> Iterato
 
 
 def _write_tables(config: WorldConfig, root: Path) -> str:
-    """Merge the scenes' records into the thirteen tables; a digest of the world's content."""
+    """Merge the records of all scenes into the thirteen tables; returns a SHA-256 digest of the world's content."""
     digest = hashlib.sha256()
     tables = world_tables(config)
     for name in config.scene_names:
@@ -128,20 +130,15 @@ def _write_tables(config: WorldConfig, root: Path) -> str:
     return digest.hexdigest()
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", required=True, choices=sorted(WORLDS), help="which world to write")
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Write a synthetic world in nuScenes format to a folder."""
+    parser = argparse.ArgumentParser(prog="python -m synthetic.generate", description=main.__doc__)
+    parser.add_argument("--world", required=True, choices=sorted(WORLDS), help="name of the world")
     parser.add_argument("--out", required=True, type=Path, help="folder to write it to")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--scenes", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="how many scenes of each split")
-    return parser.parse_args()
-
-
-@entry_point
-def main() -> None:
-    """Name of a world in, a folder in nuScenes format out."""
-    args = parse_args()
+    parser.add_argument("--scenes", type=int, nargs=2, metavar=("TRAIN", "VAL"), help="number of scenes of each split")
+    args = parser.parse_args(argv)
     config = WORLDS[args.world]()
     if args.scenes:
         config = dataclasses.replace(config, num_train=args.scenes[0], num_val=args.scenes[1])

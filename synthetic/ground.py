@@ -1,4 +1,4 @@
-"""The ground: a texture in the global frame, painted once per scene and warped into each image."""
+"""The ground of a scene: a texture in the global frame, drawn once per scene and warped into each image. Colours are blue, green, red."""
 
 import cv2
 import numpy as np
@@ -6,21 +6,25 @@ import numpy as np
 from qdbev.data.rig import View
 from synthetic.street import Street
 
-HAZE = np.array([222.0, 214.0, 205.0])  # the colour of far away
+HAZE = np.array([222.0, 214.0, 205.0])
+"""Colour that distant objects fade to."""
 HAZE_PER_METRE = 0.004
-_MIP_DISTANCES = (12.0, 25.0, 50.0)  # metres at which the next coarser texture begins, for 0.12 m texels at 1600 pixels
+"""Weight of the haze colour per metre of distance."""
+_MIP_DISTANCES = (12.0, 25.0, 50.0)
+"""Distances in metres from which the next coarser texture is used, for texels of 0.12 m and images 1600 pixels wide."""
 _SUBPIXEL_BITS = 4
+"""Fractional bits of OpenCV's fixed-point coordinates."""
 GRASS, PAVING, ASPHALT, KERB = (78, 120, 98), (150, 154, 156), (88, 86, 84), (190, 190, 190)
 LINE_WHITE, LINE_YELLOW = (226, 226, 226), (40, 190, 235)
 
 
 class Ground:
-    """A ground texture with coarser copies of itself.
+    """A ground texture at four resolutions.
 
     Attributes:
-        origin: (2,) global x and y of the centre of texel (0, 0).
+        origin: (2,) global x and y in metres of the centre of texel (0, 0).
         texel: metres per texel of the finest level.
-        levels: (h, w, 3) uint8 textures, each half as fine as the one before.
+        levels: (h, w, 3) uint8 textures, each of half the resolution of the one before.
     """
 
     def __init__(self, texture: np.ndarray, origin: np.ndarray, texel: float) -> None:
@@ -31,7 +35,7 @@ class Ground:
             self.levels.append(cv2.resize(self.levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
     def draw(self, image: np.ndarray, view: View) -> None:
-        """Fill the rows below the horizon of `image` (H, W, 3), with haze, in place. The view must be level."""
+        """Draw the ground, with haze, into the rows of `image` (H, W, 3) below the horizon, in place. The camera must be level."""
         height, width = image.shape[:2]
         focal, cy, eye = view.intrinsic[1, 1], view.intrinsic[1, 2], view.position[2]
         horizon = int(np.clip(np.ceil(cy), 0, height))
@@ -47,10 +51,10 @@ class Ground:
                 size = self.texel * 2**level
                 corner = self.origin + (size - self.texel) / 2
                 ground_from_texel = np.array([[size, 0, corner[0]], [0, size, corner[1]], [0, 0, 1.0]])
-                up = np.array([[1, 0, 0], [0, 1, -top], [0, 0, 1.0]])
+                rows_from_img = np.array([[1, 0, 0], [0, 1, -top], [0, 0, 1.0]])  # the rows from `top` on
                 image[top:bottom] = cv2.warpPerspective(
                     texture,
-                    up @ img_from_ground @ ground_from_texel,
+                    rows_from_img @ img_from_ground @ ground_from_texel,
                     (width, bottom - top),
                     flags=cv2.INTER_LINEAR,
                     borderMode=cv2.BORDER_REPLICATE,
@@ -63,7 +67,7 @@ class Ground:
 
 
 def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
-    """The ground of a scene: grass, paving, road and markings, roughened by noise."""
+    """The ground of a scene: grass, pavement, road and lane markings, with noise as surface structure."""
     texel, behind = street.config.texel, street.config.reach + 40.0
     s = np.arange(-behind, float(street.ego.travelled(street.config.duration)) + behind, 1.0)
     middle = street.road.point(s)
@@ -79,10 +83,11 @@ def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
     for start in np.arange(s[0], s[-1], 9.0):
         dash = street.road.point([start, start + 3, start + 3, start], [-1.7, -1.7, -1.88, -1.88])
         _fill(texture, (dash - low) / texel, LINE_WHITE)
-    return Ground(_roughen(texture, rng), low, texel)
+    return Ground(_add_noise(texture, rng), low, texel)
 
 
 def _lines(offsets: tuple[float, ...], half_width: float, colour: tuple) -> tuple:
+    """Strips of a line on both sides of the road at each of `offsets` from its axis; lengths in metres."""
     return tuple((side * d + half_width, side * d - half_width, colour) for d in offsets for side in (1, -1))
 
 
@@ -94,25 +99,27 @@ _STREET_BANDS = (
     *_lines((5.4,), 0.08, LINE_WHITE),
     (1.88, 1.72, LINE_YELLOW),
 )
+"""Strips along the road of each layout: left and right edge in metres from the road's axis, and colour. Later strips cover earlier ones."""
 
 
 def _fill(texture: np.ndarray, outline: np.ndarray, colour: tuple) -> None:
+    """Fill a polygon (n, 2), given in texels, in place."""
     points = np.round(outline * 2**_SUBPIXEL_BITS).astype(np.int32)
     cv2.fillPoly(texture, [points], colour, cv2.LINE_AA, _SUBPIXEL_BITS)
 
 
-def _roughen(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add fine grain and coarse stains, equal in the three channels."""
+def _add_noise(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The texture with fine and coarse noise, equal in the three channels."""
     height, width = texture.shape[:2]
     tile = rng.normal(0, 5, (256, 256)).astype(np.float32)
-    grain = np.tile(tile, (height // 256 + 1, width // 256 + 1))[:height, :width]
-    stains = rng.normal(0, 8, (height // 16 + 2, width // 16 + 2)).astype(np.float32)
-    noise = grain + cv2.resize(stains, (width, height), interpolation=cv2.INTER_LINEAR)
+    fine = np.tile(tile, (height // 256 + 1, width // 256 + 1))[:height, :width]
+    coarse = rng.normal(0, 8, (height // 16 + 2, width // 16 + 2)).astype(np.float32)
+    noise = fine + cv2.resize(coarse, (width, height), interpolation=cv2.INTER_LINEAR)
     return cv2.add(texture, cv2.merge([noise] * 3), dtype=cv2.CV_8U)
 
 
 def _blend_haze(image: np.ndarray, distances: np.ndarray) -> None:
-    """Mix haze into rows at the given distances (rows,), in place."""
+    """Blend haze into the rows of `image` (rows, W, 3), which show the ground at `distances` (rows,) in metres, in place."""
     alpha = np.minimum(0.9, HAZE_PER_METRE * np.maximum(distances, 0))[:, None]
     width = image.shape[1]
     keep = np.broadcast_to(np.round(255 * (1 - alpha))[..., None], (len(alpha), width, 3)).astype(np.uint8)

@@ -1,32 +1,37 @@
-"""A spinning lidar cast against boxes and the ground.
+"""Simulates a spinning lidar with 32 beams: casts its rays against boxes and the ground.
 
-The beams are those of a 32-beam sensor. R beams, C columns, N boxes.
+R is the number of beams, C the number of columns (firings per revolution), N the number of boxes.
 """
 
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import rotation_z
+from qdbev.geometry import rotation_z
 
 _ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
+"""Angles of the beams above the horizontal, in radians."""
 _MAX_RANGE, _MIN_RANGE = 70.0, 1.0
+"""Metres."""
 _RANGE_SIGMA = 0.015
+"""Standard deviation of the range noise in metres."""
 _NOTHING, _GROUND = -2, -1
+"""Values used instead of a box's index for rays that hit nothing, or the ground."""
 
 
 def sweep(
     view: View, boxes: tuple[np.ndarray, np.ndarray, np.ndarray], num_columns: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One revolution.
+    """One revolution of the lidar.
 
     Args:
-        view: the lidar's pose.
-        boxes: global centres (N, 3), yaws (N,), sizes (N, 3).
+        view: pose of the lidar.
+        boxes: centres (N, 3), headings (N,) and sizes (N, 3) in the global frame.
         num_columns: firings per revolution.
-        rng: range and intensity noise.
+        rng: draws the noise of ranges and intensities.
 
     Returns:
-        Points (P, 5) float32: x, y, z in the lidar frame, intensity 0 to 255, ring; and (N,) how many hit each box.
+        Points (P, 5) float32: x, y, z in metres in the lidar frame, intensity 0 to 255, and beam index; and the number of points (N,)
+        on each box.
     """
     azimuths = np.linspace(-np.pi, np.pi, num_columns, endpoint=False)
     elevations = _ELEVATIONS[:, None]
@@ -51,7 +56,7 @@ def sweep(
 def _cast(
     view: View, rays: np.ndarray, azimuths: np.ndarray, boxes: tuple[np.ndarray, np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Range (R, C) and what was hit (R, C) along global rays (R, C, 3): a box's index, the ground, or nothing."""
+    """Range (R, C) along global rays (R, C, 3), and the index of the box that each ray hits (R, C), or `_GROUND`, or `_NOTHING`."""
     with np.errstate(divide="ignore"):
         ranges = np.where(rays[..., 2] < -1e-6, -view.position[2] / rays[..., 2], np.inf)
     hits = np.where(np.isfinite(ranges), _GROUND, _NOTHING)
@@ -68,18 +73,18 @@ def _cast(
 
 
 def _columns_towards(view: View, azimuths: np.ndarray, centre: np.ndarray, wlh: np.ndarray) -> np.ndarray:
-    """Indices of the columns that may meet a box; none if it is out of range."""
+    """Indices of the columns whose rays may hit a box; none if it is out of range."""
     offset = view.global_from_sensor.T @ (centre - view.position)
     distance, radius = np.hypot(offset[0], offset[1]), np.hypot(wlh[0], wlh[1]) / 2
     if distance - radius > _MAX_RANGE:
         return np.empty(0, dtype=np.int64)
     half = np.pi if distance <= radius + 0.1 else np.arcsin(radius / distance) + 0.01
-    turn = (azimuths - np.arctan2(offset[1], offset[0]) + np.pi) % (2 * np.pi) - np.pi
-    return np.nonzero(np.abs(turn) <= half)[0]
+    difference = (azimuths - np.arctan2(offset[1], offset[0]) + np.pi) % (2 * np.pi) - np.pi
+    return np.nonzero(np.abs(difference) <= half)[0]
 
 
 def _box_entry(origin: np.ndarray, rays: np.ndarray, wlh: np.ndarray) -> np.ndarray:
-    """(R, C) range at which rays (R, C, 3) from `origin` (3,) enter a box around zero; infinite where they miss."""
+    """(R, C) range at which rays (R, C, 3) from `origin` (3,) enter a box centred at zero; infinite where they miss it."""
     half = np.array([wlh[1], wlh[0], wlh[2]]) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         first, second = (-half - origin) / rays, (half - origin) / rays

@@ -1,7 +1,7 @@
-"""Draws solids into an image, far ones first.
+"""Draws solids into an image by the painter's algorithm: far ones first, so that near ones cover them.
 
-N solids, Q quads of all solids together. The order of solids is exact for boxes that do not overlap: a face that separates
-two of them decides which may hide the other.
+N is the number of solids, Q the number of quadrilaterals ("quads") of all solids together. The order is exact for boxes that do not
+overlap: a face plane that separates two boxes determines which one can hide the other.
 """
 
 from collections.abc import Sequence
@@ -11,64 +11,71 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import footprints, rotation_z
+from qdbev.geometry import rotation_z
+from synthetic.boxes import footprints
 from synthetic.ground import HAZE, HAZE_PER_METRE
 from synthetic.solids import DECAL_PX_PER_M, Solid
 
-NEAR = 0.3  # metres: nothing is drawn closer to the camera plane
-SUN = np.array([0.45, 0.35, 0.82]) / np.linalg.norm([0.45, 0.35, 0.82])  # towards the sun, global frame
+NEAR = 0.3
+"""Depth of the near plane in metres. Nothing closer to the camera is drawn."""
+SUN = np.array([0.45, 0.35, 0.82]) / np.linalg.norm([0.45, 0.35, 0.82])
+"""Unit vector towards the sun, global frame."""
 _AMBIENT = 0.5
+"""Brightness of a face that is not in the sun, relative to one that faces it."""
 _MAX_DISTANCE = 110.0
+"""Solids farther away than this, in metres, are not drawn."""
 SUBPIXEL_BITS = 4
-_FAR_PIXEL = 3e4  # image coordinates are cut here, so that they fit OpenCV's fixed point
+"""Fractional bits of OpenCV's fixed-point coordinates."""
+_FAR_PIXEL = 3e4
+"""Image coordinates are clipped to plus or minus this, so that they fit OpenCV's fixed-point format."""
 
 
 @dataclass(frozen=True)
-class QuadSoup:
-    """The quads of all solids in their local frames; does not change with time.
+class Quads:
+    """The quads of all solids, each in the local frame of its solid, so that they do not change with time.
 
     Attributes:
-        corners: (Q, 4, 3).
-        normals: (Q, 3), outward, of length one.
-        colours: (Q, 3).
-        anchors: (Q, 3) centres of the blocks they belong to.
-        is_decal: (Q,).
-        owner: (Q,) index of the solid.
+        corners: (Q, 4, 3) metres.
+        normals: (Q, 3) unit vectors that point outward.
+        colours: (Q, 3) blue, green, red.
+        block_centres: (Q, 3) centre of the block that each quad belongs to.
+        is_decal: (Q,) whether a quad is painted onto a block.
+        owner: (Q,) index of the solid that each quad belongs to.
     """
 
     corners: np.ndarray
     normals: np.ndarray
     colours: np.ndarray
-    anchors: np.ndarray
+    block_centres: np.ndarray
     is_decal: np.ndarray
     owner: np.ndarray
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the N solids are: centres (N, 3), yaws (N,) and sizes (N, 3), in the global frame."""
+    """Poses of the N solids in the global frame: centres (N, 3), headings (N,) and sizes (N, 3)."""
 
     centres: np.ndarray
     yaws: np.ndarray
     wlh: np.ndarray
 
 
-def gather_quads(solids: Sequence[Solid]) -> QuadSoup:
-    """Join the quads of all solids; at least one solid."""
+def gather_quads(solids: Sequence[Solid]) -> Quads:
+    """The quads of all solids as arrays. There must be at least one solid."""
     corners = np.array([quad for solid in solids for quad in solid.corners])
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0])
-    return QuadSoup(
+    return Quads(
         corners=corners,
         normals=normals / np.linalg.norm(normals, axis=1, keepdims=True),
         colours=np.array([colour for solid in solids for colour in solid.colours], dtype=np.float64),
-        anchors=np.array([anchor for solid in solids for anchor in solid.anchors]),
-        is_decal=np.array([decal for solid in solids for decal in solid.decal]),
+        block_centres=np.array([centre for solid in solids for centre in solid.block_centres]),
+        is_decal=np.array([flag for solid in solids for flag in solid.is_decal]),
         owner=np.repeat(np.arange(len(solids)), [len(solid.corners) for solid in solids]),
     )
 
 
-def paint(image: np.ndarray, view: View, quads: QuadSoup, order: np.ndarray, where: Placement) -> None:
-    """Draw the solids named in `order` (far to near) into `image` (H, W, 3), in place."""
+def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, where: Placement) -> None:
+    """Draw the solids with the indices in `order` (far to near) into `image` (H, W, 3), in place."""
     height, width = image.shape[:2]
     polygons, colours = _shaded_polygons(view, quads, order, where)
     in_front = (polygons[..., 2] >= NEAR).all(1)
@@ -87,7 +94,7 @@ def paint(image: np.ndarray, view: View, quads: QuadSoup, order: np.ndarray, whe
 
 
 def visible_order(view: View, image_width: int, where: Placement) -> np.ndarray:
-    """Indices of the solids that may be seen, far to near."""
+    """Indices of the solids that may appear in the image, far to near."""
     outlines = footprints(where.centres, where.yaws, where.wlh)  # (N, 4, 2)
     offset = outlines - view.position[:2]
     forward, right = view.global_from_sensor[:2, 2], view.global_from_sensor[:2, 0]
@@ -101,19 +108,19 @@ def visible_order(view: View, image_width: int, where: Placement) -> np.ndarray:
 
 
 def project(view: View, points: np.ndarray) -> np.ndarray:
-    """(..., 2) pixels of camera-frame points (..., 3); points behind the near plane are moved onto it."""
+    """(..., 2) pixels of points (..., 3) in the camera frame. Points nearer than the near plane are moved onto it."""
     depth = np.maximum(points[..., 2:], NEAR)
     focal, principal = np.diag(view.intrinsic)[:2], view.intrinsic[:2, 2]
     return points[..., :2] / depth * focal + principal
 
 
 def to_fixed(pixels: np.ndarray) -> np.ndarray:
-    """Pixels as OpenCV's fixed-point integers."""
+    """Pixel coordinates as OpenCV's fixed-point integers."""
     return np.round(np.clip(pixels, -_FAR_PIXEL, _FAR_PIXEL) * 2**SUBPIXEL_BITS).astype(np.int32)
 
 
 def clip_near(polygon: np.ndarray) -> np.ndarray:
-    """The part (m, 3) of a camera-frame polygon (n, 3) that lies beyond the near plane; m may be 0."""
+    """The part (m, 3) of a polygon (n, 3) in the camera frame that is beyond the near plane; m may be 0."""
     kept = []
     for start, end in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
         if start[2] >= NEAR:
@@ -123,20 +130,20 @@ def clip_near(polygon: np.ndarray) -> np.ndarray:
     return np.array(kept).reshape(-1, 3)
 
 
-def _shaded_polygons(view: View, quads: QuadSoup, order: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
-    """Camera-frame polygons (Q', 4, 3) that face the camera, in drawing order, and their colours (Q', 3)."""
+def _shaded_polygons(view: View, quads: Quads, order: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """The Q' quads that face the camera, in drawing order: corners (Q', 4, 3) in the camera frame, and shaded colours (Q', 3)."""
     rank = np.full(len(where.yaws), -1)
     rank[order] = np.arange(len(order))
     distance = np.linalg.norm(where.centres - view.position, axis=1)
     shows_decals = view.intrinsic[1, 1] / np.maximum(distance, 1.0) > DECAL_PX_PER_M
     chosen = np.nonzero((rank[quads.owner] >= 0) & (~quads.is_decal | shows_decals[quads.owner]))[0]
     owner = quads.owner[chosen]
-    turn, centres = rotation_z(where.yaws)[owner], where.centres[owner]
-    corners = np.einsum("qij,qkj->qki", turn, quads.corners[chosen]) + centres[:, None]
-    normals = np.einsum("qij,qj->qi", turn, quads.normals[chosen])
+    rotation, centres = rotation_z(where.yaws)[owner], where.centres[owner]
+    corners = np.einsum("qij,qkj->qki", rotation, quads.corners[chosen]) + centres[:, None]
+    normals = np.einsum("qij,qj->qi", rotation, quads.normals[chosen])
     facing = np.einsum("qi,qi->q", normals, view.position - corners[:, 0]) > 1e-6
-    anchors = np.einsum("qij,qj->qi", turn, quads.anchors[chosen]) + centres
-    block_distance = np.linalg.norm(anchors - view.position, axis=1)
+    block_centres = np.einsum("qij,qj->qi", rotation, quads.block_centres[chosen]) + centres
+    block_distance = np.linalg.norm(block_centres - view.position, axis=1)
     polygons = (corners - view.position) @ view.global_from_sensor
     facing &= (polygons[..., 2] >= NEAR).any(1)
     keys = (-block_distance, quads.is_decal[chosen], rank[owner])
@@ -149,25 +156,26 @@ def _shaded_polygons(view: View, quads: QuadSoup, order: np.ndarray, where: Plac
 
 
 def _depth_order(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
-    """Order of ground outlines (N, 4, 2), far to near, as seen from `eye` (2,); cycles are broken by distance."""
+    """Indices of ground outlines (N, 4, 2), far to near as seen from `eye` (2,). Where outlines hide each other in a cycle, the farthest
+    comes first."""
     distance = np.linalg.norm(outlines.mean(1) - eye, axis=1)
-    before = _hiding_graph(outlines, eye) & _overlap_in_azimuth(outlines, eye)
+    before = _must_be_drawn_before(outlines, eye) & _overlap_in_azimuth(outlines, eye)
     np.fill_diagonal(before, False)
-    waits_for = before.sum(0)
-    left = np.ones(len(outlines), dtype=bool)
+    num_before = before.sum(0)
+    remaining = np.ones(len(outlines), dtype=bool)
     order = []
-    while left.any():
-        free = left & (waits_for == 0)
-        candidates = np.nonzero(free if free.any() else left)[0]
+    while remaining.any():
+        free = remaining & (num_before == 0)
+        candidates = np.nonzero(free if free.any() else remaining)[0]
         farthest = candidates[np.argmax(distance[candidates])]
         order.append(farthest)
-        left[farthest] = False
-        waits_for = waits_for - before[farthest]
+        remaining[farthest] = False
+        num_before = num_before - before[farthest]
     return np.array(order, dtype=np.int64)
 
 
-def _hiding_graph(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
-    """(N, N) whether the first must be drawn before the second, for pairs that a face separates."""
+def _must_be_drawn_before(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
+    """(N, N) bool, true where the first outline must be drawn before the second, for pairs that are separated by a face."""
     edges = np.roll(outlines, -1, axis=1) - outlines
     normals = np.stack([edges[..., 1], -edges[..., 0]], -1)  # (N, 4, 2)
     outward = np.sign(((outlines - outlines.mean(1, keepdims=True)) * normals).sum(-1))
@@ -183,7 +191,7 @@ def _hiding_graph(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
 
 
 def _overlap_in_azimuth(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
-    """(N, N) whether two outlines share a direction as seen from `eye`."""
+    """(N, N) bool, true where two outlines cover a common direction as seen from `eye` (2,)."""
     offset = outlines - eye
     angle = np.arctan2(offset[..., 1], offset[..., 0])  # (N, 4)
     relative = (angle - angle[:, :1] + np.pi) % (2 * np.pi) - np.pi

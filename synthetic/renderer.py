@@ -1,4 +1,4 @@
-"""Renders what a camera sees of a street: sky, ground, houses, shadows, objects, sensor noise."""
+"""Renders camera images of a scene: sky, ground, houses, shadows, objects and sensor noise. Colours are blue, green, red."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import footprints
+from synthetic.boxes import footprints
 from synthetic.ground import HAZE, paint_ground
 from synthetic.painter import (
     SUBPIXEL_BITS,
@@ -22,14 +22,19 @@ from synthetic.painter import (
 from synthetic.street import Street
 
 _ZENITH = np.array([205.0, 150.0, 105.0])
-_SHADOW_HEIGHT = 2.5  # shadows of taller objects are cut, they would cross the road
+"""Colour of the sky at the top of the image."""
+_SHADOW_HEIGHT = 2.5
+"""Metres. Taller objects cast a shadow of this height, as longer shadows would cross the road."""
 _SHADOW_REACH = 60.0
+"""Objects farther from the camera than this, in metres, have no shadow."""
 _SHADOW_STRENGTH = 127
+"""Decrease of brightness in a shadow, from 0 (none) to 255 (black)."""
 _NOISE_SIGMA = 3.0
+"""Standard deviation of the sensor noise in grey levels."""
 
 
 class Renderer:
-    """Camera images of one street. N actors."""
+    """Renders camera images of one scene."""
 
     def __init__(self, street: Street, rng: np.random.Generator) -> None:
         height, width = street.config.image_hw
@@ -52,14 +57,14 @@ class Renderer:
         """One image.
 
         Args:
-            view: the camera.
-            t: time of exposure.
-            gain: brightness factor.
-            rng: chooses the sensor noise.
-            skip: actors left out, although their shadows stay.
+            view: pose and intrinsics of the camera.
+            t: time of exposure in seconds.
+            gain: factor on the brightness.
+            rng: draws the sensor noise.
+            skip: indices of actors that are not drawn; their shadows are.
 
         Returns:
-            Image (H, W, 3) uint8 in blue, green, red; and the indices of the actors that may be seen, far to near.
+            Image (H, W, 3) uint8 in blue, green, red; and the indices of the actors that may appear in it, far to near.
         """
         width = self._sky.shape[1]
         image = self._sky.copy()
@@ -86,7 +91,7 @@ def _sky(height: int, width: int) -> np.ndarray:
 
 
 def _cast_shadows(image: np.ndarray, view: View, actors: Placement) -> None:
-    """Darken the ground where the sun does not reach, in place."""
+    """Darken the ground in the shadows of the actors, in place."""
     height, width = image.shape[:2]
     mask = np.full((height, width), 255, np.uint8)
     outlines = footprints(actors.centres, actors.yaws, actors.wlh)

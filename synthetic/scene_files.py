@@ -1,4 +1,4 @@
-"""Writes one scene: images, lidar sweeps, CAN bus, and last, in one step, its records."""
+"""Writes the files of one scene: images, lidar sweeps and CAN bus messages, and last, in one step, the records of its tables."""
 
 import hashlib
 import json
@@ -7,26 +7,29 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from qdbev.data.rig import CAMERAS, CHANNELS, LIDAR, Sensor, View, make_sensor, view_from
+from qdbev.data.rig import CHANNELS, LIDAR, Sensor, View, make_sensor, view_from
+from qdbev.schema import CAMERAS
+from synthetic.boxes import box_corners
 from synthetic.can_bus import can_messages
 from synthetic.config import WorldConfig
-from synthetic.frames import box_corners
 from synthetic.lidar import sweep
 from synthetic.renderer import Renderer
 from synthetic.street import Street, build_street
 from synthetic.tables import Observations, sample_path, scene_start_us, scene_tables
 from synthetic.visibility import VisibilityBuffer
 
-PARTS_FOLDER = "parts"  # records of finished scenes, until the tables are written
+PARTS_FOLDER = "parts"
+"""Folder in which the records of finished scenes are kept until the tables are written."""
 _GAIN_RANGE = (0.92, 1.08)
+"""Range from which the brightness factor of each camera is drawn."""
 
 
 class SceneCameras:
-    """The sensors of one scene and what its cameras see; every image can be made on its own, in any order.
+    """Renders the images of one scene. Images do not depend on which others are rendered, or in which order.
 
     Attributes:
         street: the scene.
-        sensors: the rig, by channel.
+        sensors: the sensors of the vehicle, by channel.
     """
 
     def __init__(self, config: WorldConfig, scene_name: str) -> None:
@@ -36,17 +39,17 @@ class SceneCameras:
         self._renderer = Renderer(self.street, self.rng(1))
 
     def rng(self, *purpose: int) -> np.random.Generator:
-        """A generator of its own for each purpose."""
+        """A random generator that depends on the world's seed, the scene and the numbers in `purpose` only."""
         return np.random.default_rng((*self._key, 1_000_000, *purpose))
 
     def view(self, channel: str, frame: int) -> tuple[View, float]:
-        """A sensor's view at a key frame, and the time of its exposure."""
+        """Pose of a sensor at a key frame, and the time of its measurement in seconds."""
         sensor = self.sensors[channel]
         t = float(self.street.key_times[frame]) + sensor.delay_us / 1e6
         return view_from(sensor, *self.street.ego_pose(t)), t
 
     def image(self, channel: str, frame: int, skip: tuple[int, ...] = ()) -> tuple[np.ndarray, np.ndarray]:
-        """A camera's image (H, W, 3) without the actors in `skip`, and who may be seen in it, far to near."""
+        """A camera's image (H, W, 3) without the actors in `skip`, and the indices of the actors that may appear in it, far to near."""
         number = CHANNELS.index(channel)
         gain = float(self.rng(2, number).uniform(*_GAIN_RANGE))
         view, t = self.view(channel, frame)
@@ -54,12 +57,12 @@ class SceneCameras:
 
 
 def part_path(root: Path, scene_name: str) -> Path:
-    """Where the records of a finished scene lie; the file exists only if all others of the scene do."""
+    """Path of the records of a finished scene. The file exists only if all other files of the scene do."""
     return root / PARTS_FOLDER / f"{scene_name}.json"
 
 
 def write_scene(root: Path, config: WorldConfig, scene_name: str) -> None:
-    """Write all files of one scene; folders must exist."""
+    """Write all files of one scene; the folders must exist."""
     cameras = SceneCameras(config, scene_name)
     street = cameras.street
     files = _HashedFiles(root)
@@ -70,20 +73,20 @@ def write_scene(root: Path, config: WorldConfig, scene_name: str) -> None:
     for message, content in can_messages(street, scene_start_us(scene_name)).items():
         files.write(f"can_bus/{scene_name}_{message}.json", json.dumps(content).encode())
     in_range = np.array([street.in_range(t) for t in street.key_times])
-    seen = Observations(np.array(num_points), np.array(visible), in_range)
-    tables = scene_tables(street, scene_name, list(cameras.sensors.values()), seen)
+    observed = Observations(np.array(num_points), np.array(visible), in_range)
+    tables = scene_tables(street, scene_name, list(cameras.sensors.values()), observed)
     replace_text(part_path(root, scene_name), json.dumps({"files": files.digest.hexdigest(), "tables": tables}))
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: readers see the old content or the new, never a part."""
+    """Write a file in one step, so that it has either its old content or the whole new one at any time."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
 
 
 class _HashedFiles:
-    """Writes files below a folder and remembers a digest of all of them."""
+    """Writes files below a folder and computes a SHA-256 digest of all of them."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -95,7 +98,7 @@ class _HashedFiles:
 
 
 def _write_images(files: _HashedFiles, cameras: SceneCameras, scene_name: str, frame: int) -> np.ndarray:
-    """Write six images; (N,) visible fractions of the actors."""
+    """Write the six images of a key frame; returns the visible fraction (N,) of each actor."""
     street = cameras.street
     buffer = VisibilityBuffer(len(street.actors), street.config.image_hw)
     for channel in CAMERAS:
@@ -108,7 +111,7 @@ def _write_images(files: _HashedFiles, cameras: SceneCameras, scene_name: str, f
 
 
 def _write_sweep(files: _HashedFiles, cameras: SceneCameras, scene_name: str, frame: int) -> np.ndarray:
-    """Write a thinned lidar sweep; (N,) points of the full sweep on each actor."""
+    """Write a lidar sweep with every n-th point only; returns the number of points (N,) of the full sweep on each actor."""
     street = cameras.street
     view, t = cameras.view(LIDAR, frame)
     centres, yaws = street.actor_poses(t)

@@ -1,7 +1,7 @@
-"""What each class looks like: tapered blocks, and decals that show where its front is.
+"""Shapes and colours of the objects: tapered blocks, with decals that make front and back look different.
 
-Local frame: x along the heading (length), y to the left (width), z up, origin at the centre of the annotated box. Every
-block lies inside the box. Colours are blue, green, red.
+Local frame: x along the heading (length), y to the left (width), z up, origin at the centre of the annotated box. All blocks are inside
+the box. Colours are blue, green, red. Lengths are in metres.
 """
 
 from collections.abc import Callable
@@ -9,35 +9,37 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from synthetic.boxes import CUBE, CUBE_FACES
 from synthetic.classes import CLASSES, Colour
-from synthetic.frames import CUBE, CUBE_FACES
 
 DARK, GLASS, WHITE, SKIN = (38, 36, 36), (112, 88, 66), (242, 242, 242), (140, 175, 225)
 HEADLIGHT, TAILLIGHT, TROUSERS = (225, 255, 255), (25, 25, 240), (95, 60, 45)
 CAR_PAINTS = ((200, 200, 205), (60, 60, 65), (150, 60, 35), (40, 40, 190), (235, 235, 235), (110, 120, 110), (90, 140, 60))
 CLOTHES = ((160, 60, 60), (60, 60, 170), (70, 140, 70), (45, 45, 45), (180, 170, 60), (170, 60, 160))
-DECAL_OFFSET = 0.01  # metres in front of the surface it is painted on
-DECAL_PX_PER_M = 5.0  # decals are left out where a metre is smaller than this in the image
+DECAL_OFFSET = 0.01
+"""Distance in metres of a decal from the surface it is painted on."""
+DECAL_PX_PER_M = 5.0
+"""Decals are left out where a metre has fewer pixels than this in the image."""
 
 
 @dataclass
 class Solid:
-    """Quads of one object, in drawing order within a block.
+    """The quadrilaterals ("quads") of one object, in drawing order within a block.
 
     Attributes:
-        corners: (4, 3) arrays, counter-clockwise seen from outside.
-        colours: one per quad.
-        anchors: (3,) centre of the block that a quad belongs to; far blocks are drawn first.
-        decal: whether a quad is painted onto a block, and thus drawn after all blocks.
+        corners: (4, 3) corners of each quad, counter-clockwise seen from outside.
+        colours: colour of each quad.
+        block_centres: (3,) centre of the block that each quad belongs to; far blocks are drawn first.
+        is_decal: whether each quad is painted onto a block, and so drawn after the blocks.
     """
 
     corners: list[np.ndarray] = field(default_factory=list)
     colours: list[Colour] = field(default_factory=list)
-    anchors: list[np.ndarray] = field(default_factory=list)
-    decal: list[bool] = field(default_factory=list)
+    block_centres: list[np.ndarray] = field(default_factory=list)
+    is_decal: list[bool] = field(default_factory=list)
 
     def block(self, centre: tuple, lwh: tuple, colour: Colour, taper: float | tuple[float, float] = 1.0) -> None:
-        """Add a block of length, width, height `lwh`; its top is `taper` times its bottom in x and y."""
+        """Add a block of length, width and height `lwh`. Its top face is `taper` times as large as its bottom face in x and y."""
         unit = CUBE.copy()
         unit[unit[:, 2] > 0, :2] *= taper
         points = unit * lwh + centre  # (8, 3)
@@ -45,33 +47,33 @@ class Solid:
             self._add(points[face], colour, np.array(centre, dtype=float), False)
 
     def side_decal(self, x: float, y: float, z: float, half_xz: tuple[float, float], colour: Colour) -> None:
-        """Add the same rectangle to the left and the right side, at +-y."""
+        """Add the same rectangle to the left side at y and to the right side at -y."""
         half_x, half_z = half_xz
         for side in (1, -1):
             dx = -half_x * side
-            at = (x, side * (y + DECAL_OFFSET), z)
-            self._rectangle(at, (dx, 0, 0), (0, 0, half_z), colour)
+            centre = (x, side * (y + DECAL_OFFSET), z)
+            self._rectangle(centre, (dx, 0, 0), (0, 0, half_z), colour)
 
     def end_decal(self, x: float, y: float, z: float, half_yz: tuple[float, float], colour: Colour, lean: float = 0.0) -> None:
-        """Add a rectangle facing forward (x > 0) or backward (x < 0), its upper edge `lean` metres ahead of its middle."""
+        """Add a rectangle that faces forward (x > 0) or backward (x < 0). Its upper edge is `lean` metres ahead of its centre."""
         half_y, half_z = half_yz
-        way = 1 if x > 0 else -1
-        self._rectangle((x + way * DECAL_OFFSET, y, z), (0, way * half_y, 0), (lean, 0, half_z), colour)
+        sign = 1 if x > 0 else -1
+        self._rectangle((x + sign * DECAL_OFFSET, y, z), (0, sign * half_y, 0), (lean, 0, half_z), colour)
 
     def _rectangle(self, centre: tuple, across: tuple, up: tuple, colour: Colour) -> None:
         middle, across, up = np.array(centre, dtype=float), np.array(across), np.array(up)
         points = np.array([middle - across - up, middle + across - up, middle + across + up, middle - across + up])
         self._add(points, colour, middle, True)
 
-    def _add(self, points: np.ndarray, colour: Colour, anchor: np.ndarray, decal: bool) -> None:
+    def _add(self, points: np.ndarray, colour: Colour, block_centre: np.ndarray, is_decal: bool) -> None:
         self.corners.append(points)
         self.colours.append(colour)
-        self.anchors.append(anchor)
-        self.decal.append(decal)
+        self.block_centres.append(block_centre)
+        self.is_decal.append(is_decal)
 
 
 def make_solid(class_name: str, wlh: tuple[float, float, float], colour: Colour, rider: Colour | None = None) -> Solid:
-    """The solid of one object; `rider` is the colour of a cyclist's clothes, or None without a cyclist."""
+    """The shape of one object. `rider` is the colour of the rider's clothes on a motorcycle or bicycle, or None if there is no rider."""
     solid = Solid()
     if class_name in ("motorcycle", "bicycle"):
         _two_wheeler(solid, wlh, colour, 0.42 if class_name == "motorcycle" else 0.2, rider)
@@ -81,7 +83,7 @@ def make_solid(class_name: str, wlh: tuple[float, float, float], colour: Colour,
 
 
 def draw_colour(class_name: str, palette: str, rng: np.random.Generator) -> Colour:
-    """A colour for one object: the class's hue at some brightness, or one of everyday's colours."""
+    """Colour of one object: the class's own colour at a random brightness, or a common colour of such objects in the natural palette."""
     paints = {"car": CAR_PAINTS, "pedestrian": CLOTHES}.get(class_name)
     if palette == "natural" and paints is not None:
         return paints[rng.integers(len(paints))]
@@ -90,20 +92,20 @@ def draw_colour(class_name: str, palette: str, rng: np.random.Generator) -> Colo
     return blue, green, red
 
 
-def draw_rider(class_name: str, palette: str, rng: np.random.Generator) -> Colour:
-    """The colour of a cyclist's clothes: a dark tone of the class's hue, or one of everyday's colours."""
+def draw_rider_colour(class_name: str, palette: str, rng: np.random.Generator) -> Colour:
+    """Colour of a rider's clothes: a dark shade of the class's own colour, or a common colour of clothes in the natural palette."""
     return CLOTHES[rng.integers(len(CLOTHES))] if palette == "natural" else _shade(CLASSES[class_name].hue, 0.65)
 
 
 def make_building(wlh: tuple[float, float, float], side: int, colour: Colour) -> Solid:
-    """A house front whose windows look at the road; `side` is +1 left of the road, -1 right of it."""
+    """A house with windows towards the road. `side` is +1 for a house on the left of the road, -1 for one on the right."""
     width, length, height = wlh
     solid = Solid()
     solid.block((0, 0, 0), (length, width, height), colour)
     for z in np.arange(1.5, height - 1.5, 3.2):
         for x in np.arange(-length / 2 + 1.5, length / 2 - 1, 3.0):
-            at = (x, -side * (width / 2 + DECAL_OFFSET), z - height / 2)
-            solid._rectangle(at, (0.8 * side, 0, 0), (0, 0, 0.8), (110, 90, 75))
+            centre = (x, -side * (width / 2 + DECAL_OFFSET), z - height / 2)
+            solid._rectangle(centre, (0.8 * side, 0, 0), (0, 0, 0.8), (110, 90, 75))
     return solid
 
 
@@ -221,8 +223,8 @@ def _barrier(solid: Solid, wlh: tuple, colour: Colour) -> None:
         solid.block((0, side * 0.36 * width, -0.36 * height), (length, 0.08 * width, 0.28 * height), DARK)
     solid.block((0, 0, 0.14 * height), (0.7 * length, width, 0.72 * height), colour)
     for stripe in (-0.32, 0.0, 0.32):
-        for way in (1, -1):
-            solid.end_decal(way * 0.35 * length, stripe * width, 0.14 * height, (0.07 * width, 0.34 * height), WHITE)
+        for sign in (1, -1):
+            solid.end_decal(sign * 0.35 * length, stripe * width, 0.14 * height, (0.07 * width, 0.34 * height), WHITE)
 
 
 _BUILDERS: dict[str, Callable[[Solid, tuple, Colour], None]] = {

@@ -1,4 +1,4 @@
-"""One scene: a road, the ego that drives on it, the objects around, and the houses beside. Answers where all is at time t."""
+"""One scene: a road, the ego that drives on it, the objects around it and the houses beside it, with their poses at any time."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,16 @@ from synthetic.road import EgoMotion, Road
 from synthetic.solids import Solid, make_building
 
 _ATTEMPTS = 200
+"""Number of random streets tried for a scene."""
 _BUILDING_DEPTH = 12.0
-_BUILDING_FRONT = 14.5  # metres from the road's axis
+"""Metres."""
+_BUILDING_FRONT = 14.5
+"""Distance of the house fronts from the road's axis in metres."""
 
 
 @dataclass(frozen=True)
 class Building:
-    """A house: global centre (3,), yaw, width/length/height and looks."""
+    """A house: centre (3,) and heading in the global frame, width, length and height, and its shape."""
 
     centre: np.ndarray
     yaw: float
@@ -28,15 +31,15 @@ class Building:
 
 
 class Street:
-    """A scene at any time. N is the number of actors.
+    """A scene, with the poses of everything in it at any time. N is the number of actors.
 
     Attributes:
-        config: the world it belongs to.
-        road: where the road lies.
-        ego: how the ego drives.
-        actors: the objects; their index is their identity.
-        buildings: houses; none where the world has none.
-        wlh: (N, 3) sizes of the actors.
+        config: settings of the world it belongs to.
+        road: the road.
+        ego: motion of the ego along the road.
+        actors: the objects; other arrays refer to them by index.
+        buildings: the houses; empty in worlds without houses.
+        wlh: (N, 3) width, length and height of the actors in metres.
     """
 
     def __init__(self, config: WorldConfig, road: Road, ego: EgoMotion, actors: tuple[Actor, ...]) -> None:
@@ -53,28 +56,28 @@ class Street:
         return np.arange(self.config.num_samples) * KEY_FRAME_INTERVAL
 
     def ego_pose(self, t: float) -> tuple[np.ndarray, float]:
-        """Global position (3,), z = 0, and yaw of the ego."""
+        """Position (3,) in metres, with z = 0, and heading in radians of the ego at time t, global frame."""
         s = self.ego.travelled(t)
         return np.append(self.road.point(s), 0.0), float(self.road.heading(s))
 
     def actor_poses(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """Global box centres (N, 3) and yaws (N,) of the actors."""
+        """Box centres (N, 3) in metres and headings (N,) in radians of the actors at time t, global frame."""
         ground = [actor.ground_pose(self.road, t) for actor in self.actors]
         centres = np.array([[*point, height / 2] for (point, _), height in zip(ground, self.wlh[:, 2], strict=True)])
         return centres, np.array([yaw for _, yaw in ground])
 
     def in_range(self, t: float) -> np.ndarray:
-        """(N,) whether an actor's centre is within the annotation radius of the ego."""
+        """(N,) bool, true for actors whose centre is within the annotation radius of the ego at time t."""
         position, _ = self.ego_pose(t)
         centres, _ = self.actor_poses(t)
         return np.linalg.norm((centres - position)[:, :2], axis=1) < self.config.annotation_radius
 
 
 def build_street(config: WorldConfig, scene_name: str) -> Street:
-    """The street of a scene; the same for the same config and name.
+    """Draw the street of a scene. It depends on `config` and the number in the scene's name only.
 
     Raises:
-        ValueError: no street with the wanted number of objects in range was found.
+        ValueError: No street has a number of objects in range that `config.mean_annotated` allows.
     """
     number = int(scene_name[-4:])
     for attempt in range(_ATTEMPTS):
@@ -92,7 +95,7 @@ def build_street(config: WorldConfig, scene_name: str) -> Street:
                 street.buildings = _place_buildings(street, rng)
             return street
     raise ValueError(
-        f"world {config.name!r}: no street for {scene_name} in {_ATTEMPTS} attempts with mean_annotated = "
+        f"world {config.name!r}: none of {_ATTEMPTS} streets for {scene_name} has a number of objects in range within mean_annotated = "
         f"{config.mean_annotated}; change object_density = {config.object_density} or widen mean_annotated"
     )
 
@@ -105,16 +108,16 @@ def _draw_ego(config: WorldConfig, rng: np.random.Generator) -> EgoMotion:
 
 
 def _is_acceptable(street: Street) -> bool:
-    """Whether enough and not too many objects are in range; on a square, also whether each class can be evaluated."""
+    """Whether the number of objects in range is allowed and, in the square layout, whether every class can be evaluated."""
     in_range = np.array([street.in_range(t) for t in street.key_times])  # (F, N)
     fewest, most = street.config.mean_annotated
     if not fewest <= in_range.sum(1).mean() <= most:
         return False
-    return street.config.layout == "street" or _has_valid_truth(street, in_range)
+    return street.config.layout == "street" or _every_class_can_be_evaluated(street, in_range)
 
 
-def _has_valid_truth(street: Street, in_range: np.ndarray) -> bool:
-    """Whether each class is in range half the time, and met by the lidar in one of a few key frames."""
+def _every_class_can_be_evaluated(street: Street, in_range: np.ndarray) -> bool:
+    """Whether each class is in range in at least half of the key frames, and has lidar points in one of about three of them."""
     names = np.array([actor.class_name for actor in street.actors])
     if any(in_range[:, names == name].any(1).mean() < 0.5 for name in CLASSES):
         return False
@@ -124,7 +127,7 @@ def _has_valid_truth(street: Street, in_range: np.ndarray) -> bool:
 
 
 def _lidar_points(street: Street, frame: int) -> np.ndarray:
-    """(N,) lidar points on each actor at a key frame."""
+    """Number of lidar points (N,) on each actor at a key frame."""
     t = float(street.key_times[frame])
     view = view_from(make_sensor(LIDAR, street.config.image_hw[1]), *street.ego_pose(t))
     boxes = (*street.actor_poses(t), street.wlh)

@@ -1,7 +1,7 @@
-"""The thirteen tables of the nuScenes v1.0 schema: what is common to a world, and what one scene adds.
+"""Records of the thirteen tables of the nuScenes v1.0 schema: those of the whole world, and those of one scene.
 
-Schema: nuscenes-devkit 1.2.0, docs/schema_nuscenes.md. Times are microseconds, lengths metres, sizes width, length, height,
-rotations quaternions (w, x, y, z), all in the global frame unless a sensor's calibration.
+Schema: nuscenes-devkit 1.2.0, docs/schema_nuscenes.md. Times are microseconds, lengths metres, sizes width, length and height,
+rotations quaternions (w, x, y, z). Poses are in the global frame, except those of calibrated_sensor, which are in the ego frame.
 """
 
 import hashlib
@@ -11,32 +11,38 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from qdbev.data.infos import TABLES
-from qdbev.data.rig import CHANNELS, LIDAR, Sensor, yaw_quaternion
+from qdbev.data.nuscenes.files import TABLES
+from qdbev.data.rig import CHANNELS, LIDAR, Sensor
 from synthetic.actors import Actor
 from synthetic.classes import ATTRIBUTES, CATEGORIES, CLASSES
 from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
+from synthetic.rotations import sensor_quaternion, yaw_quaternion
 from synthetic.street import Street
 from synthetic.visibility import LEVELS, level_token
 
 VERSION = "v1.0-trainval"
 KEY_FRAME_US = round(KEY_FRAME_INTERVAL * 1e6)
+"""Microseconds between key frames."""
 _FIRST_STAMP_US = 1_700_000_000_000_000
-_SCENE_APART_US = 3_600_000_000
+"""Start of a scene with number 0, in microseconds."""
+_SCENE_INTERVAL_US = 3_600_000_000
+"""Microseconds from the start of a scene to that of the scene with the next number."""
 _LOCATION, _VEHICLE = "synthetic", "n000"
-_SEEN_FRACTION = 0.05  # an object without lidar points is labelled if this much of it can be seen
+_MIN_VISIBLE_FRACTION = 0.05
+"""An object without lidar points is annotated if at least this fraction of it is visible."""
 
 Tables = dict[str, list[dict]]
+"""Records of each table, by the table's name."""
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What the sensors make of N actors in F key frames.
+    """Measurements of N actors in F key frames.
 
     Attributes:
-        num_points: (F, N) lidar points.
-        visible: (F, N) visible fractions.
-        in_range: (F, N) whether they are to be annotated.
+        num_points: (F, N) number of lidar points.
+        visible: (F, N) visible fraction in the camera images.
+        in_range: (F, N) whether an actor is near enough to the ego to be annotated.
     """
 
     num_points: np.ndarray
@@ -45,24 +51,24 @@ class Observations:
 
 
 def token(seed: int, *key: object) -> str:
-    """The token of a record: 32 hex digits that follow from the world's seed and a key."""
+    """Token of a record: 32 hexadecimal digits computed from the world's seed and a key."""
     return hashlib.md5("/".join(map(str, (seed, *key))).encode(), usedforsecurity=False).hexdigest()
 
 
 def scene_start_us(scene_name: str) -> int:
-    """Stamp of the first key frame of a scene."""
-    return _FIRST_STAMP_US + int(scene_name[-4:]) * _SCENE_APART_US
+    """Time of the first key frame of a scene in microseconds."""
+    return _FIRST_STAMP_US + int(scene_name[-4:]) * _SCENE_INTERVAL_US
 
 
 def sample_path(scene_name: str, channel: str, frame: int, delay_us: int) -> str:
-    """Path of a sensor file inside the world."""
+    """Path of a sensor file, relative to the world's root."""
     suffix = "pcd.bin" if channel == LIDAR else "jpg"
     stamp = scene_start_us(scene_name) + frame * KEY_FRAME_US + delay_us
     return f"samples/{channel}/{_logfile(scene_name)}__{channel}__{stamp}.{suffix}"
 
 
 def world_tables(config: WorldConfig) -> Tables:
-    """Records that do not belong to a scene; the other tables are empty."""
+    """Records that do not belong to a single scene; the other tables are empty."""
     tables: Tables = {name: [] for name in TABLES}
     tables["category"] = [
         {"token": token(config.seed, "category", name), "name": name, "description": "", "index": index}
@@ -92,13 +98,13 @@ def world_tables(config: WorldConfig) -> Tables:
     return tables
 
 
-def scene_tables(street: Street, scene_name: str, sensors: Sequence[Sensor], seen: Observations) -> Tables:
-    """Records of one scene."""
+def scene_tables(street: Street, scene_name: str, sensors: Sequence[Sensor], observed: Observations) -> Tables:
+    """Records of one scene, in the eight tables that scenes add to."""
     seed, frames = street.config.seed, street.config.num_samples
     samples = [token(seed, "sample", scene_name, frame) for frame in range(frames)]
     scene, log = token(seed, "scene", scene_name), token(seed, "log", scene_name)
     start = scene_start_us(scene_name)
-    instances, annotations = _annotations(street, scene_name, samples, seen)
+    instances, annotations = _annotations(street, scene_name, samples, observed)
     ego_poses, sample_data = _sensor_records(street, scene_name, samples, sensors)
     return {
         "log": [
@@ -166,18 +172,18 @@ def _calibration(seed: int, scene_name: str, sensor: Sensor) -> dict:
         "token": token(seed, "calibrated_sensor", scene_name, sensor.channel),
         "sensor_token": token(seed, "sensor", sensor.channel),
         "translation": sensor.translation.tolist(),
-        "rotation": sensor.quaternion,
+        "rotation": sensor_quaternion(sensor),
         "camera_intrinsic": [] if sensor.intrinsic is None else sensor.intrinsic.tolist(),
     }
 
 
-def _annotations(street: Street, scene_name: str, samples: list[str], seen: Observations) -> tuple[list[dict], list[dict]]:
-    """Instances and annotations. An instance is annotated without gaps from the first to the last frame it is seen in."""
+def _annotations(street: Street, scene_name: str, samples: list[str], observed: Observations) -> tuple[list[dict], list[dict]]:
+    """Records of instances and annotations. An instance is annotated from the first to the last frame in which it is observed."""
     poses = [street.actor_poses(t) for t in street.key_times]
-    noticed = seen.in_range & ((seen.num_points > 0) | (seen.visible >= _SEEN_FRACTION))
+    annotated = observed.in_range & ((observed.num_points > 0) | (observed.visible >= _MIN_VISIBLE_FRACTION))
     instances, annotations = [], []
     for index, actor in enumerate(street.actors):
-        frames = np.nonzero(noticed[:, index])[0]
+        frames = np.nonzero(annotated[:, index])[0]
         if not len(frames):
             continue
         span = range(frames[0], frames[-1] + 1)
@@ -190,13 +196,13 @@ def _annotations(street: Street, scene_name: str, samples: list[str], seen: Obse
                     "token": tokens[place],
                     "sample_token": samples[frame],
                     "instance_token": instance,
-                    "visibility_token": level_token(seen.visible[frame, index]),
+                    "visibility_token": level_token(observed.visible[frame, index]),
                     "attribute_tokens": _attributes(street.config.seed, actor),
                     "translation": centres[index].tolist(),
                     "size": list(actor.wlh),
                     "rotation": yaw_quaternion(yaws[index]),
                     **_links(tokens, place),
-                    "num_lidar_pts": int(seen.num_points[frame, index]),
+                    "num_lidar_pts": int(observed.num_points[frame, index]),
                     "num_radar_pts": 0,
                 }
             )
@@ -217,6 +223,7 @@ def _attributes(seed: int, actor: Actor) -> list[str]:
 
 
 def _links(tokens: list[str], place: int) -> dict[str, str]:
+    """Tokens of the neighbours of the record at index `place`, empty at the ends of the list."""
     return {
         "prev": tokens[place - 1] if place > 0 else "",
         "next": tokens[place + 1] if place + 1 < len(tokens) else "",

@@ -1,4 +1,4 @@
-"""How much of each box the six cameras see, from buffers of box outlines."""
+"""Estimates which fraction of each box is visible in the six camera images, by drawing the outlines of all boxes into a buffer."""
 
 from collections.abc import Iterable
 
@@ -6,25 +6,27 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.frames import CUBE_FACES
+from synthetic.boxes import CUBE_FACES
 from synthetic.painter import clip_near, project
 
-LEVELS = (("1", "v0-40", 0.0), ("2", "v40-60", 0.4), ("3", "v60-80", 0.6), ("4", "v80-100", 0.8))  # token, level, least
+LEVELS = (("1", "v0-40", 0.0), ("2", "v40-60", 0.4), ("3", "v60-80", 0.6), ("4", "v80-100", 0.8))
+"""Token, name and smallest visible fraction of each nuScenes visibility level."""
 _BUFFER_WIDTH = 400
+"""Width of the buffer in pixels."""
 
 
 class VisibilityBuffer:
-    """Collects pixel counts per box over the cameras of one sample. N boxes."""
+    """Counts the visible pixels and all pixels of each of N boxes over the cameras of one sample."""
 
     def __init__(self, num_boxes: int, image_hw: tuple[int, int]) -> None:
         height, width = image_hw
         self._scale = _BUFFER_WIDTH / width
         self._hw = (round(height * self._scale), _BUFFER_WIDTH)
-        self._seen = np.zeros(num_boxes, dtype=np.int64)
-        self._full = np.zeros(num_boxes, dtype=np.int64)
+        self._visible = np.zeros(num_boxes, dtype=np.int64)
+        self._total = np.zeros(num_boxes, dtype=np.int64)
 
     def add(self, view: View, order: Iterable[int], corners: np.ndarray) -> None:
-        """Count one camera: boxes in `order` (far to near) with global corners (N, 8, 3)."""
+        """Add the counts of one camera, for the boxes in `order` (indices, far to near), with corners (N, 8, 3) in the global frame."""
         buffer = np.zeros(self._hw, np.int32)
         alone = np.zeros(self._hw, np.uint8)
         for index in order:
@@ -37,12 +39,12 @@ class VisibilityBuffer:
             if window.size:
                 window[:] = 0
                 cv2.fillConvexPoly(window, hull - (max(x, 0), max(y, 0)), 1)
-                self._full[index] += int(window.sum())
-        self._seen += np.bincount(buffer.ravel(), minlength=len(self._seen) + 1)[1:]
+                self._total[index] += int(window.sum())
+        self._visible += np.bincount(buffer.ravel(), minlength=len(self._visible) + 1)[1:]
 
     def fractions(self) -> np.ndarray:
-        """(N,) part of each box's pixels that no nearer box hides; 0 for a box in no image."""
-        return self._seen / np.maximum(self._full, 1)
+        """(N,) fraction of each box's pixels that no nearer box hides; 0 for a box outside all images."""
+        return self._visible / np.maximum(self._total, 1)
 
     def _outline(self, view: View, corners: np.ndarray) -> np.ndarray | None:
         points = (corners - view.position) @ view.global_from_sensor
@@ -55,5 +57,5 @@ class VisibilityBuffer:
 
 
 def level_token(fraction: float) -> str:
-    """Token of the nuScenes visibility level that a visible fraction falls into."""
+    """Token of the nuScenes visibility level of a visible fraction."""
     return [token for token, _, least in LEVELS if fraction >= least][-1]

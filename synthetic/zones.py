@@ -1,4 +1,4 @@
-"""Where objects of each class stand or move, for each layout."""
+"""Positions and motions of the objects of each class, for each layout."""
 
 from dataclasses import dataclass
 from math import pi
@@ -6,17 +6,17 @@ from math import pi
 
 @dataclass(frozen=True)
 class Zone:
-    """One way for an object to be on the street.
+    """A strip along the road with a kind of motion, from which an object's position, heading and speed are drawn.
 
     Attributes:
-        weight: how often this zone is chosen among the zones of its class.
-        lateral: least and greatest distance from the road's axis, in metres.
-        speed: least and greatest speed along its heading, in m/s.
-        headings: choices, relative to the direction of traffic on its side of the road.
-        jitter: standard deviation added to the heading.
+        weight: relative probability of this zone among the zones of its class.
+        lateral: smallest and largest distance from the road's axis in metres.
+        speed: smallest and largest speed along the heading in m/s.
+        headings: possible headings in radians, relative to the direction of traffic on the object's side of the road.
+        jitter: standard deviation of a random angle that is added to the heading, in radians.
         attribute: nuScenes attribute name, or '' for the classes that have none.
-        sides: +1 left of the axis, -1 right of it.
-        one_way: whether headings are relative to the ego's direction on both sides.
+        sides: possible sides of the road: +1 is left of its axis, -1 is right of it.
+        one_way: headings are relative to the ego's direction on both sides of the road.
     """
 
     weight: float
@@ -31,7 +31,9 @@ class Zone:
 
 ALONG, EITHER, ACROSS = (0.0,), (0.0, pi), (pi / 2, -pi / 2)
 ANY = (0.0, pi / 2, pi, -pi / 2)
+"""Choices of headings in radians relative to the direction of traffic."""
 _STILL = (0.0, 0.0)
+"""Speed range of objects that do not move."""
 
 
 def _square_vehicle(nearest: float, farthest: float) -> tuple[Zone, ...]:
@@ -64,19 +66,18 @@ SQUARE: dict[str, tuple[Zone, ...]] = {
     "barrier": (Zone(1.0, (3.0, 14.0), _STILL, (pi / 2,), 0.1, "", one_way=True),),
 }
 
-_LANE_RIGHT = ((0.0, 0.2), (3.4, 3.8))
-_LANE_LEFT = (3.4, 3.8)
+_LANE_EGO, _LANE_RIGHT, _LANE_LEFT = (0.0, 0.2), (3.4, 3.8), (3.4, 3.8)
+"""Distances of lanes from the road's axis in metres: that of the ego, and those on its right and left."""
 
 
 def _street_traffic(parked: float, speed: tuple[float, float], lateral: tuple[float, float]) -> tuple[Zone, ...]:
-    own, right = _LANE_RIGHT
     moving = 0.85 * (1 - parked)
     return (
         Zone(parked, lateral, _STILL, ALONG, 0.02, "vehicle.parked"),
-        Zone(0.25 * moving, own, speed, ALONG, 0.01, "vehicle.moving", one_way=True),
-        Zone(0.30 * moving, right, speed, ALONG, 0.01, "vehicle.moving", sides=(-1,)),
+        Zone(0.25 * moving, _LANE_EGO, speed, ALONG, 0.01, "vehicle.moving", one_way=True),
+        Zone(0.30 * moving, _LANE_RIGHT, speed, ALONG, 0.01, "vehicle.moving", sides=(-1,)),
         Zone(0.45 * moving, _LANE_LEFT, speed, ALONG, 0.01, "vehicle.moving", sides=(1,)),
-        Zone(0.15 * (1 - parked), right, _STILL, ALONG, 0.01, "vehicle.stopped"),
+        Zone(0.15 * (1 - parked), _LANE_RIGHT, _STILL, ALONG, 0.01, "vehicle.stopped"),
     )
 
 
@@ -104,7 +105,7 @@ STREET: dict[str, tuple[Zone, ...]] = {
     "barrier": (Zone(0.6, (5.9, 6.3), _STILL, ACROSS, 0.04, ""), Zone(0.4, (9.0, 9.3), _STILL, ACROSS, 0.04, "")),
 }
 
-STREET_PLACED_PER_SHARE = {  # small objects are often hidden and then not annotated, big ones seldom
+STREET_PLACED_PER_SHARE = {
     "car": 0.95,
     "truck": 0.65,
     "bus": 0.8,
@@ -116,8 +117,13 @@ STREET_PLACED_PER_SHARE = {  # small objects are often hidden and then not annot
     "motorcycle": 1.5,
     "bicycle": 1.3,
 }
+"""Objects placed, divided by the class's share of annotations: small objects are often hidden and then not annotated, large ones seldom."""
 
 ZONES = {"square": SQUARE, "street": STREET}
-ROW_SPACING = {"traffic_cone": 1.8, "barrier": 3.1}  # metres between neighbours of a row, in the street layout
-EGO_WLH = (1.8, 4.1, 1.6)  # the space that the car needs, seen from above
-EGO_CENTRE_AHEAD = 1.4  # metres from the rear axle to the middle of the car
+"""Zones of each class, by layout."""
+ROW_SPACING = {"traffic_cone": 1.8, "barrier": 3.1}
+"""Classes that form rows in the street layout, with the distance between neighbours in metres."""
+EGO_WLH = (1.8, 4.1, 1.6)
+"""Width, length and height of the ego in metres."""
+EGO_CENTRE_AHEAD = 1.4
+"""Distance from the ego's rear axle to its centre in metres."""

@@ -1,7 +1,8 @@
-"""Regenerates the weights and inputs behind the golden numbers of the official BEVFormer; numpy only, seeded by name.
+"""Generates the weights and inputs with which the official BEVFormer produced the golden numbers (see golden/README.md).
 
-The numbers were produced by fundamentalvision/BEVFormer at 66b65f3. Every array is drawn from a generator seeded with the CRC32 of a
-name, so that nothing but the results needs to be kept.
+Every array is drawn by numpy from a generator whose seed is the CRC32 of a name, so that the repository needs to keep the official
+results only. `test_golden_inputs.py` compares every array with the checksum recorded when the official code ran: a change of one bit
+is found. Angles and positions are those of a rig with six cameras as in nuScenes; its frame is the lidar's (x right, y forward, z up).
 """
 
 import zlib
@@ -9,18 +10,22 @@ from math import prod
 
 import numpy as np
 
-SHAPES = {
+NETWORKS = {
     "tiny": {"scale": 0.5, "hw": (480, 800)},
     "micro": {"scale": 0.2, "hw": (192, 320)},
-    "micro_base": {"scale": 0.2, "hw": (192, 320)},
 }
-_EGO = {  # x, y, z in metres, yaw in degrees, of frames 0 and 1
+"""Image scale relative to 1600x900, and padded height and width in pixels, of each golden network."""
+
+_EGO_POSES = {
     "tiny": ((601.25, 1640.5, 0.3, 37.3), (604.9, 1643.6, 0.35, 41.25)),
     "micro": ((601.25, 1640.5, 0.3, 37.3), (604.9, 1643.6, 0.35, 49.98)),
-    "micro_base": ((601.25, 1640.5, 0.3, 37.3), (604.9, 1643.6, 0.35, 38.62)),
 }
-_EGO_FRAME_2 = (607.1, 1646.9, 0.32)
-_CAMERAS = (  # yaw, pitch, roll in degrees; x, y, z in metres (lidar frame); focal length, cx, cy in pixels
+"""Position x, y, z in metres and yaw in degrees of the vehicle in frames 0 and 1."""
+
+_EGO_POSITION_2 = (607.1, 1646.9, 0.32)
+"""Position of the vehicle in frame 2, in metres; it turns as far after frame 1 as before it."""
+
+_CAMERAS = (
     (0.2, 0.4, 0.1, (-0.012, 0.767, -0.326), 1266.4, 816.3, 491.5),
     (-55.9, -0.3, 0.3, (0.491, 0.548, -0.344), 1260.8, 807.9, 495.3),
     (55.1, 0.2, -0.2, (-0.502, 0.561, -0.338), 1272.6, 826.6, 479.8),
@@ -28,8 +33,16 @@ _CAMERAS = (  # yaw, pitch, roll in degrees; x, y, z in metres (lidar frame); fo
     (109.3, -0.5, 0.4, (-0.482, -0.079, -0.273), 1256.7, 792.1, 492.8),
     (-109.8, 0.3, -0.3, (0.473, -0.092, -0.265), 1259.5, 807.6, 501.4),
 )
+"""Yaw, pitch, roll in degrees; position in metres; focal length and principal point x, y in pixels of the 1600x900 image."""
+
 _GAINS = (("reference_points.weight", 2.0), ("can_bus_mlp.0.weight", 0.2))
+"""Weights that are scaled otherwise than by 1 / sqrt(number of inputs): end of the key, and factor."""
+
+_SIGNAL_SCALES = (0.4, 0.3, 9.8, 0.02, 0.02, 0.1, 6.0, 0.1, 0.1)
+"""Standard deviations of acceleration (m/s^2), rotation rate (rad/s) and velocity (m/s) in can_bus."""
+
 DCN_SHAPES = {"dcn.weight": (24, 16, 3, 3), "dcn.conv_offset.weight": (27, 16, 3, 3), "dcn.conv_offset.bias": (27,)}
+"""Shapes of the weights of the deformable convolution that was run alone."""
 
 
 def _rng(name: str) -> np.random.Generator:
@@ -37,48 +50,54 @@ def _rng(name: str) -> np.random.Generator:
 
 
 def fill_value(key: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Value of one state dict entry, from its full official key."""
+    """Generate one entry of an official state dict, float32 (counters int64), from its full official key and its shape.
+
+    Normal numbers are scaled so that activations stay near one; variances and scales of normalization layers are near one.
+    """
     leaf = key.rpartition(".")[2]
     if leaf == "num_batches_tracked":
         return np.zeros(shape, np.int64)
     if leaf == "code_weights":
         return np.array([1.0] * 8 + [0.2] * 2, np.float32)
-    x = _rng(key).standard_normal(tuple(shape))
-    return (_scaled(key, leaf, x) if len(shape) > 1 or "embed" in key else _vector(key, leaf, x)).astype(np.float32)
+    normal = _rng(key).standard_normal(tuple(shape))
+    is_vector = len(shape) == 1 and "embed" not in key
+    return (_vector(key, leaf, normal) if is_vector else _matrix(key, leaf, normal)).astype(np.float32)
 
 
-def _vector(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
+def _vector(key: str, leaf: str, normal: np.ndarray) -> np.ndarray:
     if leaf == "running_var":
-        return 1 + 0.1 * np.abs(x)
+        return 1 + 0.1 * np.abs(normal)
     if leaf == "running_mean":
-        return 0.1 * x
+        return 0.1 * normal
     if key.endswith("sampling_offsets.bias"):
-        return 1.5 * x
+        return 1.5 * normal
     if key.endswith("conv_offset.bias"):
-        return 0.5 * x
-    return 1 + 0.1 * x if leaf == "weight" else 0.1 * x
+        return 0.5 * normal
+    return 1 + 0.1 * normal if leaf == "weight" else 0.1 * normal
 
 
-def _scaled(key: str, leaf: str, x: np.ndarray) -> np.ndarray:
+def _matrix(key: str, leaf: str, normal: np.ndarray) -> np.ndarray:
     if "embed" in key:
-        return 0.5 * x if "row_embed" in key or "col_embed" in key or key.endswith("_embeds") else x
-    gain = next((g for end, g in _GAINS if key.endswith(end)), 1.05 if "img_backbone" in key and leaf == "weight" else 1.0)
-    return x * (gain / np.sqrt(prod(x.shape[1:])))
+        is_small = "row_embed" in key or "col_embed" in key or key.endswith("_embeds")
+        return 0.5 * normal if is_small else normal
+    backbone_gain = 1.05 if "img_backbone" in key and leaf == "weight" else 1.0
+    gain = next((gain for end, gain in _GAINS if key.endswith(end)), backbone_gain)
+    return normal * (gain / np.sqrt(prod(normal.shape[1:])))
 
 
 def fill_state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Every entry of a key -> shape table."""
+    """Generate every entry of an official state dict from its keys and shapes."""
     return {key: fill_value(key, shape) for key, shape in shapes.items()}
 
 
-def make_images(variant: str, frame: int) -> np.ndarray:
-    """(6, 3, H, W) network input: 16-pixel blocks and noise, zero in the padding."""
-    height, width = SHAPES[variant]["hw"]
-    rng = _rng(f"img/{variant}/{frame}")
+def make_images(network: str, frame: int) -> np.ndarray:
+    """Generate normalised images (6, 3, H, W) float32: random 16-pixel blocks plus noise, zero in the padded rows below."""
+    height, width = NETWORKS[network]["hw"]
+    rng = _rng(f"img/{network}/{frame}")
     blocks = rng.standard_normal((6, 3, -(-height // 16), -(-width // 16)))
     images = blocks.repeat(16, axis=2).repeat(16, axis=3)[:, :, :height, :width]
     images = images + 0.3 * rng.standard_normal(images.shape)
-    images[:, :, int(900 * SHAPES[variant]["scale"]) :] = 0
+    images[:, :, int(900 * NETWORKS[network]["scale"]) :] = 0
     return images.astype(np.float32)
 
 
@@ -95,12 +114,12 @@ def _lidar_from_cam(yaw: float, pitch: float, roll: float, position: tuple[float
 
 
 def make_lidar_from_cam() -> np.ndarray:
-    """(6, 4, 4)."""
+    """Compute the poses of the six cameras in the lidar frame, (6, 4, 4) float64, metres."""
     return np.stack([_lidar_from_cam(*camera[:4]) for camera in _CAMERAS])
 
 
 def make_intrinsics() -> np.ndarray:
-    """(6, 4, 4) at 1600x900."""
+    """Compute the camera matrices for images of 1600x900 pixels, (6, 4, 4) float64."""
     matrices = np.tile(np.eye(4), (6, 1, 1))
     for matrix, (*_, focal, cx, cy) in zip(matrices, _CAMERAS, strict=True):
         matrix[0, 0] = matrix[1, 1] = focal
@@ -108,26 +127,32 @@ def make_intrinsics() -> np.ndarray:
     return matrices
 
 
-def make_lidar2img(variant: str) -> np.ndarray:
-    """(6, 4, 4) float64 with the image scale applied."""
-    scale = SHAPES[variant]["scale"]
+def make_lidar2img(network: str) -> np.ndarray:
+    """Compute the projections from the lidar frame to pixels of the scaled image, (6, 4, 4) float64."""
+    scale = NETWORKS[network]["scale"]
     pairs = zip(make_intrinsics(), make_lidar_from_cam(), strict=True)
     return np.stack([np.diag([scale, scale, 1.0, 1.0]) @ intrinsics @ np.linalg.inv(pose) for intrinsics, pose in pairs])
 
 
-def make_can_bus(frame: int, variant: str) -> np.ndarray:
-    """(18,) absolute values: position, quaternion, nine signals, yaw in radians and degrees."""
-    first, second = _EGO[variant]
-    position, yaw = (_EGO_FRAME_2, 2 * second[3] - first[3]) if frame == 2 else ((first, second)[frame][:3], (first, second)[frame][3])
+def make_can_bus(frame: int, network: str) -> np.ndarray:
+    """Generate the absolute can_bus of frame 0, 1 or 2, (18,) float64.
+
+    The entries are position (m), quaternion (w, x, y, z), nine signals, yaw in radians and yaw in degrees.
+    """
+    first, second = _EGO_POSES[network]
+    if frame == 2:
+        position, yaw = _EGO_POSITION_2, 2 * second[3] - first[3]
+    else:
+        *position, yaw = (first, second)[frame]
     half = np.deg2rad(yaw) / 2
-    signals = _rng(f"can_bus/{frame}").standard_normal(9) * np.array([0.4, 0.3, 9.8, 0.02, 0.02, 0.1, 6.0, 0.1, 0.1])
+    signals = _rng(f"can_bus/{frame}").standard_normal(9) * np.array(_SIGNAL_SCALES)
     return np.array([*position, np.cos(half), 0.0, 0.0, np.sin(half), *signals, np.deg2rad(yaw), yaw])
 
 
-def make_gt(variant: str) -> tuple[np.ndarray, np.ndarray]:
-    """Gravity-centre boxes (G, 9) and labels (G,)."""
-    rng = _rng(f"gt/{variant}")
-    number = 17 if variant == "tiny" else 7
+def make_gt(network: str) -> tuple[np.ndarray, np.ndarray]:
+    """Generate ground truth: boxes (G, 9) float32 (gravity centre, w, l, h, yaw, velocity) and class indices (G,)."""
+    rng = _rng(f"gt/{network}")
+    number = 17 if network == "tiny" else 7
     columns = [
         rng.uniform(-45, 45, (number, 2)),
         rng.uniform(-2.0, 0.5, (number, 1)),
@@ -139,7 +164,10 @@ def make_gt(variant: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_msda_inputs() -> dict[str, np.ndarray]:
-    """Two samples, three levels, 4 heads of 8 channels, 37 queries, 4 points; a third of the samples outside."""
+    """Generate inputs of deformable attention: 2 samples, 3 levels, 4 heads of 8 channels, 37 queries, 4 points.
+
+    About half of the sampling locations are outside the map, so that the zero padding is tested as well.
+    """
     rng = _rng("msda")
     level_hw = np.array([[7, 11], [4, 6], [2, 3]])
     value = rng.standard_normal((2, int(level_hw.prod(1).sum()), 4, 8)).astype(np.float32)
@@ -150,17 +178,17 @@ def make_msda_inputs() -> dict[str, np.ndarray]:
 
 
 def make_rotate_input() -> np.ndarray:
-    """(3, 20, 20) channels, rows, columns."""
+    """Generate a map to rotate, (3, 20, 20) float32: channels, rows, columns."""
     return _rng("rotate").standard_normal((3, 20, 20)).astype(np.float32)
 
 
 def make_dcn_inputs() -> np.ndarray:
-    """(2, 16, 9, 13)."""
+    """Generate the input of the deformable convolution, (2, 16, 9, 13) float32."""
     return _rng("dcn_x").standard_normal((2, 16, 9, 13)).astype(np.float32)
 
 
 def make_coder_inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Head outputs of two layers and two samples; some centres lie out of range."""
+    """Generate class logits and box codes, each (2 layers, 2 samples, 900, 10) float32; some centres are out of range."""
     rng = _rng("coder")
     logits = (rng.standard_normal((2, 2, 900, 10)) * 2.0 - 2.0).astype(np.float32)
     code = rng.standard_normal((2, 2, 900, 10))
@@ -170,5 +198,5 @@ def make_coder_inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_raw_images() -> np.ndarray:
-    """(6, 90, 160, 3) uint8 BGR."""
+    """Generate photographs before preprocessing, (6, 90, 160, 3) uint8, BGR."""
     return _rng("raw_images").integers(0, 256, (6, 90, 160, 3)).astype(np.uint8)

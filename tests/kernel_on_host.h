@@ -1,5 +1,6 @@
-// What plugins/attention.cu finds on a GPU, for a host compiler: a call holds a whole team, its lanes in an array.
-// Included once; the kernels of several variants follow, each in a namespace, behind a HELD of its own.
+// CUDA's types and functions that the kernels use, implemented for a host compiler. In the attention kernels, one call on the host
+// computes what a whole team of threads computes on a GPU; the state of the team's lanes is an array. This header is included once; the
+// kernels follow, each in a namespace and each attention kernel after its own constant HELD, the number of lanes of a team.
 #pragma once
 #include <algorithm>
 #include <math.h>
@@ -62,7 +63,7 @@ inline int dot_of_bytes(unsigned weights, unsigned numbers, int sum) {
 }
 
 inline int lane_at(int held) { return held; }
-inline bool any_team(bool ours) { return ours; }  // a team's vote is the warp's: no other team is asked
+inline bool any_team(bool ours) { return ours; }  // on the host a warp has one team only
 template <size_t HELD>
 bool any_lane(const unsigned (&bits)[HELD]) {
     return std::any_of(bits, bits + HELD, [](unsigned lane) { return lane != 0; });
@@ -78,7 +79,7 @@ float sum_of_team(const float (&mine)[HELD]) {
     return all;
 }
 
-// Call `kernel` for every team of every block of a grid.
+// Call `kernel` once for every group of `lanes` threads of every block of a grid.
 template <typename Kernel>
 void launch(Index grid, unsigned threads, unsigned lanes, Kernel kernel) {
     for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {

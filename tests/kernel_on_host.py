@@ -1,4 +1,4 @@
-"""The kernels of plugins/attention.cu compiled as host C++: the same text as on a GPU, run one team after the other."""
+"""Compile the attention kernels of plugins/attention as host C++. It is the same text as on a GPU; the teams run one after another."""
 
 import ctypes
 import re
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from plugins.variant import THREADS, Variant
+from plugins.attention.cases import operator_inputs
+from plugins.attention.variant import Variant
 
 _HEADER = Path(__file__).with_name("kernel_on_host.h")
 _ORDER = 'extern "C" int query_at(int order, int num_query, int row) { return variant_0::query_at(order, num_query, row); }\n'
@@ -19,7 +20,7 @@ _DEFINE = re.compile(r"^#define (\w+)", re.MULTILINE)
 
 
 class HostKernels:
-    """A library of variants. Where there is no g++, making it skips the test."""
+    """A shared library with the kernels of several variants. Without g++ the test is skipped."""
 
     def __init__(self, variants: Iterable[Variant], folder: Path, flags: Sequence[str] = ()) -> None:
         compiler = shutil.which("g++")
@@ -35,51 +36,60 @@ class HostKernels:
         self._library = ctypes.CDLL(str(library))
 
     def attend(self, variant: Variant, value: Tensor, scale: float, others: Sequence[Tensor], row_length: int = 0) -> Tensor:
-        """(B, Q, M * C). `value` and `others` are the operator's inputs, `scale` what a step of an int8 `value` is worth."""
+        """Return the output (B, Q, M * C). `others` are the operator's inputs after `value` and its scale."""
         batch, num_query = others[-1].shape[:2]
         dtype = getattr(torch, variant.out)
         out = torch.full((batch, num_query, variant.num_heads * variant.channels), torch.nan, dtype=dtype)
-        value_scale = torch.tensor(scale, dtype=dtype)
-        tensors = [value, *[value_scale] * (variant.value == "int8"), *(tensor.contiguous() for tensor in others), out]
+        inputs = operator_inputs(variant, value, scale, [tensor.contiguous() for tensor in others])
         numbers = {"num_query": num_query, "num_cameras": value.shape[1], "row_length": row_length}
-        self._call(variant, [tensor.data_ptr() for tensor in tensors], variant.grid(num_query, batch), numbers)
+        self._call(variant, [tensor.data_ptr() for tensor in (*inputs, out)], variant.grid(num_query, batch), numbers)
         return out
 
     def query_at(self, order: int, num_query: int, row_length: int) -> int:
-        """The query that the kernels compute `order`-th."""
+        """Return the index of the query that the kernels compute at position `order`."""
         return self._library.query_at(order, num_query, row_length)
 
     def run(
         self,
         device: torch.device,
         source: str,
-        kernel: str,
+        entry: str,
         grid: tuple[int, int, int],
         threads: int,
         values: tuple[int, ...],
         types: tuple[type, ...],
     ) -> None:
-        """In place of plugins.launch.run."""
+        """Run a kernel on the host; has the parameters of plugins.launch.run."""
         variant = next(variant for variant in self._index if variant.source() == source)
-        assert kernel == variant.op and threads == THREADS and len(values) == len(types) == len(variant.parameters)
-        given = dict(zip(variant.parameters, zip(values, types, strict=True), strict=True))
-        addresses = [value for value, kind in given.values() if kind is ctypes.c_void_p]
-        self._call(variant, addresses, grid, {name: value for name, (value, kind) in given.items() if kind is ctypes.c_int})
+        assert entry == variant.entry and threads == variant.threads
+        given = list(zip(values, types, strict=True))
+        pointers, numbers = (
+            [value for value, kind in given if kind is ctypes.c_void_p],
+            [value for value, kind in given if kind is ctypes.c_int],
+        )
+        self._call(variant, pointers, grid, dict(zip(_numbers(variant), numbers, strict=True)))
 
     def _call(self, variant: Variant, addresses: list[int], grid: tuple[int, int, int], numbers: dict[str, int]) -> None:
-        assert all(address % 16 == 0 for address in addresses), "a kernel's loads and stores begin at multiples of 16 bytes"
+        assert all(address % 16 == 0 for address in addresses), (
+            "the kernels load and store 16 bytes at a time, so every tensor must start at a multiple of 16 bytes"
+        )
         sizes = (*grid, numbers["num_query"], numbers.get("num_cameras", 1), numbers["row_length"])
         function = getattr(self._library, f"run_{self._index[variant]}")
         function((ctypes.c_void_p * len(addresses))(*addresses), *map(ctypes.c_int, sizes))
 
 
+def _numbers(variant: Variant) -> list[str]:
+    """Return the names of the kernel's int32 parameters in order."""
+    return ["num_query", *["num_cameras"] * variant.spatial, "row_length"]
+
+
 def _entry(variant: Variant, index: int) -> str:
-    """The variant's kernel in a namespace, and `run_<index>(addresses, grid x, y, z, queries, cameras, row length)`."""
-    numbers = {"num_query": "queries", "num_cameras": "cameras", "row_length": "row"}
-    pointers = [name for name in variant.parameters if name not in numbers]
+    """Return host C++ with the kernel in a namespace and `run_<index>(pointers, grid x, y, z, queries, cameras, row length)`."""
+    pointers, numbers = (*variant.form.inputs, "out"), {"num_query": "queries", "num_cameras": "cameras", "row_length": "row"}
     types = {"value": "const void*", "value_scale": f"const variant_{index}::OutNumber*", "out": "void*"}
-    numbers |= {name: f"({types.get(name, 'const float*')})a[{index}]" for index, name in enumerate(pointers)}
-    arguments = ", ".join(numbers[name] for name in variant.parameters)
+    passed = [f"({types.get(name, 'const float*')})a[{position}]" for position, name in enumerate(pointers)]
+    arguments = ", ".join([*passed[:-1], *(numbers[name] for name in _numbers(variant)), passed[-1]])
+    call = f"variant_{index}::{variant.entry}({arguments})"
     source = variant.source()
     macros = set(_DEFINE.findall(source)) - set(_DEFINE.findall(_HEADER.read_text()))
     undefine = "".join(f"#undef {macro}\n" for macro in sorted(macros))
@@ -89,6 +99,6 @@ constexpr int HELD = {variant.lanes};
 {source}
 }}
 extern "C" void run_{index}(void* const* a, int x, int y, int z, int queries, [[maybe_unused]] int cameras, int row) {{
-    launch({{unsigned(x), unsigned(y), unsigned(z)}}, {THREADS}, {variant.lanes}, [=] {{ variant_{index}::{variant.op}({arguments}); }});
+    launch({{unsigned(x), unsigned(y), unsigned(z)}}, {variant.threads}, {variant.lanes}, [=] {{ {call}; }});
 }}
 {undefine}"""

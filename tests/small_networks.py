@@ -7,6 +7,11 @@ from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.nn.config import BackboneConfig
 from qdbev.recipes import RECIPES
 
+DATA = RECIPES["micro"]().data
+"""Data settings of the networks here."""
+
+INPUTS, OUTPUTS = (tuple(names) for names in (BEVFormerConfig().interface((64, 64)).inputs, BEVFormerConfig().interface((64, 64)).outputs))
+"""Names of the inputs and outputs of BEVFormer's deployed graph, in order."""
 TRAINED = {
     "data.image_scale": "0.2",
     "model.embed_dim": "16",
@@ -26,12 +31,12 @@ TRAINED = {
 
 
 def settings(**changes: str) -> list[str]:
-    """`TRAINED` with changes, in which __ stands for the dot, as the command line takes them."""
+    """Return `TRAINED` with changes, as --set takes them; a dot in a setting's name is written __ in `changes`."""
     return [f"{name}={value}" for name, value in {**TRAINED, **{key.replace("__", "."): value for key, value in changes.items()}}.items()]
 
 
 def exported_network(**changes: object) -> Config:
-    """The micro recipe with a network that exports in seconds; `changes` are of its BEVFormerConfig."""
+    """Return the micro recipe with a network that exports in seconds; `changes` change fields of its BEVFormerConfig."""
     config = RECIPES["micro"]()
     small: dict[str, object] = {
         "backbone": BackboneConfig(depths=(1, 1), width=8, out_stages=(0, 1)),

@@ -1,4 +1,4 @@
-"""The ablation's cells: which there are, what each runs, that they are run once, and how they are collected."""
+"""The ablation runs every cell once with the right settings, and collects their scores."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def settings(command: list[str]) -> list[str]:
 
 
 def trainings(cell: Cell, tmp_path: Path) -> list[list[str]]:
-    """Commands of a cell and its start."""
+    """Return the training commands of a cell and of the cell that it continues."""
     found = [command for part in (cell.start, cell) if part is not None for command in commands(part, tmp_path / "t.pt")]
     return [command for command in found if command[0] == "train.qat"]
 
@@ -58,7 +58,7 @@ def test_module_rows_quantize_their_module_alone(tmp_path):
 
 
 def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands that are run from here on; each leaves the files that it is asked for."""
+    """Replace running a command by recording it and writing its output files; returns the list of recorded commands."""
     done = []
 
     def execute(command: list[str], log: Path, threads: int) -> None:
@@ -86,7 +86,7 @@ def test_sensitivity_is_measured_first_and_once_for_all_mixed_rows_of_a_width(tm
     assert sum("--widths" in command for command in done) == 5
 
 
-def test_rows_go_on_from_one_progressive_student_of_their_width_and_seed(tmp_path, monkeypatch):
+def test_rows_continue_from_the_progressive_student_of_their_width_and_seed(tmp_path, monkeypatch):
     done = executed(monkeypatch)
     finished = []
     todo = list(cells(tmp_path, "w3a3", ["qat_progressive", "vgd", "qat_fixed_progressive"], 2))
@@ -101,7 +101,7 @@ def test_rows_go_on_from_one_progressive_student_of_their_width_and_seed(tmp_pat
             assert start.parts[-4] == ("progressive_fixed" if "fixed" in student.parts[-4] else "progressive")
 
 
-def test_students_on_the_way_are_kept_and_evaluated_for_the_first_seed_at_the_stress_width(tmp_path, monkeypatch):
+def test_intermediate_students_are_kept_and_evaluated_for_the_first_seed_at_the_stress_width(tmp_path, monkeypatch):
     done = executed(monkeypatch)
     todo = list(cells(tmp_path, "w3a3", ["vgd"], 2))
     for cell in todo:
@@ -124,7 +124,7 @@ def test_a_cell_that_was_interrupted_resumes_and_an_unknown_row_is_refused(tmp_p
     cell.folder.mkdir(parents=True)
     (cell.folder / "student.stage1.state.pt").touch()
     assert "--resume" in commands(cell, tmp_path / "t.pt")[0]
-    with pytest.raises(AblationError, match="no rows vdg; there are float_more"):
+    with pytest.raises(AblationError, match="vdg.*float_more"):
         list(cells(tmp_path, "w3a3", ["vdg"], 1))
 
 
@@ -152,7 +152,7 @@ def test_scores_are_collected_over_seeds_under_the_widths_names(tmp_path):
 
 def test_a_failing_command_names_the_cell_and_its_log(tmp_path):
     cell = next(cells(tmp_path / "run", "w3a3", ["qat"], 1))
-    with pytest.raises(AblationError, match="python -m train.qat failed; see .*log.txt"):
+    with pytest.raises(AblationError, match=r"train\.qat .*log\.txt"):
         ablation.run_cell(cell, tmp_path / "absent.pt", threads=1)
-    assert "absent.pt does not exist" in (cell.folder / "log.txt").read_text()
+    assert "absent.pt" in (cell.folder / "log.txt").read_text()
     assert not cell.metrics.exists()

@@ -1,4 +1,4 @@
-"""The ablation's table and curves, from a file as the ablation leaves it."""
+"""The ablation's table and curves are drawn from the file that the ablation writes."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def shown(path: Path) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in console.export_text().splitlines() if line.strip()}
 
 
-def test_the_table_gives_mean_and_spread_what_was_recovered_and_the_papers_share(results):
+def test_the_table_has_mean_spread_recovered_share_and_the_share_of_the_paper(results):
     lines = shown(results)
     assert lines["ptq_mse"] == ["0.400", "0.380", "0.200", "0.100", "0%", "95%"]
     assert lines["vgd"] == ["0.390", "0.320", "±0.020", "0.160", "±0.010", "60%", "98%", "105%"]
@@ -64,7 +64,7 @@ def test_the_curves_are_drawn_with_every_row_that_has_some(results, tmp_path):
 def test_a_file_that_holds_no_ablation_is_refused(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(EvaluationError, match="x.json holds no ablation .*; `python -m bench.ablation` makes one"):
+    with pytest.raises(EvaluationError, match=r"x\.json .*python -m bench\.ablation"):
         ablation_report.read(path)
-    with pytest.raises(EvaluationError, match="absent.json holds no ablation"):
+    with pytest.raises(EvaluationError, match=r"absent\.json"):
         ablation_report.read(tmp_path / "absent.json")

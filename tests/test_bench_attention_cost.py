@@ -1,4 +1,4 @@
-"""What is compared in cost is equal in result: the padded attention of the official code and ours; and the measuring itself."""
+"""The attention forms whose cost is compared give equal results, and the measurement reports what it found."""
 
 import dataclasses
 import json
@@ -18,14 +18,14 @@ from qdbev.recipes import RECIPES
 
 
 def encoded(model: BEVFormer) -> torch.Tensor:
-    """BEV of a second frame."""
+    """Return the BEV of a second frame, (1, 400, 64)."""
     torch.manual_seed(1)
     prev_bev = torch.randn(1, 400, 64)
     with torch.no_grad():
         return forward(model, inputs(1, 0), prev_bev).bev
 
 
-def test_a_network_with_padded_attention_gives_what_ours_gives():
+def test_a_network_with_the_official_padded_attention_gives_the_same_bev():
     config = micro_config(shifted_reference=False)
     model = BEVFormer(config).eval()
     for layer in model.encoder.layers:
@@ -37,7 +37,7 @@ def test_a_network_with_padded_attention_gives_what_ours_gives():
     torch.testing.assert_close(encoded(model), ours, atol=1e-5, rtol=0)
 
 
-def test_padded_attention_gives_each_sample_what_its_own_cameras_see():
+def test_padded_attention_equals_ours_where_samples_see_other_cameras():
     config = dataclasses.replace(micro_config(shifted_reference=False), num_levels=2)
     ours, padded = CameraCrossAttention(config).eval(), PaddedCrossAttention(config).eval()
     torch.nn.init.normal_(ours.deformable_attention.sampling_offsets.weight, std=0.1)
@@ -48,7 +48,7 @@ def test_padded_attention_gives_each_sample_what_its_own_cameras_see():
     torch.testing.assert_close(padded(*given), ours(*given), atol=1e-5, rtol=0)
 
 
-def test_the_front_camera_of_the_measured_rig_looks_ahead_and_levels_have_the_sizes_of_the_network():
+def test_the_measured_rig_has_its_front_camera_ahead_and_the_feature_sizes_of_the_network():
     lidar2img, image_hw = attention_cost._rig(RECIPES["tiny"]())
     assert image_hw == (480, 800)
     assert lidar2img.shape == (1, 6, 4, 4)
@@ -61,12 +61,12 @@ def test_the_front_camera_of_the_measured_rig_looks_ahead_and_levels_have_the_si
 
 
 def shrunken() -> Config:
-    """A tiny that runs in no time."""
+    """Return a configuration that is named tiny but is small enough for a quick test."""
     return Config(name="tiny", data=DataConfig(root="none", image_scale=0.2), model=dataclasses.replace(micro_config(False), num_query=10))
 
 
 @pytest.mark.parametrize(("part", "backward"), [("operator", False), ("operator", True), ("encoder", False), ("model", False)])
-def test_every_part_is_built_the_same_in_both_forms(part, backward):
+def test_every_part_gives_the_same_result_in_both_forms(part, backward):
     build = {"operator": attention_cost._operator, "encoder": attention_cost._encoder, "model": attention_cost._model}[part]
     results = []
     for form in next(case.forms for case in attention_cost.CASES if case.part == part):
@@ -83,31 +83,31 @@ def test_forms_that_differ_are_refused():
     case = Case("tiny", "operator", False, ("gathered", "dense"), 1)
     ones = [torch.ones(3).numpy()]
     assert attention_cost._largest_difference(case, ones, [torch.ones(3).numpy() + 5e-5]) > 0
-    with pytest.raises(ValueError, match="tiny operator forward: gathered and dense differ by 1.0e-03"):
+    with pytest.raises(ValueError, match="gathered and dense differ by 1.0e-03"):
         attention_cost._largest_difference(case, ones, [torch.ones(3).numpy() + 1e-3])
 
 
-def test_the_command_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+def test_the_command_writes_its_measurements(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(attention_cost, "CASES", (Case("tiny", "operator", False, ("gathered", "dense"), 1),))
     attention_cost.main(["--out", str(tmp_path / "cost.json")])
     written = json.loads((tmp_path / "cost.json").read_text())
     row = written["rows"][0]
-    assert row["dense"]["peak_mib"] > 5  # what one camera reads at its 2500 queries alone takes more
+    assert row["dense"]["peak_mib"] > 5  # the samples of one camera at 2500 queries alone take more
     assert row["gathered"]["peak_mib"] > 5
     assert 0 <= row["largest_difference"] < attention_cost.ATOL
     assert row["time_ratio"] > 0
     assert row["memory_ratio"] == row["dense"]["peak_mib"] / row["gathered"]["peak_mib"]
     assert {"commit", "torch"} <= written["made"].keys()
-    assert "tiny operator forward: gathered" in capsys.readouterr().err
+    assert "tiny operator forward" in capsys.readouterr().err
 
 
 def test_forms_that_do_not_fit_are_reported_without_ratios():
     row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 26)
-    assert row["gathered"] == row["dense"] == {"failed": "took more than 0.06 GiB of memory"}
+    assert all("0.06 GiB" in row[form]["failed"] for form in ("gathered", "dense"))
     assert "time_ratio" not in row
 
 
-def test_a_form_that_never_answers_is_ended(monkeypatch):
+def test_a_form_that_exceeds_its_time_limit_is_ended(monkeypatch):
     monkeypatch.setattr(attention_cost, "TURN_LIMIT_S", 0.0)
     row = attention_cost.compare(Case("micro", "operator", False, ("gathered", "dense"), 1), limit=1 << 36)
-    assert row["gathered"] == row["dense"] == {"failed": "took more than 0 s"}
+    assert all("0 s" in row[form]["failed"] for form in ("gathered", "dense"))

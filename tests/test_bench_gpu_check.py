@@ -1,8 +1,9 @@
-"""The command for all that a GPU shows: its runner on real processes, its plan, and what it says where there is no GPU."""
+"""The GPU check runs its plan in real processes, keeps the results, and ends with one error where there is no GPU."""
 
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 from small_checks import assert_gone, code, leaves, results
 
 from bench import checks, gpu_check, gpu_engine, gpu_network
@@ -22,6 +24,7 @@ from eval.open_model import open_model
 from plugins import torch_ops
 from qdbev import artifact
 from qdbev.data import rig
+from qdbev.data.config import DataConfig
 from qdbev.data.noise_frames import noise_frames
 
 ROOT = Path(__file__).parent.parent
@@ -30,12 +33,12 @@ H100 = {"name": "NVIDIA H100 80GB HBM3"}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where modules can be written and run by name."""
+    """Work in an empty folder, whose modules a check can run by name."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_tests_are_counted_and_none_run_is_a_skip(folder):
+def test_tests_are_counted_and_a_file_whose_tests_all_skip_is_a_skip(folder):
     tests = "import pytest\ndef test_a(): pass\n@pytest.mark.skip(reason='needs a GPU')\ndef test_b(): pass\n"
     Path("test_some.py").write_text(tests + "def test_c(): assert False\n")
     Path("test_none.py").write_text(tests.replace("def test_a", "@pytest.mark.skip(reason='needs a GPU')\ndef test_a"))
@@ -71,7 +74,7 @@ def test_the_file_is_written_after_every_check_and_an_interrupted_run_keeps_it(f
     assert json.loads(out.read_text())["complete"] is True
 
 
-def test_a_run_that_is_told_to_end_ends_the_check_under_way(folder):
+def test_a_run_that_gets_sigterm_ends_the_running_check(folder):
     code(
         "waits", "import os, pathlib, time\npathlib.Path('p').write_text(str(os.getpid())); pathlib.Path('p').rename('pid')\ntime.sleep(60)"
     )
@@ -85,7 +88,7 @@ def test_a_run_that_is_told_to_end_ends_the_check_under_way(folder):
     while not Path("pid").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1].endswith("ended by SIGTERM\n")
+    assert process.communicate(timeout=20)[1].count("SIGTERM") == 1
     assert process.returncode == 1
     assert_gone(int(Path("pid").read_text()))
 
@@ -93,18 +96,18 @@ def test_a_run_that_is_told_to_end_ends_the_check_under_way(folder):
 def test_a_failure_decides_the_exit_status_and_a_skip_does_not():
     results = {name: Result(status=name, command="", reason="why") for name in ("passed", "skipped", "failed")}
     gpu_check.require_passed({name: results[name] for name in ("passed", "skipped")}, Path("out.json"))
-    with pytest.raises(GpuCheckError, match=r"^1 of 3 checks failed: failed; out\.json says why"):
+    with pytest.raises(GpuCheckError, match=r"^1 of 3 .*failed; .*out\.json"):
         gpu_check.require_passed(results, Path("out.json"))
-    with pytest.raises(GpuCheckError, match=r"^no check could run; out\.json says what each lacks$"):
+    with pytest.raises(GpuCheckError, match=r"^no check .*out\.json"):
         gpu_check.require_passed({"skipped": results["skipped"]}, Path("out.json"))
 
 
 LACKING = ("cv2", "nuscenes", "pyquaternion", "pytorch_quantization", "scipy", "matplotlib", "onnx", "onnxruntime", "rich")
-"""Packages that a bare machine with a GPU may lack."""
+"""Packages that a machine with a GPU may lack; the check of the kernels must not need them."""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_there_is_one_error_and_nothing_is_written_and_a_bare_machine_gets_so_far(tmp_path):
+def test_without_a_gpu_and_optional_packages_there_is_one_error_and_nothing_is_written(tmp_path):
     text = (
         f"import runpy, sys\nsys.modules.update(dict.fromkeys({LACKING!r}))\nimport bench.gpu_network, bench.kernels\n"
         "runpy.run_module('bench.gpu_check', run_name='__main__')"
@@ -113,7 +116,7 @@ def test_without_a_gpu_there_is_one_error_and_nothing_is_written_and_a_bare_mach
     command = [sys.executable, "-c", text, "--out", "results"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: gpu-check needs an NVIDIA GPU") and len(done.stderr.splitlines()) == 1
+    assert re.match("error: .*NVIDIA GPU", done.stderr) and len(done.stderr.splitlines()) == 1
     assert not done.stdout
     assert not list(tmp_path.iterdir())
 
@@ -171,12 +174,12 @@ def test_the_tests_of_the_plan_are_those_marked_for_a_gpu_or_tensorrt(monkeypatc
     assert not {"tests/test_plugins_gpu.py", "tests/test_layers.py", "tests/test_bench_gpu_check.py"} & set(found["engines"])
 
 
-def test_a_run_lends_copies_of_its_models(folder):
+def test_the_plan_works_on_copies_of_the_models_of_a_run(folder):
     run = Path("runs/demo")
     run.mkdir(parents=True)
     for name in ("w8a8.pt", "w8a8.onnx", "w8a8.engine"):
         (run / name).write_text(name)
-    artifact.seal(run / "w8a8.onnx", kind="onnx", config={"data": {"root": "data/micro"}}, parent=None, facts={})
+    artifact.seal(run / "w8a8.onnx", config={"data": {"root": "data/micro"}}, parent=None, facts=onnx_facts())
     found = {check.name: check for check in plan(run, Path("work"))}
     assert sorted(path.name for path in Path("work/run").iterdir()) == ["w8a8.onnx", "w8a8.onnx.seal.json", "w8a8.pt"]
     assert found["w8a8_nds"].files == (Path("data/micro"),)
@@ -201,7 +204,7 @@ def test_a_network_compared_with_itself_passes_and_a_changed_one_does_not(bits, 
     gpu_network.save(rows, tmp_path / "same.json")
     tensors = json.loads((tmp_path / "same.json").read_text())["tensors"]
     assert [(row["tensor"], row["passed"]) for row in tensors] == [(name, True) for name in ("bev", "cls_logits", "box_code")] * 2
-    with pytest.raises(ComparisonError, match="kernels_cpu does not compute what pytorch_cpu computes: first in bev of frame 0"):
+    with pytest.raises(ComparisonError, match="kernels_cpu .*pytorch_cpu.* bev of frame 0"):
         gpu_network.save([*rows[:6], rows[6]._replace(distance=0.01), *rows[7:]], tmp_path / "other.json")
     tensors = json.loads((tmp_path / "other.json").read_text())["tensors"]
     assert [row["passed"] for row in tensors] == [True, True, True, False, True, True]
@@ -226,7 +229,7 @@ def test_random_weights_move_sampling_points():
 
 
 class AskedError(Exception):
-    """The kernels were asked for."""
+    """Raised by the test instead of installing the kernels."""
 
 
 def test_a_checkpoint_runs_the_kernels_on_a_gpu_and_only_there(monkeypatch, tmp_path):
@@ -246,7 +249,7 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
 
     class Opened:
         def __init__(self, path, device=None):
-            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts={}, made={}, sha256="1" * 64)
+            self.seal = artifact.Seal(kind="engine", config={}, parent="0" * 64, facts=engine_facts(), provenance={}, sha256="1" * 64)
             opened.append(path.name)
 
         def __enter__(self):
@@ -261,7 +264,7 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
     assert opened == ["net.onnx", "net.engine"]
 
 
-def test_the_rig_sees_what_lies_ahead_and_behind_in_the_middle_of_its_cameras():
+def test_points_ahead_and_behind_are_in_the_middle_of_the_front_and_rear_images():
     matrices = rig.lidar2img(7, 160)
     assert matrices.shape == (7, 4, 4) and np.array_equal(matrices[6], matrices[0])
     for camera, point, depth in ((0, (0, 20, 1.51 - 1.84), 20 + 0.94 - 1.70), (3, (0, -20, 1.58 - 1.84), 20 - 0.94 + 0.03)):
@@ -270,11 +273,12 @@ def test_the_rig_sees_what_lies_ahead_and_behind_in_the_middle_of_its_cameras():
 
 
 def test_noise_frames_are_successive_and_the_same_at_every_call():
-    first, second = noise_frames(2, (32, 64), 3.0)
-    again, _ = noise_frames(2, (32, 64), 3.0)
+    data = DataConfig(root="", std=(19.0, 19.0, 19.0))
+    first, second = noise_frames(data, 2, (32, 64))
+    again, _ = noise_frames(data, 2, (32, 64))
     assert np.array_equal(first.images, again.images) and not np.array_equal(first.images, second.images)
     assert first.images.dtype == first.lidar2img.dtype == np.float32
-    assert first.images.std() == pytest.approx(3.0, rel=0.02)
+    assert first.images.std() == pytest.approx(57.0 / 19.0, rel=0.02)
     assert first.scene_token == second.scene_token and first.timestamp_us < second.timestamp_us
     assert second.can_bus[0] - first.can_bus[0] == 2.5 and second.can_bus[17] == pytest.approx(2.0)
 

@@ -1,4 +1,4 @@
-"""Box codes, decoding and the BEV grid against the official code's numbers and against themselves."""
+"""Box codes, decoding, projection and the BEV grid, compared with the official code's numbers."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def test_codes_and_boxes_equal_the_official_ones(golden_modules):
 @pytest.mark.parametrize("sample", [0, 1])
 def test_decoding_equals_the_official_coder_and_drops_centres_out_of_range(golden_modules, sample):
     logits, code = (torch.from_numpy(array)[-1] for array in make_coder_inputs())
-    detections = decode(logits, code, TINY)[sample]
+    detections = decode(logits, code, TINY.max_boxes, TINY.post_center_range)[sample]
     assert len(detections.scores) == 252
     np.testing.assert_allclose(detections.scores, golden_modules[f"coder{sample}_scores"], atol=1e-6)
     np.testing.assert_array_equal(detections.labels, golden_modules[f"coder{sample}_labels"])
@@ -32,7 +32,7 @@ def test_decoding_equals_the_official_coder_and_drops_centres_out_of_range(golde
 
 
 def test_decoding_asks_for_no_more_boxes_than_there_are():
-    detections = decode(torch.randn(1, 3, 10), torch.zeros(1, 3, 10), dataclasses.replace(TINY, max_boxes=300))[0]
+    detections = decode(torch.randn(1, 3, 10), torch.zeros(1, 3, 10), 300, TINY.post_center_range)[0]
     assert detections.boxes.shape == (30, 9)
     assert (np.diff(detections.scores) <= 0).all()
 
@@ -50,7 +50,7 @@ def test_a_point_ahead_is_seen_and_one_behind_or_beside_is_not():
     uv, visible = project(points, lidar2img, (100, 100))
     assert visible[0, 0, :, 0].tolist() == [True, False, False]
     behind = uv[0, 0, 1, 0]
-    assert ((behind > 0) & (behind < 1)).all()  # only its depth tells where it is
+    assert ((behind > 0) & (behind < 1)).all()  # only its depth shows that the point is behind the camera
     torch.testing.assert_close(uv[0, 0, 0, 0], torch.tensor([0.5, 0.5]))
     assert uv.isfinite().all()
 

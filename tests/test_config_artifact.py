@@ -10,8 +10,12 @@ import torch
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import from_dict, override, to_dict
+from qdbev.facts import OnnxFacts, TeacherFacts
 from qdbev.recipes import RECIPES, at_bits
+from qdbev.schema import Interface
 from qdbev.settings import ConfigError
+
+FACTS = OnnxFacts(interface=Interface(inputs={"images": (1, 6, 3, 64, 64)}, outputs={"box_code": (1, 20, 10)}), bytes=5)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -41,7 +45,7 @@ def test_settings_are_typed_as_the_field_is():
         ("train=3", "train is a group"),
         ("model.bev_hw=(1,2,3)", "must have 2 values"),
         ("model.backbone.style=keras", "must be one of 'pytorch', 'caffe'"),
-        ("quant.encoder.weight=9", "weight bits are 9, must be 2 to 8"),
+        ("quant.bits.weight=9", "weight bits are 9, must be 2 to 8"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(setting, message):
@@ -50,16 +54,16 @@ def test_a_wrong_setting_is_one_clear_error(setting, message):
 
 
 def save(path: Path, **changes) -> None:
-    arguments = {"kind": "teacher", "config": {"a": 1}, "weights": {"w": torch.arange(3.0)}, "parent": None, "facts": {"f": 2}}
+    arguments = {"config": {"a": 1}, "weights": {"w": torch.arange(3.0)}, "parent": None, "facts": TeacherFacts(steps=2)}
     artifact.save_checkpoint(path, **{**arguments, **changes})
 
 
 def test_a_checkpoint_carries_its_seal_and_its_weights(tmp_path):
     save(tmp_path / "a.pt")
     seal, weights, state = artifact.load_checkpoint(tmp_path / "a.pt", "teacher")
-    assert (seal.config, seal.facts, state) == ({"a": 1}, {"f": 2}, None)
+    assert (seal.kind, seal.config, seal.facts, state) == ("teacher", {"a": 1}, TeacherFacts(steps=2), None)
     assert seal.sha256 == artifact.sha256(tmp_path / "a.pt")
-    assert "torch" in seal.made
+    assert "torch" in seal.provenance
     torch.testing.assert_close(weights["w"], torch.arange(3.0), atol=0, rtol=0)
 
 
@@ -82,7 +86,7 @@ def test_a_missing_damaged_or_foreign_checkpoint_is_refused(tmp_path):
 def test_a_sealed_file_is_known_again_and_a_changed_one_is_not(tmp_path):
     path = tmp_path / "a.onnx"
     path.write_bytes(b"graph")
-    sealed = artifact.seal(path, kind="onnx", config={}, parent=None, facts={"n": 1})
+    sealed = artifact.seal(path, config={}, parent=None, facts=FACTS)
     assert artifact.unseal(path, "onnx") == sealed
     with pytest.raises(ArtifactError, match="is an onnx file, an engine is needed"):
         artifact.unseal(path, "engine")
@@ -101,7 +105,7 @@ def test_an_artifact_made_from_something_else_is_refused(tmp_path):
     seals = {}
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-        seals[name] = artifact.seal(tmp_path / name, kind="onnx", config={}, parent=None, facts={})
+        seals[name] = artifact.seal(tmp_path / name, config={}, parent=None, facts=FACTS)
     child = dataclasses.replace(seals["a"], parent=seals["a"].sha256)
     artifact.expect_parent(Path("engine"), child, tmp_path / "a", seals["a"])
     with pytest.raises(ArtifactError, match="build it again from this file"):

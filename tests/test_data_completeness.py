@@ -1,17 +1,18 @@
-"""One report names everything a dataset lacks and what to unpack for it, and asks for nothing that is not needed."""
+"""The completeness check reports everything that a dataset lacks, with the archive to unpack, and requires nothing that is not needed."""
 
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qdbev.data import completeness, infos
+from qdbev.data import build_infos
+from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
-from qdbev.data.infos import DatasetError, load_or_build
+from qdbev.data.infos import DatasetError
+from qdbev.data.nuscenes import completeness
 from qdbev.schema import CAMERAS
 
 VERSION = "v1.0-trainval"
@@ -19,7 +20,7 @@ VERSION = "v1.0-trainval"
 
 @pytest.fixture
 def world(tiny_world: Path, tmp_path: Path) -> Path:
-    """The tiny world as a copy, free to be broken, without what is not needed of it."""
+    """A copy of the tiny world that a test may damage, without the files that are not needed."""
     root = tmp_path / "world"
     shutil.copytree(tiny_world, root, ignore=shutil.ignore_patterns("*.bin", "*.npz*", "LIDAR_TOP", "*_route.json", "*_meta.json"))
     return root
@@ -61,10 +62,10 @@ def test_one_report_names_tables_masks_can_signals_and_images(world: Path) -> No
     scene = pose.name.removesuffix("_pose.json")
     assert lines[-1].startswith(f"images are missing in 1 of 3 scenes, {scene} to {scene}; unpack v1.0-trainval01_keyframes.tgz to ")
     assert "nuscenes.org/nuscenes#download" in where
-    assert not infos.cache_path(world, VERSION).exists()
+    assert not build_infos.cache_path(world, VERSION).exists()
 
 
-def test_a_whole_folder_of_images_that_is_missing_counts_all_of_them(world: Path) -> None:
+def test_all_images_of_a_missing_folder_are_counted(world: Path) -> None:
     first = images(world, "CAM_BACK")[0].name
     shutil.rmtree(world / "samples/CAM_BACK")
     lines = completeness.missing(world, VERSION)
@@ -72,7 +73,7 @@ def test_a_whole_folder_of_images_that_is_missing_counts_all_of_them(world: Path
     assert lines[1].startswith("images are missing in 3 of 3 scenes, scene-0001 to scene-0012;")
 
 
-def test_images_between_key_frames_and_other_sensors_are_not_asked_for(world: Path) -> None:
+def test_images_between_key_frames_and_other_sensors_are_not_required(world: Path) -> None:
     def sweep(rows: list[dict]) -> None:
         rows.append({**rows[0], "token": "sweep", "is_key_frame": False, "filename": "sweeps/CAM_FRONT/none.jpg"})
 
@@ -80,7 +81,7 @@ def test_images_between_key_frames_and_other_sensors_are_not_asked_for(world: Pa
     assert completeness.missing(world, VERSION) == []
 
 
-def test_while_tables_are_missing_the_camera_folders_are_still_looked_at(world: Path) -> None:
+def test_empty_camera_folders_are_reported_even_while_tables_are_missing(world: Path) -> None:
     (world / VERSION / "sample_data.json").unlink()
     shutil.rmtree(world / "can_bus")
     shutil.rmtree(world / "samples/CAM_BACK")
@@ -93,7 +94,7 @@ def test_while_tables_are_missing_the_camera_folders_are_still_looked_at(world: 
     for camera in CAMERAS:
         (world / "samples" / camera).mkdir(exist_ok=True)
         (world / "samples" / camera / "some.jpg").touch()
-    assert "none of the six camera folders is empty; they can be counted when" in completeness.missing(world, VERSION)[-1]
+    assert "each of the six camera folders has some; they can be counted once" in completeness.missing(world, VERSION)[-1]
 
 
 @pytest.mark.parametrize("content", ["[{", "[]{}", '[{"token": 1}]', '["a"'])
@@ -106,7 +107,7 @@ def test_a_damaged_table_is_a_line_of_the_report(world: Path, content: str) -> N
     assert lines[1].endswith("unpack v1.0-trainval_meta.tgz again")
 
 
-def test_scenes_that_nuscenes_has_no_can_signals_of_are_not_missing(world: Path) -> None:
+def test_scenes_for_which_nuscenes_has_no_can_signals_are_not_reported(world: Path) -> None:
     edit(world, "scene", lambda rows: rows[0].update(name="scene-0161"))
     assert completeness.missing(world, VERSION) == []
 
@@ -127,21 +128,20 @@ def test_each_version_names_its_own_archives(world: Path, version: str, metadata
     assert f"; unpack {pictures}" in completeness.missing(world, version)[-1]
 
 
-def test_a_dataset_that_is_nowhere_is_one_line(tmp_path: Path) -> None:
+def test_a_dataset_folder_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"\Ano dataset at [^\n]*nowhere: no such folder; set data\.root [^\n]*\Z"):
         completeness.require(tmp_path / "nowhere", VERSION)
 
 
-def test_an_empty_folder_is_told_all_it_needs(tmp_path: Path) -> None:
+def test_the_report_on_an_empty_folder_lists_all_archives_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as refused:
         load_or_build(dataclasses.replace(DataConfig(root=str(tmp_path)), version="v1.0-mini"))
     for wanted in ("v1.0-mini.tgz", "can_bus.zip", *(f"samples/{camera}" for camera in CAMERAS)):
         assert wanted in str(refused.value)
 
 
-def test_the_command_checks_first_and_ends_with_the_report(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_checks_first_and_ends_with_the_report(world: Path) -> None:
     load_or_build(DataConfig(root=str(world), workers=0))
-    images(world, "CAM_FRONT")[0].unlink()  # since the infos were kept
-    monkeypatch.setattr(sys, "argv", ["infos", "--root", str(world)])
+    images(world, "CAM_FRONT")[0].unlink()  # after the infos were written
     with pytest.raises(SystemExit, match="^error: .* is not complete for v1.0-trainval:\n  samples/CAM_FRONT: 1 of 12"):
-        infos.main()
+        build_infos.main(["--root", str(world)])

@@ -1,4 +1,4 @@
-"""Frames carry what the tables say, and queues are a function of seed, epoch and index."""
+"""Frames agree with the tables, and queues depend on seed, epoch and index only."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ import torch
 from golden_inputs import make_can_bus
 from torch.utils.data import DataLoader
 
-from qdbev import temporal
+from qdbev.can_bus import ROTATION, YAW_DEG, YAW_RAD
 from qdbev.data.collate import queue_batch
 from qdbev.data.config import DataConfig
 from qdbev.data.dataset import FrameDataset, start_worker
@@ -31,7 +31,7 @@ def open_split(
 
 
 def without_points(tiny_world: Path, root: Path, silent: set[int]) -> Path:
-    """The tiny world, where no sensor saw any object in the `silent` frames of the train split."""
+    """A copy of the tiny world without lidar points on the objects in the frames `silent` of the train split."""
     dataset = open_split(tiny_world)
     tokens = {dataset.info(index).token for index in silent}
     shutil.copytree(tiny_world / VERSION, root / VERSION)
@@ -47,7 +47,7 @@ def without_points(tiny_world: Path, root: Path, silent: set[int]) -> Path:
 
 
 def with_poses(tiny_world: Path, root: Path, rotations: np.ndarray, translations: np.ndarray) -> Path:
-    """The tiny world, where the vehicle of the first frames stands and looks as told."""
+    """A copy of the tiny world in which the ego of the first frames has the given rotations (quaternions) and translations."""
     info = [open_split(tiny_world).info(index) for index in range(len(rotations))]
     shutil.copytree(tiny_world / VERSION, root / VERSION)
     for folder in ("samples", "maps", "can_bus"):
@@ -83,7 +83,7 @@ def positions(dataset: FrameDataset, queue: list[Frame]) -> list[int]:
     return [tokens.index(frame.token) for frame in queue]
 
 
-def test_frames_have_the_promised_shapes_and_come_in_order_of_time(tiny_world: Path) -> None:
+def test_frames_have_the_documented_shapes_and_are_in_order_of_time(tiny_world: Path) -> None:
     dataset = open_split(tiny_world, "val", training=False)
     frames = [dataset.frame(index) for index in range(len(dataset))]
     assert len(frames) == 4
@@ -102,13 +102,13 @@ def test_frames_have_the_promised_shapes_and_come_in_order_of_time(tiny_world: P
 
 
 def test_lidar2img_is_scaled_with_the_images(tiny_world: Path) -> None:
-    half, whole = (open_split(tiny_world, image_range_mode=scale).frame(1).lidar2img for scale in (0.5, 1.0))
+    half, whole = (open_split(tiny_world, image_scale=scale).frame(1).lidar2img for scale in (0.5, 1.0))
     point = np.array([3.0, 20.0, -1.0, 1.0])
     for small, large in zip(half @ point, whole @ point, strict=True):
         np.testing.assert_allclose(small[:2] / small[2] * 2, large[:2] / large[2], rtol=1e-5)  # float32
 
 
-def test_boxes_are_measured_in_range_and_wrapped(tiny_world: Path, tmp_path: Path) -> None:
+def test_frames_have_the_boxes_with_points_in_range_with_their_yaw_wrapped(tiny_world: Path, tmp_path: Path) -> None:
     pc_range = (-12.0, -51.2, -5.0, 51.2, 9.0, 3.0)
     dataset = open_split(without_points(tiny_world, tmp_path, {2}), pc_range=pc_range)
     wrapped = 0
@@ -130,7 +130,7 @@ def test_boxes_are_measured_in_range_and_wrapped(tiny_world: Path, tmp_path: Pat
     assert len(dataset.frame(2).boxes) == 0
 
 
-def test_reading_a_frame_leaves_the_infos_alone(tiny_world: Path) -> None:
+def test_changing_a_frame_does_not_change_the_infos(tiny_world: Path) -> None:
     dataset = open_split(tiny_world)
     before = dataset.info(1).boxes.copy(), dataset.info(1).can_bus.copy()
     frame = dataset.frame(1)
@@ -141,24 +141,27 @@ def test_reading_a_frame_leaves_the_infos_alone(tiny_world: Path) -> None:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_can_bus_has_the_whole_rotation_only_where_it_is_asked_for(
+def test_can_bus_has_the_whole_quaternion_only_if_the_config_says_so(
     tiny_world: Path, tmp_path: Path, golden_modules: dict[str, np.ndarray], full: bool
 ) -> None:
-    official, rotations = golden_modules["info_can_bus"], golden_modules["info_quats"] * np.array([[1], [-1], [1]])  # either sign is kept
+    official, rotations = (
+        golden_modules["info_can_bus"],
+        golden_modules["info_quats"] * np.array([[1], [-1], [1]]),
+    )  # q and -q are one rotation
     root = with_poses(tiny_world, tmp_path, rotations, official[:, :3])
     found = np.stack([open_split(root, full_quaternion=full).frame(index).can_bus for index in range(3)])
-    np.testing.assert_array_equal(found[:, temporal.ROTATION], rotations if full else rotations[:, :1].repeat(4, 1))
-    moves = [0, 1, 2, temporal.YAW_RAD, temporal.YAW_DEG]
+    np.testing.assert_array_equal(found[:, ROTATION], rotations if full else rotations[:, :1].repeat(4, 1))
+    moves = [0, 1, 2, YAW_RAD, YAW_DEG]
     np.testing.assert_allclose(found[:, moves], official[:, moves], atol=1e-11)  # degrees of float64
-    assert open_split(root).frame(0).can_bus[3:7].tolist() == [rotations[0, 0]] * 4  # the default is upstream's
+    assert open_split(root).frame(0).can_bus[3:7].tolist() == [rotations[0, 0]] * 4  # the default repeats w, as BEVFormer does
 
 
-def test_the_whole_rotation_reaches_the_network_unchanged(tiny_world: Path) -> None:
+def test_the_whole_quaternion_reaches_the_network_unchanged(tiny_world: Path) -> None:
     dataset = open_split(tiny_world, queue_length=2, photometric=False, full_quaternion=True)
     history, current = queue_batch([dataset[(0, 6)]])
     for batch in (*history, current):
         index = [dataset.info(i).token for i in range(len(dataset))].index(batch.tokens[0])
-        w, x, y, z = batch.can_bus[0, temporal.ROTATION].double().tolist()
+        w, x, y, z = batch.can_bus[0, ROTATION].double().tolist()
         expected = dataset.info(index).global_from_ego[:2, :2]
         np.testing.assert_allclose([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z)]], expected[:1], atol=1e-6)  # float32
         assert z != w
@@ -178,13 +181,13 @@ def test_a_queue_ends_with_its_frame_and_leaves_one_candidate_out(tiny_world: Pa
     assert len(seen) == (length if length > 1 else 1)
 
 
-def test_before_the_first_frame_the_first_frame_repeats(tiny_world: Path) -> None:
+def test_the_first_frame_is_repeated_where_there_is_no_earlier_one(tiny_world: Path) -> None:
     dataset = open_split(tiny_world, photometric=False)
     assert positions(dataset, dataset.queue(0, 0)) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("length", "index"), [(3, 1), (3, 2), (4, 2), (4, 5)])
-def test_every_candidate_but_one_is_in_a_queue_and_those_before_the_split_are_its_first_frame(
+def test_a_queue_has_all_candidates_but_one_and_the_first_frame_instead_of_those_before_the_split(
     tiny_world: Path, length: int, index: int
 ) -> None:
     dataset = open_split(tiny_world, queue_length=length, photometric=False)
@@ -193,7 +196,7 @@ def test_every_candidate_but_one_is_in_a_queue_and_those_before_the_split_are_it
     assert {tuple(positions(dataset, dataset.queue(index, epoch))) for epoch in range(25)} == allowed
 
 
-def test_queues_are_decided_by_seed_epoch_and_index(tiny_world: Path) -> None:
+def test_queues_depend_on_seed_epoch_and_index_only(tiny_world: Path) -> None:
     def pixels(seed: int, epoch: int) -> np.ndarray:
         return np.stack([frame.images for frame in open_split(tiny_world, seed=seed)[epoch, 6]])
 
@@ -203,7 +206,7 @@ def test_queues_are_decided_by_seed_epoch_and_index(tiny_world: Path) -> None:
     assert not np.array_equal(same, pixels(2, 2))
 
 
-def test_only_training_distorts(tiny_world: Path) -> None:
+def test_only_training_queues_are_distorted(tiny_world: Path) -> None:
     plain = open_split(tiny_world, training=False)
     trained = open_split(tiny_world, training=True)
     np.testing.assert_array_equal(plain.queue(3, 0)[-1].images, plain.frame(3).images)
@@ -235,18 +238,18 @@ def test_motion_along_a_queue_matches_the_official_code(golden_modules: dict[str
     assert [bool(batch.has_prev) for batch in (*history, current)] == golden_modules["queue_prev_exists"].tolist()
 
 
-def test_a_change_of_scene_in_a_queue_cuts_its_history() -> None:
+def test_the_history_in_a_queue_ends_where_the_scene_changes() -> None:
     queue = [blank_frame(scene, make_can_bus(frame, "tiny")) for frame, scene in enumerate("aab")]
     other = [blank_frame(scene, make_can_bus(frame, "tiny")) for frame, scene in enumerate("abb")]
     history, current = queue_batch([queue, other])
     assert [batch.has_prev.tolist() for batch in (*history, current)] == [[0, 0], [1, 0], [0, 1]]
     assert current.has_prev.dtype == torch.float32
-    assert (current.can_bus[0, [0, 1, 2, temporal.YAW_DEG]] == 0).all()
-    assert (current.can_bus[1, [0, 1, temporal.YAW_DEG]] != 0).all()
-    assert current.can_bus[0, temporal.YAW_RAD] == np.float32(queue[2].can_bus[temporal.YAW_RAD])
+    assert (current.can_bus[0, [0, 1, 2, YAW_DEG]] == 0).all()
+    assert (current.can_bus[1, [0, 1, YAW_DEG]] != 0).all()
+    assert current.can_bus[0, YAW_RAD] == np.float32(queue[2].can_bus[YAW_RAD])
 
 
-def test_batches_come_out_of_a_loader_as_they_come_out_of_the_dataset(tiny_world: Path) -> None:
+def test_batches_from_a_loader_equal_those_made_directly_from_the_dataset(tiny_world: Path) -> None:
     cv2.setNumThreads(2)
     for _ in range(20):
         cv2.resize(np.zeros((900, 1600, 3), np.float32), (1280, 720))  # starts OpenCV's threads, which do not survive a fork

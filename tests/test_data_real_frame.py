@@ -1,6 +1,12 @@
-"""One real nuScenes key frame goes through the transforms, the geometry of the BEV and the network, and its boxes land on its pixels.
+"""Tests the transforms, the BEV geometry and the network on one real nuScenes key frame, whose boxes must project onto its objects.
 
-To look at it: QDBEV_PICTURE=/tmp/frame.png python -m pytest tests/test_data_real_frame.py
+The licence of nuScenes (CC BY-NC-SA 4.0) keeps its images out of this repository, so that these tests skip until you provide a frame in
+`shared/real_frame` beside the clone: six images, and a file frame.json in the layout of mmdetection3d >= 1.0. Of that file the tests read
+`images[camera]` with `img_path`, `cam2img` (3x3) and `lidar2cam` (4x4); `instances` with `bbox_3d` (x, y, z, l, w, h, yaw; gravity centre),
+`bbox_label` and `num_lidar_pts`; and `categories`, which maps class names to labels. The thresholds suit sample
+ca9a282c9e77460f8360f564131a8af5, the first one of nuScenes-mini, which the demo of mmdetection3d (demo/data/nuscenes) publishes.
+
+To look at the boxes on the images: QDBEV_PICTURE=frame.png python -m pytest tests/test_data_real_frame.py
 """
 
 import json
@@ -12,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from golden_model import forward
 
 from qdbev import geometry, recipes
 from qdbev.data import transforms
@@ -20,18 +27,21 @@ from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.schema import CAMERAS
 
 FOLDER = Path(__file__).parents[2] / "shared/real_frame"
-IMAGE_HW = (900, 1600)
 EDGES = ((0, 1), (1, 3), (3, 2), (2, 0), (4, 5), (5, 7), (7, 6), (6, 4), (0, 4), (1, 5), (2, 6), (3, 7))
 
 MIRRORED = CAMERAS.index("CAM_BACK_RIGHT")
-"""A camera that sees one cell of the tiny grid in the padding only, which counts."""
-BASE = recipes.base().model
+"""Camera whose image is replaced. One cell of the tiny grid projects into the padding of its image, which counts as seen."""
+BASE = recipes.RECIPES["base"]().model
 CELL = 102.4 / 200
-"""Metres of a cell of the base grid, which is fine enough to fall into small objects."""
+"""Side of a BEV cell of the base grid in metres. The cells are small enough that several are inside a barrier."""
 
 pytestmark = [
     pytest.mark.nuscenes,
-    pytest.mark.skipif(not (FOLDER / "frame.json").is_file(), reason=f"no real nuScenes frame at {FOLDER}"),
+    pytest.mark.skipif(
+        not (FOLDER / "frame.json").is_file(),
+        reason=f"needs a real nuScenes frame, which the licence keeps out of the repository: put frame.json and its six images into "
+        f"{FOLDER}; the first lines of this file say which",
+    ),
 ]
 
 
@@ -42,7 +52,8 @@ def frame() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def transform() -> ImageTransform:
-    return image_transform(recipes.tiny().data, IMAGE_HW)
+    data = recipes.RECIPES["tiny"]().data
+    return image_transform(data, data.stored_hw)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +62,7 @@ def images(frame: dict[str, Any], transform: ImageTransform) -> np.ndarray:
 
 
 def scaled_lidar2img(frame: dict[str, Any], scale: float) -> np.ndarray:
-    """(6, 4, 4) from the lidar frame to pixels of the scaled image."""
+    """Return the projections from the lidar frame to pixels of the scaled image, (6, 4, 4)."""
     matrices = []
     for camera in CAMERAS:
         calibration = frame["images"][camera]
@@ -61,13 +72,13 @@ def scaled_lidar2img(frame: dict[str, Any], scale: float) -> np.ndarray:
 
 
 def corners(box: list[float]) -> np.ndarray:
-    """(8, 3) corners of (x, y, z, l, w, h, yaw), yaw counter-clockwise from x."""
+    """Return the corners (8, 3) of a box (x, y, z, l, w, h, yaw) whose yaw is counter-clockwise from x."""
     unit = np.array([[i, j, k] for i in (-0.5, 0.5) for j in (-0.5, 0.5) for k in (-0.5, 0.5)])
     return unit * box[3:6] @ geometry.rotation_z(box[6]).T + box[:3]
 
 
 def draw(images: np.ndarray, lidar2img: np.ndarray, boxes: list[list[float]], transform: ImageTransform, path: Path) -> None:
-    """Write the six network inputs, back in colours, with the boxes in front of each camera."""
+    """Write a picture of the six network inputs in their original colours, with the boxes in front of each camera."""
     pictures = []
     for planes, matrix in zip(images, lidar2img, strict=True):
         rgb = planes.transpose(1, 2, 0) * transform.std + transform.mean
@@ -128,18 +139,18 @@ def test_the_red_barriers_are_red_where_their_boxes_project(
 
 
 def measured_boxes(frame: dict[str, Any]) -> np.ndarray:
-    """(G, 7) boxes with lidar points whose centre lies on the BEV grid."""
+    """Return the boxes (G, 7) that contain lidar points and whose centre is inside the BEV grid."""
     boxes = np.array([instance["bbox_3d"] for instance in frame["instances"] if instance["num_lidar_pts"] > 0])
     return boxes[(np.abs(boxes[:, :2]) < 51.2).all(1)]
 
 
 def base_cells() -> torch.Tensor:
-    """(K, 3) centres of the base grid's cells, row-major, as the encoder's pillars have them; the height is the lowest."""
+    """Return the cell centres of the base grid (K, 3), row-major, at the lowest of the encoder's reference heights."""
     return geometry.pillar_points(BASE.bev_hw, BASE.num_pillar_points, BASE.pc_range)[0]
 
 
 def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: dict[str, Any], transform: ImageTransform) -> None:
-    """The outline is projected here, in float64 from the stored matrices; half a cell is added to each side of the box."""
+    """The outline is computed in float64 from the stored matrices; the box is enlarged by half a cell's diagonal on each side."""
     boxes = measured_boxes(frame)
     column, row = ((boxes[:, :2] + 51.2) / CELL).astype(int).T
     cells = base_cells()[torch.from_numpy(row * 200 + column)]
@@ -160,7 +171,7 @@ def test_the_bev_cell_under_a_box_projects_into_the_outline_of_the_box(frame: di
     assert min(inside) > -0.01  # pixels; float32 in the projection
 
 
-def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
+def test_cells_under_the_red_barriers_project_onto_red_pixels_and_mistaken_cells_do_not(
     frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
     is_barrier = np.array([i["bbox_label"] == frame["categories"]["barrier"] and i["num_lidar_pts"] > 0 for i in frame["instances"]])
@@ -192,25 +203,25 @@ def test_cells_under_the_barriers_read_their_red_and_mistaken_cells_do_not(
         "below the ground": points - (0, 0, 1.5),
     }
     for mistake, wrong in mistaken.items():
-        assert redness(wrong) < own - 10, mistake  # the road is a little red too, at 15
+        assert redness(wrong) < own - 10, mistake  # the road is slightly red too: 15
 
 
 @pytest.fixture(scope="module")
 def tiny() -> BEVFormer:
     torch.manual_seed(0)
-    return BEVFormer(recipes.tiny().model).eval()
+    return BEVFormer(recipes.RECIPES["tiny"]().model).eval()
 
 
 @torch.no_grad()
-def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_it_sees(
+def test_a_change_of_one_cameras_image_changes_exactly_the_cells_it_sees_after_one_layer(
     tiny: BEVFormer, frame: dict[str, Any], images: np.ndarray, transform: ImageTransform
 ) -> None:
-    """Temporal attention, which spreads between cells, comes first in a layer: only from the second on does it carry the news further."""
+    """Temporal attention, which mixes cells, comes first in a layer, so that a changed cell affects others from the second layer on."""
     matrices = scaled_lidar2img(frame, transform.scale)
     lidar2img, can_bus, whole = torch.from_numpy(matrices)[None].float(), torch.zeros(1, 18), torch.from_numpy(images)[None]
     first_layer: list[torch.Tensor] = []
     handle = tiny.encoder.layers[0].register_forward_hook(lambda _, __, bev: first_layer.append(bev[0]))
-    output = tiny(whole, lidar2img, can_bus)
+    output = forward(tiny, (whole, lidar2img, can_bus))
     mirrored = tiny.neck(tiny.backbone(whole[0, MIRRORED : MIRRORED + 1].flip(-1)))
     features = tuple(
         level.index_copy(1, torch.tensor([MIRRORED]), new[None]) for level, new in zip(output.image_features, mirrored, strict=True)
@@ -229,7 +240,10 @@ def test_another_image_of_one_camera_reaches_after_one_layer_exactly_the_cells_i
 
 
 def cells_seen_by(lidar2img: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    """(2500,) bool: cells of the tiny grid with one of their four heights in a camera's image; float64, apart from geometry.py."""
+    """Return which cells of the tiny grid project into a camera's image at one of four heights, (2500,) bool.
+
+    This is computed in float64 and without geometry.py, which it checks.
+    """
     centers = -51.2 + (np.arange(50) + 0.5) * 2.048
     x, y, z = (axis.ravel() for axis in np.meshgrid(centers, centers, np.linspace(-4.5, 2.5, 4), indexing="xy"))
     u, v, depth, _ = lidar2img @ np.stack((x, y, z, np.ones_like(x)))

@@ -1,4 +1,4 @@
-"""The synthetic world as the nuScenes devkit sees it."""
+"""The synthetic world agrees with the nuScenes devkit: schema, geometry, annotations, lidar points, poses and metric."""
 
 import dataclasses
 import json
@@ -17,8 +17,9 @@ from nuscenes.utils.data_classes import LidarPointCloud
 from nuscenes.utils.geometry_utils import points_in_box
 from pyquaternion import Quaternion
 
-from qdbev.data.infos import TABLES
-from qdbev.data.rig import CAMERAS, CHANNELS, make_sensor
+from qdbev.data.nuscenes.files import TABLES
+from qdbev.data.rig import CHANNELS, make_sensor
+from qdbev.schema import CAMERAS
 from synthetic.classes import CLASSES
 from synthetic.config import WorldConfig, micro
 from synthetic.generate import generate
@@ -71,7 +72,7 @@ def scenes() -> dict[str, SceneCameras]:
     return {name: SceneCameras(tiny(), name) for name in tiny().scene_names}
 
 
-def test_the_untouched_devkit_loads_the_world(nusc: NuScenes) -> None:
+def test_the_unmodified_devkit_loads_the_world(nusc: NuScenes) -> None:
     assert [scene["name"] for scene in nusc.scene] == [*TRAIN_NAMES[:2], VAL_NAMES[0]]
     assert len(nusc.sample) == 12
     for sample in nusc.sample:
@@ -98,7 +99,7 @@ def test_the_thirteen_tables_have_the_fields_of_the_schema(root: Path) -> None:
         assert all(fields <= set(record) for record in records), table
 
 
-def test_tokens_are_unique_and_references_lead_somewhere(nusc: NuScenes) -> None:
+def test_tokens_are_unique_and_references_exist(nusc: NuScenes) -> None:
     for table in TABLES:
         records = getattr(nusc, table)
         assert len({record["token"] for record in records}) == len(records), table
@@ -109,7 +110,7 @@ def test_tokens_are_unique_and_references_lead_somewhere(nusc: NuScenes) -> None
         assert annotation["num_radar_pts"] == 0
 
 
-def test_every_class_has_valid_truth_in_every_scene(nusc: NuScenes) -> None:
+def test_every_class_has_an_object_with_lidar_points_in_every_scene(nusc: NuScenes) -> None:
     for scene in nusc.scene:
         valid = {
             category_to_detection_name(annotation["category_name"])
@@ -120,7 +121,7 @@ def test_every_class_has_valid_truth_in_every_scene(nusc: NuScenes) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_truth_submitted_as_prediction_scores_one(nusc: NuScenes, tmp_path: Path, split: str) -> None:
+def test_the_ground_truth_submitted_as_detections_scores_one(nusc: NuScenes, tmp_path: Path, split: str) -> None:
     results = {
         sample["token"]: [_as_prediction(nusc, annotation) for annotation in sample["anns"] if _is_valid(nusc, annotation)]
         for sample in nusc.sample
@@ -184,7 +185,7 @@ def test_the_devkits_velocity_is_the_speed_an_object_moves_at(nusc: NuScenes, sc
 
 
 @pytest.mark.parametrize("channel", CAMERAS)
-def test_boxes_projected_by_the_devkit_lie_on_the_pixels_of_their_object(
+def test_boxes_projected_by_the_devkit_cover_the_pixels_of_their_object(
     nusc: NuScenes, scenes: dict[str, SceneCameras], channel: str
 ) -> None:
     checked = 0
@@ -196,10 +197,10 @@ def test_boxes_projected_by_the_devkit_lie_on_the_pixels_of_their_object(
 
 
 def _check_boxes_on_pixels(nusc: NuScenes, key: str, cameras: SceneCameras, name: str, channel: str, frame: int) -> int:
-    """Take one object after the other out of the image: what changes is where its box says it is, and fills a good part of it.
+    """Render the image without each of the objects in turn: the pixels that change must be inside its projected box and fill part of it.
 
-    Left out are objects that move (they are elsewhere when the camera fires, before the lidar), that are partly hidden, or
-    that the image's edge cuts (perhaps only the empty corner of the box is left).
+    Three kinds of objects are not checked: those that move, as the camera's image is taken before the lidar's sweep; those that are
+    partly hidden; and those cut by the image's edge, of which only an empty corner of the box may be in the image.
     """
     image, _ = cameras.image(channel, frame)
     path, boxes, intrinsic = nusc.get_sample_data(key)
@@ -223,7 +224,7 @@ def _check_boxes_on_pixels(nusc: NuScenes, key: str, cameras: SceneCameras, name
 
 
 def _box_mask(corners: np.ndarray, intrinsic: np.ndarray, image_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8 mask of the convex hull of camera-frame corners (3, 8); zero if one is behind the camera."""
+    """(H, W) uint8 mask of the convex hull of corners (3, 8) in the camera frame; all zero if a corner is behind the camera."""
     mask = np.zeros(image_hw, np.uint8)
     if corners[2].min() > 0.3:
         pixels = (intrinsic @ corners)[:2] / corners[2]
@@ -231,7 +232,7 @@ def _box_mask(corners: np.ndarray, intrinsic: np.ndarray, image_hw: tuple[int, i
     return mask
 
 
-def test_annotations_carry_the_number_of_lidar_points_the_devkit_finds_in_their_box(nusc: NuScenes) -> None:
+def test_annotations_have_the_number_of_lidar_points_that_the_devkit_finds_in_their_box(nusc: NuScenes) -> None:
     checked = 0
     for sample in nusc.sample[::4]:
         path, boxes, _ = nusc.get_sample_data(sample["data"]["LIDAR_TOP"])
@@ -240,7 +241,7 @@ def test_annotations_carry_the_number_of_lidar_points_the_devkit_finds_in_their_
             expected = nusc.get("sample_annotation", box.token)["num_lidar_pts"]
             box.wlh = box.wlh + 0.12  # four sigma of the range noise on each side
             found = int(points_in_box(box, points[:, points[2] > 0.06 - LIDAR_HEIGHT]).sum())
-            assert abs(found - expected) <= 4 + 0.1 * expected  # some lie as low as the ground does
+            assert abs(found - expected) <= 4 + 0.1 * expected  # some are as low as the ground
             checked += expected > 20
     assert checked > 15
 
@@ -276,9 +277,10 @@ def test_the_can_bus_reader_finds_a_pose_around_each_sample(root: Path, nusc: Nu
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_a_sensors_quaternion_is_its_rotation(channel: str) -> None:
-    sensor = make_sensor(channel, 320)
-    np.testing.assert_allclose(Quaternion(sensor.quaternion).rotation_matrix, sensor.ego_from_sensor, atol=1e-12)
+def test_the_calibrated_rotation_of_a_sensor_is_that_of_the_rig(nusc: NuScenes, channel: str) -> None:
+    record = nusc.get("sample_data", nusc.sample[0]["data"][channel])
+    rotation = Quaternion(nusc.get("calibrated_sensor", record["calibrated_sensor_token"])["rotation"])
+    np.testing.assert_allclose(rotation.rotation_matrix, make_sensor(channel, 320).ego_from_sensor, atol=1e-12)
 
 
 def test_scene_names_come_from_the_official_splits_and_are_readable_on_the_can_bus() -> None:

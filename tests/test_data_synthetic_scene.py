@@ -1,4 +1,4 @@
-"""The parts of a synthetic scene: roads, placing, drawing order, lidar."""
+"""The parts of a synthetic scene: roads, placement of objects, shapes, drawing order, lidar and visibility."""
 
 import dataclasses
 
@@ -8,9 +8,9 @@ import pytest
 
 from qdbev.data.rig import LIDAR, View, make_sensor, view_from
 from synthetic.actors import Actor
+from synthetic.boxes import box_corners, footprints, outlines_overlap
 from synthetic.classes import CLASSES
 from synthetic.config import micro, street
-from synthetic.frames import box_corners, footprints, outlines_overlap
 from synthetic.lidar import sweep
 from synthetic.painter import Placement, clip_near, gather_quads, paint, visible_order
 from synthetic.road import Road
@@ -24,7 +24,7 @@ def _front_view(width: int = 320) -> View:
 
 
 @pytest.mark.parametrize("curvature", [0.0, 0.01, -0.01])
-def test_a_road_has_the_length_and_the_bend_it_says(curvature: float) -> None:
+def test_a_road_has_the_given_length_and_curvature(curvature: float) -> None:
     road = Road((3.0, 4.0), 0.5, curvature)
     points = road.point(np.linspace(0, 100, 10_001))
     steps = np.diff(points, axis=0)
@@ -44,7 +44,7 @@ def test_an_object_moves_at_its_speed_towards_its_heading(heading: float) -> Non
 
 
 @pytest.mark.parametrize("config", [micro(), dataclasses.replace(street(), num_samples=6)], ids=lambda config: config.name)
-def test_no_two_objects_ever_touch(config: object) -> None:
+def test_no_two_objects_ever_overlap(config: object) -> None:
     scene = build_street(config, "scene-0001")
     for t in scene.key_times:
         centres, yaws = scene.actor_poses(t)
@@ -68,7 +68,7 @@ def test_rectangles_that_cross_overlap_and_those_apart_do_not() -> None:
 def test_a_solid_fills_its_box_and_stays_inside(class_name: str, rider: tuple[int, int, int] | None) -> None:
     wlh = CLASSES[class_name].wlh
     solid = make_solid(class_name, wlh, (10, 20, 30), rider)
-    blocks = np.concatenate([quad for quad, decal in zip(solid.corners, solid.decal, strict=True) if not decal])
+    blocks = np.concatenate([quad for quad, decal in zip(solid.corners, solid.is_decal, strict=True) if not decal])
     half = np.array([wlh[1], wlh[0], wlh[2]]) / 2
     assert (np.abs(blocks) <= half + 1e-9).all()
     assert (np.ptp(blocks, axis=0) > 0.8 * 2 * half).all()
@@ -90,7 +90,7 @@ def test_front_and_back_look_different(class_name: str) -> None:
 
 
 def test_a_near_small_object_is_drawn_before_a_long_one_whose_centre_is_nearer_but_which_hides_it() -> None:
-    """A bus along the road hides a car beyond it, although the car's centre is closer to the camera."""
+    """A bus along the road hides a car behind it, although the car's centre is closer to the camera."""
     bus, car = (2.9, 12.0, 3.5), (1.9, 4.6, 1.7)
     where = Placement(np.array([[14.0, 2.0, 1.75], [11.0, 5.5, 0.85]]), np.zeros(2), np.array([bus, car]))
     view = _front_view()
@@ -99,13 +99,13 @@ def test_a_near_small_object_is_drawn_before_a_long_one_whose_centre_is_nearer_b
     assert visible_order(view, 320, where).tolist() == [1, 0]
 
 
-def test_what_is_behind_the_camera_or_beside_the_image_is_not_drawn() -> None:
+def test_objects_behind_the_camera_or_beside_the_image_or_far_away_are_not_drawn() -> None:
     centres = np.array([[10.0, 0, 0.5], [-10.0, 0, 0.5], [10.0, 20.0, 0.5], [200.0, 0, 0.5]])
     where = Placement(centres, np.zeros(4), np.ones((4, 3)))
     assert visible_order(_front_view(), 320, where).tolist() == [0]
 
 
-def test_a_polygon_is_cut_at_the_near_plane() -> None:
+def test_a_polygon_is_clipped_at_the_near_plane() -> None:
     square = np.array([[-1.0, 0, 1.3], [1.0, 0, 1.3], [1.0, 0, -0.7], [-1.0, 0, -0.7]])
     clipped = clip_near(square)
     assert clipped[:, 2].min() == pytest.approx(0.3)
@@ -113,7 +113,7 @@ def test_a_polygon_is_cut_at_the_near_plane() -> None:
     assert len(clip_near(square - (0, 0, 5))) == 0
 
 
-def test_a_block_is_painted_where_the_pinhole_camera_says() -> None:
+def test_a_block_is_drawn_at_its_pinhole_projection() -> None:
     solid = Solid()
     solid.block((0, 0, 0), (1.0, 2.0, 1.5), (0, 0, 255))
     where = Placement(np.array([[15.0, 1.0, 0.75]]), np.array([0.3]), np.array([[2.0, 1.0, 1.5]]))
@@ -131,7 +131,7 @@ def _lidar_view() -> View:
     return view_from(make_sensor(LIDAR, 320), np.zeros(3), 0.0)
 
 
-def test_lidar_points_lie_on_the_box_they_are_counted_for_or_on_the_ground() -> None:
+def test_lidar_points_are_on_the_box_they_are_counted_for_or_on_the_ground() -> None:
     centre, yaw, wlh = np.array([12.0, 3.0, 0.9]), 0.4, np.array([1.9, 4.6, 1.8])
     view = _lidar_view()
     points, counts = sweep(view, (centre[None], np.array([yaw]), wlh[None]), 1084, np.random.default_rng(0))
@@ -146,7 +146,7 @@ def test_lidar_points_lie_on_the_box_they_are_counted_for_or_on_the_ground() -> 
     assert np.abs(in_global[~on_box, 2]).max() < 0.1
 
 
-def test_lidar_does_not_see_what_is_hidden() -> None:
+def test_a_hidden_box_has_no_lidar_points() -> None:
     centres = np.array([[8.0, 0, 2.0], [12.0, 0, 0.5], [-12.0, 0, 0.5]])
     wlh = np.array([[6.0, 1.0, 4.0], [0.4, 0.4, 1.0], [0.4, 0.4, 1.0]])
     _, counts = sweep(_lidar_view(), (centres, np.zeros(3), wlh), 1084, np.random.default_rng(0))
@@ -155,7 +155,7 @@ def test_lidar_does_not_see_what_is_hidden() -> None:
     assert counts[2] > 0
 
 
-def test_visibility_counts_what_nearer_boxes_leave() -> None:
+def test_visibility_is_the_fraction_that_nearer_boxes_do_not_hide() -> None:
     centres = np.array([[20.0, 0.0, 1.0], [10.0, 0.75, 0.5], [20.0, 50.0, 1.0]])
     wlh = np.array([[3.0, 1.0, 2.0], [1.5, 1.0, 3.0], [1.0, 1.0, 1.0]])
     buffer = VisibilityBuffer(3, (180, 320))

@@ -1,4 +1,4 @@
-"""Pixels and matrices reach the network as the official pipeline gives them, and bad files are named."""
+"""Images and matrices equal those of the official pipeline, and errors name the file that is unusable."""
 
 import colorsys
 import dataclasses
@@ -50,7 +50,7 @@ def test_images_and_matrices_match_the_official_pipeline(size: str, golden_modul
 
 @pytest.mark.parametrize("scale", [0.5, 0.8, 0.37])
 def test_scaling_is_half_pixel_bilinear_without_antialias_after_normalisation(scale: float) -> None:
-    data = config(image_range_mode=scale, std=(1.0, 2.0, 4.0))
+    data = config(image_scale=scale, std=(1.0, 2.0, 4.0))
     transform = image_transform(data, (90, 160))
     image = make_raw_images()[0]
     normalised = (torch.from_numpy(image[..., ::-1].astype(np.float32)) - torch.tensor(data.mean)) / torch.tensor(data.std)
@@ -71,7 +71,7 @@ def test_files_give_the_same_numbers_as_their_pixels(photo: Path) -> None:
     np.testing.assert_array_equal(loaded[1], transforms.prepare_image(cv2.imread(str(photo)), transform))
 
 
-def test_unreadable_files_are_named(photo: Path) -> None:
+def test_errors_name_the_unreadable_file(photo: Path) -> None:
     content = photo.read_bytes()
 
     def refuses(message: str, path: Path = photo) -> None:
@@ -79,23 +79,23 @@ def test_unreadable_files_are_named(photo: Path) -> None:
             transforms.load_images([path], image_transform(config(), (90, 160)))
 
     photo.write_bytes(content[: len(content) * 2 // 3])
-    refuses("is cut short at")
+    refuses("is truncated after")
     photo.write_bytes(b"")
-    refuses("is cut short at 0 bytes")
+    refuses("is truncated after 0 bytes")
     photo.write_bytes(b"not an image")
-    refuses("is no image")
+    refuses("is not an image")
     refuses("No such file", photo.with_name("absent.jpg"))
     cv2.imwrite(str(photo), np.zeros((45, 80, 3), np.uint8))
     refuses("is 45 x 80 pixels .* say 90 x 160")
 
 
-def test_a_scale_that_leaves_nothing_is_refused() -> None:
+def test_a_scale_without_any_pixels_left_is_refused() -> None:
     with pytest.raises(DatasetError, match="leaves nothing of images of 90 x 160"):
         image_transform(config(image_scale=0.01), (90, 160))
 
 
 def distorted_by_loops(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, set[str]]:
-    """The distortion pixel by pixel with the standard library's colour conversion, and the steps that were drawn."""
+    """The image distorted pixel by pixel with the standard library's colour conversion, and the names of the steps that were applied."""
     steps = set()
 
     def drawn(step: str) -> bool:
@@ -137,12 +137,9 @@ def test_each_image_is_distorted_on_its_own_and_repeatably(photo: Path) -> None:
     assert (first[:, :, 45:] == 0).all()
 
 
-def test_the_cost_of_a_frames_images_is_measured_and_kept(
-    tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_cost_of_a_frames_images_is_measured_and_written(tiny_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "cost.json"
-    monkeypatch.setattr("sys.argv", ["image_cost", "--root", str(tiny_world), "--frames", "3", "--out", str(out)])
-    image_cost.main()
+    image_cost.main(["--root", str(tiny_world), "--frames", "3", "--out", str(out)])
     figures = json.loads(out.read_text())
     assert 0 < figures["decode_ms"] < figures["load_ms"]
     assert (figures["frames"], figures["image_hw"], figures["scale"]) == (3, [180, 320], 0.5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts
 from small_networks import exported_network
 
 from engine import backend, bench, clocks, host_cost, typical_frame
@@ -35,13 +36,9 @@ def engine(folder: Path, version: str = "10.13.3.9") -> tuple[Path, Seal]:
     """A sealed file that claims to be an engine for `DEVICE`."""
     path = folder / "net.engine"
     path.write_bytes(b"plan")
-    facts = {
-        "backend": {"name": "tensorrt", "version": version},
-        "target": {"gpu": DEVICE.name, "compute_capabilities": ["9.0"]},
-        "inputs": {"images": [1, *IMAGES]},
-        "plan_bytes": 4,
-    }
-    return path, artifact.seal(path, kind="engine", config=to_dict(exported_network()), parent=None, facts=facts)
+    config = exported_network()
+    facts = engine_facts(config.model.interface(IMAGES[-2:]), ("tensorrt", version), ("9.0",), DEVICE.name)
+    return path, artifact.seal(path, config=to_dict(config), parent=None, facts=facts)
 
 
 def on_path(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engine import audit, backend, build, compatibility, layer_table, onnx_products, trt_callbacks
 from engine.backend import EngineError
-from qdbev import artifact, schema
-from qdbev.facts import interface_facts, interface_of
+from qdbev import artifact
+from qdbev.deployed_graph import DeployedGraphError
+from qdbev.facts import BuildOptions, OnnxFacts, Target
+from qdbev.ops import contract
 from qdbev.schema import Interface
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
@@ -86,11 +88,11 @@ class Drawing:
             node.input[:] = [outputs.get(name, name) for name in node.input]
         self.nodes.append(helper.make_node("MatMul", ["can_bus", "lidar2img"], ["cls_logits"], name="geometry"))
         inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in INTERFACE.inputs.items()]
-        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in INTERFACE.outputs]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in INTERFACE.outputs.items()]
         drawn = helper.make_graph(self.nodes, "drawing", inputs, results, self.initializers)
-        opsets = [helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION)]
+        opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
         onnx.save(helper.make_model(drawn, opset_imports=opsets, ir_version=9, functions=self.functions), path)
-        artifact.seal(path, kind="onnx", config={"name": "drawing"}, parent=None, facts=interface_facts(INTERFACE))
+        artifact.seal(path, config={"name": "drawing"}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=path.stat().st_size))
         return path
 
 
@@ -115,22 +117,22 @@ def sampler(path: Path, *, body: bool = True) -> Path:
     d = Drawing()
     d.functions = [
         helper.make_function(
-            schema.OP_DOMAIN,
+            contract.DOMAIN,
             "Sample",
             ["value"],
             ["out"],
             [helper.make_node("Sin", ["value"], ["out"])],
-            [helper.make_opsetid("", schema.OPSET)],
+            [helper.make_opsetid("", contract.OPSET)],
         )
     ][: int(body)]
     y = d.linear(d.quantized("prev_bev", "in"), "value_proj", 32, 32)
-    y = d.node("Sample", [y], "sample", domain=schema.OP_DOMAIN, plugin_namespace=schema.OP_DOMAIN, plugin_version="1")
+    y = d.node("Sample", [y], "sample", domain=contract.DOMAIN, plugin_namespace=contract.DOMAIN, plugin_version="1")
     return d.save(path, d.linear(d.quantized(y, "out"), "output_proj", 32, 32))
 
 
 def reseal(path: Path, model: onnx.ModelProto) -> Path:
     onnx.save(model, path)
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts=interface_facts(INTERFACE))
+    artifact.seal(path, config={}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=path.stat().st_size))
     return path
 
 
@@ -159,13 +161,13 @@ def test_the_engine_seal_holds_parent_target_options_and_interface(built: tuple[
     seal, parent = artifact.unseal(built[1], "engine"), artifact.unseal(built[0], "onnx")
     assert seal.parent == parent.sha256
     assert seal.config == parent.config
-    assert seal.facts["backend"]["name"] == "tensorrt-rtx"
-    assert seal.facts["target"] == {"compute_capabilities": ["8.6", "8.9"]}
-    assert seal.facts["plan_bytes"] == built[1].stat().st_size
-    assert seal.facts["build"] == {"onnx": "w8a8.onnx", "memory_limit_mb": 256, "allow_float": False}
-    assert interface_of(seal) == INTERFACE
-    assert seal.facts["plugins"] == []
-    assert fell_back(seal.facts["audit"]) == []
+    assert seal.facts.backend.name == "tensorrt-rtx"
+    assert seal.facts.target == Target(compute_capabilities=("8.6", "8.9"))
+    assert seal.facts.plan_bytes == built[1].stat().st_size
+    assert seal.facts.build == BuildOptions(onnx="w8a8.onnx", memory_limit_mb=256, allow_float=False)
+    assert seal.facts.interface == INTERFACE
+    assert seal.facts.plugins == ()
+    assert fell_back(seal.facts.audit) == []
 
 
 def test_six_bit_activations_cost_no_kernel_more_than_eight(tmp_path: Path, built: tuple[Path, Path]) -> None:
@@ -193,7 +195,7 @@ def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path
     assert done.returncode != 0
     assert "5 of 6 quantized layers run INT8" in done.stderr
     assert "encoder.ffn.0" in done.stderr
-    assert fell_back(artifact.unseal(path.with_suffix(".engine"), "engine").facts["audit"]) == ["encoder.ffn.0"]
+    assert fell_back(artifact.unseal(path.with_suffix(".engine"), "engine").facts.audit) == ["encoder.ffn.0"]
 
 
 def test_a_forgotten_input_quantizer_is_named(tmp_path: Path) -> None:
@@ -219,7 +221,7 @@ def test_a_custom_operator_is_inlined_and_its_neighbours_stay_int8(tmp_path: Pat
 
 def test_a_custom_operator_without_body_is_named(tmp_path: Path) -> None:
     path = sampler(tmp_path / "s.onnx", body=False)
-    with pytest.raises(EngineError, match="node sample is a qdbev::Sample, which has neither a local function"):
+    with pytest.raises(DeployedGraphError, match="node sample is a qdbev::Sample without a function body"):
         build.build_file(path, tmp_path / "s.engine", build.Options(backend="tensorrt-rtx"))
 
 
@@ -233,8 +235,8 @@ def test_a_corrupt_onnx_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(artifact.ArtifactError, match="not the file that was sealed"):
         build.build_file(path, tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts={})
-    with pytest.raises(EngineError, match=r"m\.onnx is damaged or no ONNX file"):
+    artifact.seal(path, config={}, parent=None, facts=OnnxFacts(interface=INTERFACE, bytes=1000))
+    with pytest.raises(DeployedGraphError, match=r"m\.onnx is damaged or no ONNX file"):
         build.build_file(path, tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
     assert not (tmp_path / "m.engine").exists()
 
@@ -247,7 +249,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, value: float) -> N
     values = numpy_helper.to_array(bias).copy()
     values[3] = value
     bias.CopyFrom(numpy_helper.from_array(values, bias.name))
-    with pytest.raises(EngineError, match=r"weight encoder\.ffn\.0\.bias has 1 NaN or infinite of 64 values"):
+    with pytest.raises(DeployedGraphError, match=r"1 of 64 values of weight encoder\.ffn\.0\.bias are NaN"):
         build.build_file(reseal(path, model), tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
 
 
@@ -255,7 +257,7 @@ def test_inputs_of_another_name_are_listed(tmp_path: Path) -> None:
     path = detector(tmp_path / "m.onnx")
     model = onnx.load(path)
     model.graph.input[0].name = model.graph.node[0].input[0] = "img"
-    with pytest.raises(EngineError, match=r"has the inputs img, .*missing: images; unknown: img"):
+    with pytest.raises(DeployedGraphError, match=r"has the inputs img, .*missing: images; unknown: img"):
         build.build_file(reseal(path, model), tmp_path / "m.engine", build.Options(backend="tensorrt-rtx"))
 
 
@@ -319,7 +321,7 @@ def test_the_command_that_is_given_for_another_gpu_builds_for_both(tmp_path: Pat
     command = shlex.split(str(refused.value).splitlines()[1])
     build.main(command[3:])
     compatibility.require_gpu(engine, artifact.unseal(engine, "engine"), device)
-    assert artifact.unseal(engine, "engine").facts["target"] == {"compute_capabilities": ["8.6", "8.9", "12.0"]}
+    assert artifact.unseal(engine, "engine").facts.target.compute_capabilities == ("8.6", "8.9", "12.0")
 
 
 def test_ctrl_c_ends_a_build_and_leaves_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +340,7 @@ def test_two_layers_of_one_name_are_refused(tmp_path: Path) -> None:
         if node.name == "backbone.conv2":
             node.name = "backbone.conv1"
     with pytest.raises(EngineError, match="several layers of the ONNX are called backbone.conv1"):
-        onnx_products.check(model)
+        onnx_products.products(model, ())
 
 
 def test_a_layer_no_kernel_names_is_an_offender() -> None:

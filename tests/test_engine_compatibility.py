@@ -1,19 +1,26 @@
 """Which engine runs where, the command that builds it again, and what TensorRT 8.6 can read; none of it needs a GPU."""
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sealed_facts import engine_facts, onnx_facts
+from small_networks import INPUTS, OUTPUTS
 
-from engine import backend, build, compatibility, onnx_products, trt86_check
+from engine import backend, build, compatibility, trt86_check
 from engine.backend import Backend, EngineError, Gpu
-from qdbev import artifact, schema
+from qdbev import artifact, deployed_graph
 from qdbev.artifact import Seal
+from qdbev.facts import BuildOptions, Target
+from qdbev.ops import contract
+from qdbev.schema import Interface
 
 H100 = Gpu(name="NVIDIA H100 80GB HBM3", compute_capability="9.0", bus_id="0000:00:1E.0")
 H200 = Gpu(name="NVIDIA H200", compute_capability="9.0", bus_id="0000:00:1E.0")
@@ -21,9 +28,15 @@ ADA = Gpu(name="NVIDIA RTX 4090", compute_capability="8.9", bus_id="0000:00:1E.0
 PLUGIN = ("MultiscaleDeformableAttnPlugin_TRT", "1", "")
 
 
-def seal(name: str, version: str, target: dict[str, object], **changes: object) -> Seal:
-    facts = {"backend": {"name": name, "version": version}, "target": target, **changes}
-    return Seal(kind="engine", config={}, parent=None, facts=facts, made={})
+def seal(name: str, version: str, target: dict[str, Any], build: BuildOptions | None = None) -> Seal:
+    capabilities = target["compute_capabilities"]
+    facts = engine_facts(
+        backend=(name, version),
+        capabilities=None if capabilities is None else tuple(capabilities),
+        gpu=target.get("gpu"),
+        build=build,
+    )
+    return Seal(kind="engine", config={}, parent=None, facts=facts, provenance={})
 
 
 def installed(name: backend.BackendName, version: str) -> Backend:
@@ -43,7 +56,7 @@ def test_an_engine_runs_on_the_gpus_it_was_built_for_only() -> None:
     compatibility.require_gpu(path, several, ADA)
     with pytest.raises(EngineError, match=r"GPUs of compute capability 8\.6, 8\.9; this is a NVIDIA H100"):
         compatibility.require_gpu(path, several, H100)
-    compatibility.require_gpu(path, seal("tensorrt-rtx", "1.7.1", {"compute_capabilities": compatibility.PORTABLE}), ADA)
+    compatibility.require_gpu(path, seal("tensorrt-rtx", "1.7.1", {"compute_capabilities": None}), ADA)
 
 
 def test_an_engine_runs_under_the_version_that_built_it_only() -> None:
@@ -65,13 +78,13 @@ def test_an_engine_runs_under_the_version_that_built_it_only() -> None:
             "--backend tensorrt-rtx --compute-capability 8.6 8.9 12.0",
         ),
         (seal("tensorrt-rtx", "1.7", {"compute_capabilities": ["8.6"]}), H100, "--backend tensorrt"),  # which RTX does not build for
-        (seal("tensorrt-rtx", "1.4", {"compute_capabilities": compatibility.PORTABLE}), ADA, "--backend tensorrt-rtx"),
+        (seal("tensorrt-rtx", "1.4", {"compute_capabilities": None}), ADA, "--backend tensorrt-rtx"),
         (
             seal(
                 "tensorrt",
                 "10.13",
                 {"gpu": H200.name, "compute_capabilities": ["9.0"]},
-                build={"onnx": "../onnx/my net.onnx", "memory_limit_mb": 512, "allow_float": True},
+                build=BuildOptions(onnx="../onnx/my net.onnx", memory_limit_mb=512, allow_float=True),
             ),
             H100,
             "--backend tensorrt --memory-limit 512 --allow-float",
@@ -82,7 +95,7 @@ def test_the_rebuild_command_is_whole_and_the_builder_understands_it(made: Seal,
     words = shlex.split(compatibility.rebuild_command(Path("runs/demo/w8a8.engine"), made, device))
     assert words[:3] == ["python", "-m", "engine.build"]
     args = build.parse_args(words[3:])
-    assert args.onnx == Path("runs/onnx/my net.onnx" if "build" in made.facts else "runs/demo/w8a8.onnx")
+    assert args.onnx == Path("runs/onnx/my net.onnx" if made.facts.build else "runs/demo/w8a8.onnx")
     assert args.out == Path("runs/demo/w8a8.engine")
     assert " ".join(words[7:]) == wanted
 
@@ -108,16 +121,16 @@ def network(
 ) -> onnx.ModelProto:
     """An attention, a product and a cast."""
     nodes = [
-        helper.make_node(op, ["x"], ["y"], name="encoder.attention", domain=schema.OP_DOMAIN),
+        helper.make_node(op, ["x"], ["y"], name="encoder.attention", domain=contract.DOMAIN),
         helper.make_node("MatMul", ["y", "w"], ["z"], name="encoder.linear"),
         helper.make_node("Cast", ["z"], ["out"], name="encoder.cast", to=cast),
     ]
     weights = [numpy_helper.from_array(np.ones((4, 4), weight), "w")]
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "out")]
     drawn = helper.make_graph(nodes, "drawn", info[:1], info[1:], weights)
-    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(schema.OP_DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(contract.DOMAIN, 1)]
     inner = [helper.make_node("Identity", ["x"], ["y"])]
-    functions = [helper.make_function(schema.OP_DOMAIN, op, ["x"], ["y"], inner, opsets[:1])] if body else []
+    functions = [helper.make_function(contract.DOMAIN, op, ["x"], ["y"], inner, opsets[:1])] if body else []
     return helper.make_model(drawn, opset_imports=opsets, functions=functions)
 
 
@@ -129,7 +142,7 @@ def test_tensorrt_8_reads_float32_of_operator_set_17_with_its_own_attention() ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"opset": schema.OPSET}, r"of operator set 18; TensorRT 8\.6 reads up to 17 and would read newer nodes wrongly"),
+        ({"opset": contract.OPSET}, r"of operator set 18; TensorRT 8\.6 reads up to 17 and would misread newer nodes"),
         ({"op": "SpatialCrossAttention", "body": True}, r"node encoder\.attention is a qdbev::SpatialCrossAttention; .*no local functions"),
         ({"weight": np.float16}, r"weight w is float16; TensorRT 8\.6 has no strong typing"),
         ({"cast": TensorProto.FLOAT16}, r"the output of node encoder\.cast is float16"),
@@ -151,18 +164,18 @@ def test_a_node_that_tensorrt_8_refuses_is_found_by_its_position(tmp_path: Path)
     onnx.save(network(), tmp_path / "m.onnx")
     assert build._refused_node(Refusal(1), tmp_path / "m.onnx") == ("encoder.linear", "MatMul")
     assert build._refused_node(Refusal(-1), tmp_path / "m.onnx") == ("", "")
-    assert onnx_products.node_name(network().graph.node[1]) == "encoder.linear"
+    assert deployed_graph.node_name(network().graph.node[1]) == "encoder.linear"
 
 
 def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) -> None:
-    chosen, target = installed("tensorrt", "11.4.0.106"), {"gpu": H100.name, "compute_capabilities": ["9.0"]}
+    chosen, target = installed("tensorrt", "11.4.0.106"), Target(compute_capabilities=("9.0",), gpu=H100.name)
     found = build.timing_cache_file(chosen, target, tmp_path)
     assert found == tmp_path / "tensorrt-11.4.0.106-nvidia-h100-80gb-hbm3.timing"
-    assert found != build.timing_cache_file(chosen, {"gpu": H200.name}, tmp_path)
+    assert found != build.timing_cache_file(chosen, dataclasses.replace(target, gpu=H200.name), tmp_path)
     assert found != build.timing_cache_file(installed("tensorrt", "10.13.3.9"), target, tmp_path)
     assert build.timing_cache_file(chosen, target, tmp_path / "mine.timing") == tmp_path / "mine.timing"
     assert build.timing_cache_file(chosen, target, None) is None
-    assert build.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), {}, tmp_path) is None
+    assert build.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), target, tmp_path) is None
 
 
 def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,12 +183,17 @@ def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, mon
     registered = SimpleNamespace(plugin_creator_list=[SimpleNamespace(name=PLUGIN[0], plugin_version="1", plugin_namespace="")])
     module = SimpleNamespace(init_libnvinfer_plugins=lambda logger, namespace: None, get_plugin_registry=lambda: registered)
     monkeypatch.setattr(backend, "select", lambda wanted: Backend(name="tensorrt", module=module, version="8.6.1"))
-    model = network(opset=schema.OPSET)
-    for names, items in ((schema.INPUTS, model.graph.input), (schema.OUTPUTS, model.graph.output)):
+    model = network(opset=contract.OPSET)
+    for names, items in ((INPUTS, model.graph.input), (OUTPUTS, model.graph.output)):
         del items[:]
         items.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in names)
     onnx.save(model, tmp_path / "net.onnx")
-    artifact.seal(tmp_path / "net.onnx", kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(
+        tmp_path / "net.onnx",
+        config={},
+        parent=None,
+        facts=onnx_facts(Interface(inputs=dict.fromkeys(INPUTS, (1, 4)), outputs=dict.fromkeys(OUTPUTS, (1, 4)))),
+    )
     with pytest.raises(EngineError, match=r"operator set 18; TensorRT 8\.6 reads up to 17"):
         build.build_file(tmp_path / "net.onnx", tmp_path / "net.engine", build.Options(backend="tensorrt"))
     assert build._plugins(backend.select(None)) == {PLUGIN}

@@ -109,7 +109,8 @@ def products_of(nodes: list[onnx.NodeProto], inputs: dict[str, list[int | str]],
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     result = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
     drawn = helper.make_graph(nodes, "drawing", tensors, [result], [numpy_helper.from_array(np.array(v), k) for k, v in constants.items()])
-    return onnx_products.products(helper.make_model(drawn, opset_imports=[helper.make_opsetid("", 18)]))
+    model = helper.make_model(drawn, opset_imports=[helper.make_opsetid("", 18)])
+    return onnx_products.products(model, ("lidar2img",))
 
 
 def quantized(x: str, name: str) -> list[onnx.NodeProto]:

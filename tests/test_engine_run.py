@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sealed_facts import engine_facts, onnx_facts
 
 from engine import backend, bench
 from engine.backend import EngineError
 from engine.session import Session
-from engine.stream import open_engine
 from qdbev import artifact
 from qdbev.detectors.bevformer.config import BEVFormerConfig
-from qdbev.facts import interface_facts
 
 NO_GPU = backend.gpu() is None
 INTERFACE = BEVFormerConfig().interface((480, 800))
@@ -24,12 +23,7 @@ def engine(tmp_path: Path) -> Path:
     """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
     path = tmp_path / "w8a8.engine"
     path.write_bytes(b"plan")
-    facts = {
-        **interface_facts(INTERFACE),
-        "backend": {"name": "tensorrt-rtx", "version": "1.7.1"},
-        "target": {"compute_capabilities": ["8.9"]},
-    }
-    artifact.seal(path, kind="engine", config={}, parent=None, facts=facts)
+    artifact.seal(path, config={}, parent=None, facts=engine_facts(INTERFACE))
     return path
 
 
@@ -54,7 +48,7 @@ def test_measuring_without_a_gpu_says_what_it_needs_and_fails(engine: Path) -> N
 def test_measuring_an_engine_of_another_onnx_is_refused(engine: Path, tmp_path: Path) -> None:
     onnx_path = tmp_path / "other.onnx"
     onnx_path.write_bytes(b"onnx")
-    artifact.seal(onnx_path, kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(onnx_path, config={}, parent=None, facts=onnx_facts())
     with pytest.raises(SystemExit, match=r"w8a8\.engine was made from nothing, not from .*other\.onnx"):
         bench.main(["--engine", str(engine), "--onnx", str(onnx_path)])
 
@@ -73,16 +67,6 @@ def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() ->
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_the_page_for_cpp_names_every_tensor_and_python_names_that_exist() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "engine.md").read_text()
-    for name in (*INTERFACE.inputs, *INTERFACE.outputs):
-        assert f"| `{name}` | (1" in page
-        if name not in ("prev_bev", "bev"):
-            assert page.count(f'"{name}"') == 1, f"{name} in the C++ code"
-    assert "from engine.stream import open_engine" in page
-    assert callable(open_engine)
 
 
 @pytest.mark.gpu

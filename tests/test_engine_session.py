@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 pytest.importorskip("tensorrt_rtx", reason="needs TensorRT-RTX: pip install -r requirements.txt")
 
 from cuda.bindings import runtime
 from host_cuda import COPY_MS, FAILED, NETWORK_MS, OK, PLAN, HostCuda, HostTensorRT
+from sealed_facts import engine_facts
 
 from engine import backend, bench, build, host_cost
 from engine.backend import Backend, EngineError, Gpu
@@ -31,7 +32,7 @@ from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Arrays, run_stream
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.facts import interface_facts
+from qdbev.facts import BuildOptions, TeacherFacts
 from qdbev.schema import Frame
 
 IMAGE_HW = (64, 96)
@@ -58,7 +59,7 @@ class Rig:
 
 def drive(num_cameras: int, count: int) -> list[Frame]:
     """Consecutive frames of one scene with noise as images, from a vehicle that drives and turns."""
-    first, second = noise_frames(num_cameras, IMAGE_HW)
+    first, second = noise_frames(DATA, num_cameras, IMAGE_HW)
     step = second.can_bus - first.can_bus
     return [
         dataclasses.replace(
@@ -78,8 +79,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config, li
     config = exported_network()
     model = BEVFormer(config.model).eval()
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
+    to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
     return path, config, drive(config.model.num_cameras, 5)
 
 
@@ -98,14 +99,12 @@ def rig(exported: tuple[Path, Config, list[Frame]], tmp_path: Path, monkeypatch:
 
 def sealed(path: Path, config: Config, **changes: object) -> Path:
     path.write_bytes(PLAN)
-    facts = {
-        **interface_facts(config.model.interface(IMAGE_HW)),
-        "backend": {"name": "tensorrt-rtx", "version": "1.7.1"},
-        "target": {"compute_capabilities": ["8.6", "8.9"]},
-        "build": {"onnx": "net.onnx", "memory_limit_mb": 256, "allow_float": True},
-        **changes,
-    }
-    artifact.seal(path, kind="engine", config=to_dict(config), parent=None, facts=facts)
+    facts = engine_facts(
+        config.model.interface(IMAGE_HW),
+        capabilities=("8.6", "8.9"),
+        build=BuildOptions(onnx="net.onnx", memory_limit_mb=256, allow_float=True),
+    )
+    artifact.seal(path, config=to_dict(config), parent=None, facts=dataclasses.replace(facts, **changes))
     return path
 
 

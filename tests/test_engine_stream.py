@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_networks import exported_network
+from small_networks import DATA, exported_network
 
 from engine.preprocess import FrameError, Preprocessor
 from engine.stream import StreamingDetector
@@ -21,6 +21,7 @@ from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
 from qdbev.detector import Arrays, FrameOrderError
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import TeacherFacts
 from qdbev.schema import Detections, Frame
 
 
@@ -37,9 +38,9 @@ def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> O
     torch.manual_seed(0)
     config = exported_network()
     model = BEVFormer(config.model).eval()
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(model.config.num_cameras, dataset.padded_hw))
+    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
     return OnnxRunner(path)
 
 

@@ -1,4 +1,4 @@
-"""From a model file to metrics, the summary and the pictures; on a small synthetic world, with the official metric."""
+"""Evaluation from a model file to metrics, summary and pictures, on a small synthetic world and with the official metric."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sealed_facts import engine_facts, onnx_facts
 
 from eval import draw, evaluate, pictures, report, run
 from eval.loop import evaluate_frames
@@ -17,6 +18,7 @@ from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, to_dict
 from qdbev.detector import Arrays
+from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
 from qdbev.recipes import RECIPES
 from qdbev.schema import CLASSES
@@ -34,7 +36,7 @@ def teacher(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = micro(tiny_world)
     torch.manual_seed(0)
     weights = detectors.build(config.model).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -57,10 +59,12 @@ def recorder(config: Config, seen: list[Arrays], seal: Seal | None = None) -> Se
         outputs["bev"][...] = len(seen)
         return outputs
 
-    return SealedModel(config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64))
+    return SealedModel(
+        config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts=onnx_facts(), provenance={}, sha256="0" * 64)
+    )
 
 
-def test_memory_passes_from_frame_to_frame_and_ends_with_the_scene(tiny_world: Path) -> None:
+def test_the_history_passes_from_frame_to_frame_and_ends_with_the_scene(tiny_world: Path) -> None:
     config = micro(tiny_world)
     seen: list[Arrays] = []
     scenes = [step.frame.scene_token for step in evaluate_frames(recorder(config, seen), open_frames(config, "train"))]
@@ -90,7 +94,7 @@ def test_a_random_model_is_scored_from_file_to_metrics(teacher: Path, metrics: d
     assert sorted(path.name for path in out.parent.iterdir()) == ["teacher_pt"]  # no scratch folder is left
 
 
-def test_checkpoint_runs_behind_the_deployed_names(teacher: Path, tiny_world: Path) -> None:
+def test_a_checkpoint_has_the_inputs_and_outputs_of_the_deployed_graph(teacher: Path, tiny_world: Path) -> None:
     config = micro(tiny_world)
     frame = open_frames(config, "val").frame(0)
     with open_model(teacher) as model:
@@ -123,16 +127,16 @@ def test_a_failed_evaluation_leaves_the_earlier_files(tiny_world: Path, tmp_path
 
 @pytest.mark.parametrize("suffix", [".pth", ""])
 def test_an_unknown_model_suffix_is_refused(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(ModelFileError, match=r"a model is a \.pt, \.onnx, \.engine file"), open_model(tmp_path / f"model{suffix}"):
+    with pytest.raises(ModelFileError, match=r"\.pt, \.onnx, \.engine"), open_model(tmp_path / f"model{suffix}"):
         pass
 
 
-def test_a_missing_model_and_a_wrong_device_each_say_so(teacher: Path, tmp_path: Path) -> None:
+def test_a_missing_model_and_a_wrong_device_are_named_in_the_error(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"gone\.onnx does not exist"), open_model(tmp_path / "gone.onnx"):
         pass
-    with pytest.raises(ModelFileError, match="runs in onnxruntime on the CPU, not on 'cuda'"), open_model(tmp_path / "m.onnx", "cuda"):
+    with pytest.raises(ModelFileError, match="onnxruntime .*'cuda'"), open_model(tmp_path / "m.onnx", "cuda"):
         pass
-    with pytest.raises(ValueError, match="'gpu' is no device"), open_model(teacher, "gpu"):
+    with pytest.raises(ValueError, match="'gpu'"), open_model(teacher, "gpu"):
         pass
 
 
@@ -155,7 +159,7 @@ def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
     folder, config = teacher.parent, micro(tiny_world)
     engine = folder / "w8a8.engine"
     engine.write_bytes(b"plan")
-    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts={}, made={}, sha256="1" * 64)
+    seal = Seal(kind="engine", config=to_dict(config), parent=metrics["sha256"], facts=engine_facts(), provenance={}, sha256="1" * 64)
     evaluate.evaluate(engine, recorder(config, [], seal), config, "val", folder / "eval" / "w8a8_engine")
     counts = {"quantized_layers": 9, "int8_layers": 8, "kernels": 20, "int8_kernels": 8, "requantizations": 3}
     (folder / "w8a8.engine.audit.json").write_text(json.dumps({"summary": "8 of 9", **counts, "rows": []}))
@@ -174,12 +178,12 @@ def test_summary_has_a_row_per_model_with_the_change_from_its_parent(
 
 
 def test_a_run_without_metrics_and_an_altered_one_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"has no eval/\*/metrics\.json; run `python -m eval\.run"):
+    with pytest.raises(EvaluationError, match=r"metrics\.json.*python -m eval\.run"):
         report.collect(tmp_path)
     path = tmp_path / "eval" / "teacher_pt" / "metrics.json"
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    with pytest.raises(ArtifactError, match="has no seal"):
+    with pytest.raises(ArtifactError, match="metrics.json .*seal"):
         report.collect(tmp_path)
 
 
@@ -190,19 +194,19 @@ def test_pictures_are_drawn_for_the_frames_asked_for(teacher: Path, tmp_path: Pa
     assert drawn[0].read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_front_of_a_box_lies_where_its_yaw_points() -> None:
+def test_the_front_of_a_box_is_where_its_yaw_points() -> None:
     box = np.array([[1.0, 2.0, 3.0, 2.0, 4.0, 1.5, -np.pi / 2, 0.0, 0.0]])  # SECOND yaw: the front points along x
     points = draw.corners(box)[0]
     np.testing.assert_allclose(points[[0, 1, 4, 5]].mean(0), [3.0, 2.0, 3.0], atol=1e-12)
     np.testing.assert_allclose(np.ptp(points, axis=0), [4.0, 2.0, 1.5], atol=1e-12)
 
 
-def test_boxes_behind_a_camera_are_not_drawn_and_those_around_it_are_cut_off() -> None:
+def test_boxes_behind_a_camera_are_not_drawn_and_those_around_it_are_clipped() -> None:
     lidar2img = np.array([[100.0, 50.0, 0.0, 0.0], [0.0, 40.0, -100.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])  # looks along y
     boxes = np.array([[0.0, y, 0.0, 2.0, 4.0, 1.5, 0.0, 0.0, 0.0] for y in (10.0, -10.0, 1.0)])
     seen = draw.project_edges(draw.corners(boxes), lidar2img, 100, 80)
     assert sorted(seen) == [0, 2]
     np.testing.assert_allclose(seen[0].reshape(-1, 2).mean(0), [50, 40], atol=1e-9)
     assert len(seen[0]) == 12
-    assert len(seen[2]) == 8  # the four edges of the hind face lie behind the camera
-    np.testing.assert_allclose(np.abs(seen[2][..., 0] - 50).max(), 100 * 1.0 / 0.2)  # one metre aside, cut off 0.2 m in front
+    assert len(seen[2]) == 8  # the four edges of the rear face are behind the camera
+    np.testing.assert_allclose(np.abs(seen[2][..., 0] - 50).max(), 100 * 1.0 / 0.2)  # one metre aside, clipped 0.2 m in front of the camera

@@ -1,6 +1,5 @@
 """The export for TensorRT 8.6: its own attention plugin computes what our operators compute, and its rules are kept."""
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +8,23 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from onnx_passes import apply
+from small_networks import DATA, exported_network
 
 from engine import onnx_products, trt86_check
 from engine.backend import EngineError
-from export import builtin_plugin, functions, parity, to_onnx
+from export import parity, to_onnx
+from export.bodies.attach import attach
+from export.builtin_plugin import replace_attention_with_builtin_plugin, with_bodies
 from export.trace import trace
-from qdbev import schema, temporal
+from qdbev import deployed_graph, temporal
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.nn.config import BackboneConfig
+from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
@@ -40,7 +44,7 @@ def tensors_of(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) ->
     torch.manual_seed(0)
     S, L = sum(h * w for h, w in level_hw), len(level_hw)
     sampling = [torch.randn(B, Q, M, L, P, 2) * 2, torch.randn(B, Q, M, L, P)]
-    if op_type == functions.MSDA:
+    if op_type == contract.MSDA.name:
         return [torch.randn(B, S, M, C), torch.rand(B, Q, 2) * 1.6 - 0.3, *sampling]
     visible = (torch.rand(B, N, Q) > 0.5).float()
     visible[:, :, 1] = 0
@@ -49,33 +53,33 @@ def tensors_of(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) ->
 
 def replaced(op_type: str, level_hw: list[tuple[int, int]], D: int = 2, P: int = 4) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
     """A model of one attention, by the plugin, and its inputs."""
-    tensors, names = tensors_of(op_type, level_hw, D, P), functions.INPUTS[op_type]
+    tensors, names = tensors_of(op_type, level_hw, D, P), contract.OPERATORS[op_type].inputs
     flat = [size for hw in level_hw for size in hw]
-    node = helper.make_node(op_type, names, ["out"], name="attention", domain=schema.OP_DOMAIN, level_hw=flat, **functions.PLUGIN)
+    node = helper.make_node(op_type, names, ["out"], name="attention", domain=contract.DOMAIN, level_hw=flat, **contract.PLUGIN_ATTRIBUTES)
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(x.shape)) for name, x in zip(names, tensors, strict=True)]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [B, Q, M * C])
-    opsets = [helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)]
     model = helper.make_model(helper.make_graph([node], "op", inputs, [output]), opset_imports=opsets, ir_version=10)
-    functions.attach(model)
-    assert builtin_plugin.use(model) == 1
+    apply(model, attach)
+    assert apply(model, replace_attention_with_builtin_plugin) == 1
     return model, tensors
 
 
 @pytest.mark.parametrize("level_hw", [ONE_LEVEL, TWO_LEVELS])
 @pytest.mark.parametrize(("D", "P"), [(4, 8), (1, 3), (2, 2)])
-@pytest.mark.parametrize("op_type", [functions.MSDA, functions.SCA])
+@pytest.mark.parametrize("op_type", [contract.MSDA.name, contract.SCA.name])
 def test_the_plugin_and_the_nodes_around_it_equal_the_operator(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) -> None:
     model, tensors = replaced(op_type, level_hw, D, P)
-    truth = multi_scale_deformable_attention if op_type == functions.MSDA else spatial_cross_attention
+    truth = multi_scale_deformable_attention if op_type == contract.MSDA.name else spatial_cross_attention
     expected = truth(*tensors, level_hw)
-    assert builtin_plugin.with_bodies(model)
+    model = with_bodies(model)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {name: x.numpy() for name, x in zip(functions.INPUTS[op_type], tensors, strict=True)})
+    (found,) = session.run(None, {name: x.numpy() for name, x in zip(contract.OPERATORS[op_type].inputs, tensors, strict=True)})
     np.testing.assert_allclose(found, expected.numpy(), atol=ATOL)
 
 
-@pytest.mark.parametrize(("op_type", "batch"), [(functions.MSDA, B), (functions.SCA, B * N)])
+@pytest.mark.parametrize(("op_type", "batch"), [(contract.MSDA.name, B), (contract.SCA.name, B * N)])
 def test_the_plugin_gets_what_its_source_asks_for(op_type: str, batch: int) -> None:
     model, _ = replaced(op_type, TWO_LEVELS)
     assert not model.functions
@@ -108,16 +112,16 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
         if isinstance(module, DeformConv2d):
             torch.nn.init.normal_(module.offset.weight, std=0.05)
     model = quantized(config, model).eval()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)
-    parent = Seal(kind="student", config=to_dict(config), parent=None, facts={}, made={}, sha256="student")
+    parent = Seal(kind="student", config=to_dict(config), parent=None, facts=StudentFacts(), provenance={}, sha256="student")
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "trace", lambda model, image_hw: copy.deepcopy(traced))
+        patch.setattr(to_onnx, "trace", lambda model, image_hw: traced.clone())
         for builtin in (False, True):
-            rows, _ = to_onnx.export(model, parent, folder / "net.onnx", IMAGE_HW, frames, builtin=builtin)
+            rows, _ = to_onnx.export(model, parent, folder / "net.onnx", IMAGE_HW, frames, builtin_plugin=builtin)
             made[builtin] = onnx.load(folder / "net.onnx"), rows
     return made
 
@@ -132,7 +136,7 @@ def test_the_whole_network_computes_what_pytorch_computes(exports: dict[bool, tu
 def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
     model, _ = exports[True]
     trt86_check.check(model, PLUGINS)
-    onnx_products.check(model, PLUGINS)
+    deployed_graph.check(Path("net.onnx"), model, deployed_graph.bevformer_interface(model), PLUGINS)
     assert (model.ir_version, len(model.functions)) == (8, 0)
     assert {"Shape", "Constant", "Range"}.isdisjoint(node.op_type for node in model.graph.node)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -149,15 +153,16 @@ def test_the_usual_file_is_refused_with_the_option_that_helps(exports: dict[bool
 
 
 def test_the_same_layers_are_quantized(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
-    roles = [{product.name: (product.role, product.problem) for product in onnx_products.products(model)} for model, _ in exports.values()]
+    found = [onnx_products.products(model, deployed_graph.bevformer_interface(model).geometry) for model, _ in exports.values()]
+    roles = [{product.name: (product.role, product.problem) for product in products} for products in found]
     assert roles[0] == roles[1]
     assert ("quantized", "") in roles[0].values()
 
 
-@pytest.mark.parametrize("other", ["half", "standard_deform_conv"])
+@pytest.mark.parametrize("other", ["float16", "standard_deform_conv"])
 def test_another_form_at_the_same_time_is_refused(other: str, tmp_path: Path) -> None:
     config = exported_network()
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="teacher")
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="teacher")
     with pytest.raises(ValueError, match="--builtin-plugin goes with neither --float16, .* leave them out"):
-        to_onnx.export(BEVFormer(config.model), parent, tmp_path / "x.onnx", IMAGE_HW, (), builtin=True, **{other: True})
+        to_onnx.export(BEVFormer(config.model), parent, tmp_path / "x.onnx", IMAGE_HW, (), builtin_plugin=True, **{other: True})
     assert not list(tmp_path.iterdir())

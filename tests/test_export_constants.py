@@ -5,10 +5,12 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx_passes import apply
 
-from export import constants, projection
-from export.graph import Graph
-from qdbev import schema
+from export.constants import fold_constant_products
+from export.graph import PassError
+from export.projection import expand_projection
+from qdbev.ops import contract
 
 RNG = np.random.default_rng(0)
 
@@ -17,7 +19,9 @@ def model_of(nodes: list[NodeProto], inputs: dict[str, list[int]], out: list[int
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
     result = helper.make_tensor_value_info("out", TensorProto.FLOAT, out)
     graph = helper.make_graph(nodes, "drawing", tensors, [result], [numpy_helper.from_array(np.array(v), k) for k, v in values.items()])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET)], ir_version=9)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)], ir_version=9
+    )
     onnx.checker.check_model(model)
     return model
 
@@ -49,7 +53,7 @@ def attention_to_a_table() -> onnx.ModelProto:
 def test_products_of_constants_become_constants_and_the_numbers_stay() -> None:
     model, x = attention_to_a_table(), RNG.standard_normal((5, 8)).astype(np.float32)
     before = run(model, x=x)
-    assert constants.fold(model) == 1
+    assert apply(model, fold_constant_products) == 1
     onnx.checker.check_model(model)
     names = [node.name for node in model.graph.node]
     assert "product" in names
@@ -60,7 +64,7 @@ def test_products_of_constants_become_constants_and_the_numbers_stay() -> None:
 
 def test_weights_that_are_still_read_stay_integers() -> None:
     model = attention_to_a_table()
-    constants.fold(model)
+    apply(model, fold_constant_products)
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert kinds == {
         "w": TensorProto.INT8,
@@ -74,33 +78,62 @@ def test_weights_that_are_still_read_stay_integers() -> None:
 def test_a_network_that_begins_with_its_inputs_is_left_as_it_is() -> None:
     nodes = [helper.make_node("Mul", ["w", "w"], ["v"]), helper.make_node("MatMul", ["x", "v"], ["out"], name="product")]
     model = model_of(nodes, {"x": [5, 8]}, [5, 8], w=RNG.standard_normal((8, 8)).astype(np.float32))
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    assert constants.fold(model) == 0
-    assert model == copy
+    assert apply(model, fold_constant_products) == 0
+    assert [node.op_type for node in model.graph.node] == ["Mul", "MatMul"]
+
+
+def test_a_product_of_constants_that_cannot_be_computed_fails_the_export() -> None:
+    nodes = [
+        helper.make_node("Unknown", ["w"], ["v"], name="custom", domain=contract.DOMAIN),
+        helper.make_node("MatMul", ["v", "w"], ["made"], name="product"),
+        helper.make_node("Add", ["x", "made"], ["out"]),
+    ]
+    model = model_of(nodes, {"x": [8, 8]}, [8, 8], w=RNG.standard_normal((8, 8)).astype(np.float32))
+    with pytest.raises(PassError, match="fold_constant_products: MatMul product depends on no input"):
+        apply(model, fold_constant_products)
+
+
+def projection(equation: str, rows: int = 4, op_type: str = "Einsum", points_shape: tuple[int, ...] = (4, 25, 4)) -> onnx.ModelProto:
+    """Points in rows of a matrix from an input; all axes have different sizes but the contracted one."""
+    attributes = {"equation": equation} if op_type == "Einsum" else {}
+    nodes = [
+        helper.make_node("Slice", ["lidar2img", "start", "end", "axis"], ["chosen"]),
+        helper.make_node(op_type, ["chosen", "points"], ["out"], name="projection", **attributes),
+    ]
+    ends = {"start": np.array([0]), "end": np.array([rows]), "axis": np.array([2])}
+    points = RNG.standard_normal(points_shape).astype(np.float32)
+    shape = list(np.einsum(equation, np.zeros((2, 6, rows, points_shape[-1])), points).shape)
+    return model_of(nodes, {"lidar2img": [2, 6, 4, points_shape[-1]]}, shape, points=points, **ends)
 
 
 @pytest.mark.parametrize("rows", [3, 4])
-def test_a_projection_written_out_gives_the_same_points(rows: int) -> None:
-    nodes = [
-        helper.make_node("Slice", ["lidar2img", "start", "end", "axis"], ["chosen"]),
-        helper.make_node("Einsum", ["chosen", "points"], ["out"], name="projection", equation=projection.EQUATION.decode()),
-    ]
-    matrices, points = RNG.standard_normal((1, 6, 4, 4)).astype(np.float32), RNG.standard_normal((4, 25, 4)).astype(np.float32)
-    ends = {"start": np.array([0]), "end": np.array([rows]), "axis": np.array([2])}
-    model = model_of(nodes, {"lidar2img": [1, 6, 4, 4]}, [1, 6, 25, 4, rows], points=points, **ends)
+@pytest.mark.parametrize("equation", ["bnij,dkj->bnkdi", "xyzw, pqw -> xyqpz", "bnij,dkj->dbkin"])
+def test_an_expanded_projection_gives_the_same_points_whatever_its_letters(equation: str, rows: int) -> None:
+    model, matrices = projection(equation, rows), RNG.standard_normal((2, 6, 4, 4)).astype(np.float32)
     before = run(model, lidar2img=matrices)
-    assert projection.write_out(model) == 1
-    onnx.checker.check_model(model)
+    assert apply(model, expand_projection, ["lidar2img"]) == 1
+    onnx.checker.check_model(model, full_check=True)
     assert "Einsum" not in {node.op_type for node in model.graph.node}
-    assert Graph(model).readers()["lidar2img"][0].op_type == "Unsqueeze"
+    assert {node.op_type for node in model.graph.node if "lidar2img" in node.input} <= {"Unsqueeze", "Transpose"}  # no rows are copied
     after = run(model, lidar2img=matrices)
-    assert after.shape == (1, 6, 25, 4, rows)
+    assert after.shape == before.shape
     np.testing.assert_allclose(after, before, atol=2e-6)  # four products of order one, summed in another order
 
 
-def test_another_einsum_stays() -> None:
-    nodes = [helper.make_node("Einsum", ["x", "w"], ["out"], name="other", equation="ij,jk->ik")]
-    model = model_of(nodes, {"x": [5, 8]}, [5, 8], w=RNG.standard_normal((8, 8)).astype(np.float32))
-    assert projection.write_out(model) == 0
-    assert [node.op_type for node in model.graph.node] == ["Einsum"]
+@pytest.mark.parametrize(
+    ("equation", "geometry", "points_shape"), [("bnij,dkj->bnkdi", [], (4, 25, 4)), ("bnij,dkj->bnkdi", ["lidar2img"], (4, 25, 64))]
+)
+def test_a_learned_product_stays(equation: str, geometry: list[str], points_shape: tuple[int, ...]) -> None:
+    """A product of features, and one of geometry that sums over many channels."""
+    model = projection(equation, points_shape=points_shape)
+    assert apply(model, expand_projection, geometry) == 0
+    assert [node.op_type for node in model.graph.node] == ["Slice", "Einsum"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "op_type", "points_shape"), [("bnij,jk->bnik", "MatMul", (4, 4)), ("bnij,dki->bnkdj", "Einsum", (4, 25, 4))]
+)
+def test_a_projection_in_another_form_fails_the_export(equation: str, op_type: str, points_shape: tuple[int, ...]) -> None:
+    model = projection(equation, op_type=op_type, points_shape=points_shape)
+    with pytest.raises(PassError, match=f"expand_projection: {op_type} projection transforms coordinates by geometry inputs"):
+        apply(model, expand_projection, ["lidar2img"])

@@ -1,25 +1,29 @@
 """Deformable convolution in ONNX: gather and product, or the standard node; both give what PyTorch gives."""
 
-import copy
 from contextlib import contextmanager
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from small_networks import exported_network
+from onnx_passes import apply
+from small_networks import DATA, OUTPUTS, exported_network
 
 from engine import backend, build
 from engine.backend import EngineError
-from export import deform_conv, functions, parity, to_onnx
-from qdbev import artifact, schema, temporal
+from export import deform_conv, parity, to_onnx
+from export.bodies.attach import attach
+from qdbev import artifact, temporal
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.nn.config import BackboneConfig
+from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
 from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
@@ -47,14 +51,21 @@ def small_model() -> BEVFormer:
 
 
 def seal(kind: str) -> Seal:
-    return Seal(kind=kind, config=to_dict(small_config()), parent=None, facts={}, made={}, sha256=kind)
+    return Seal(
+        kind=kind,
+        config=to_dict(small_config()),
+        parent=None,
+        facts=StudentFacts() if kind == "student" else TeacherFacts(),
+        provenance={},
+        sha256=kind,
+    )
 
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
     """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
     folder, model = tmp_path_factory.mktemp("export"), small_model()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     made = {}
     with traced_once(model):
         for standard in (False, True):
@@ -69,18 +80,20 @@ def traced_once(model):
     """Exports of `model` begin with copies of one graph."""
     traced = to_onnx.trace(model, IMAGE_HW)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(to_onnx, "trace", lambda *_: copy.deepcopy(traced))
+        patch.setattr(to_onnx, "trace", lambda *_: traced.clone())
         yield
 
 
 def im2col_model(x, offsets, mask, stride):
-    names = functions.INPUTS[functions.IM2COL]
-    node = helper.make_node(functions.IM2COL, names, ["out"], name="op", domain=schema.OP_DOMAIN, stride=stride, **functions.PLUGIN)
+    names = contract.OPERATORS[contract.IM2COL.name].inputs
+    node = helper.make_node(
+        contract.IM2COL.name, names, ["out"], name="op", domain=contract.DOMAIN, stride=stride, **contract.PLUGIN_ATTRIBUTES
+    )
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, list(t.shape)) for n, t in zip(names, (x, offsets, mask), strict=True)]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [x.shape[0], 9 * x.shape[1], *mask.shape[2:]])
-    model = helper.make_model(helper.make_graph([node], "op", inputs, [output]), opset_imports=[helper.make_opsetid("", schema.OPSET)])
+    model = helper.make_model(helper.make_graph([node], "op", inputs, [output]), opset_imports=[helper.make_opsetid("", contract.OPSET)])
     model.ir_version = 10
-    functions.attach(model)
+    apply(model, attach)
     onnx.checker.check_model(model)
     return model
 
@@ -98,19 +111,19 @@ def test_the_body_gathers_what_the_operator_gathers(stride, out_hw):
 @pytest.mark.parametrize("standard", [False, True])
 def test_both_forms_compute_what_pytorch_computes(exports, standard):
     _, rows, _ = exports[standard]
-    assert len(rows) == 2 * len(schema.OUTPUTS)
+    assert len(rows) == 2 * len(OUTPUTS)
     assert all(row.passed for row in rows), parity.table(rows)
 
 
 def test_the_gather_is_one_node_before_an_ordinary_product(exports):
     proto, _, made = exports[False]
     nodes = {node.name: node for node in proto.graph.node}
-    gathers = [node for node in proto.graph.node if node.op_type == functions.IM2COL]
+    gathers = [node for node in proto.graph.node if node.op_type == contract.IM2COL.name]
     assert sorted(node.name for node in gathers) == ["backbone.layer2.0.conv2", "backbone.layer3.0.conv2"]
     for gather in gathers:
         product = nodes[f"{gather.name}.product"]
         assert (product.op_type, product.input[0]) == ("Conv", gather.output[0])
-    assert made.facts["opset"] == schema.OPSET
+    assert made.facts["opset"] == contract.OPSET
 
 
 def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
@@ -118,14 +131,14 @@ def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
     onnx.checker.check_model(proto)
     convolutions = [node for node in proto.graph.node if node.op_type == "DeformConv"]
     assert sorted(node.name for node in convolutions) == ["backbone.layer2.0.conv2.product", "backbone.layer3.0.conv2.product"]
-    assert functions.IM2COL not in {node.op_type for node in proto.graph.node} | {function.name for function in proto.functions}
+    assert contract.IM2COL.name not in {node.op_type for node in proto.graph.node} | {function.name for function in proto.functions}
     assert made.facts["opset"] == 19
     assert {entry.version for owner in (proto, *proto.functions) for entry in owner.opset_import if not entry.domain} == {19}
 
 
 def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(tmp_path):
     model = quantized(small_config(), small_model()).eval()
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
     calibrate(model, lambda: model(*feeds), "max")
     path = tmp_path / "w8a8.onnx"
@@ -143,7 +156,7 @@ def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(
 
 def test_a_model_without_deformable_convolution_has_nothing_to_replace(exports):
     with pytest.raises(ValueError, match="no deformable convolution"):
-        deform_conv.use_standard_node(exports[True][0])
+        deform_conv.use_standard_node(ir.from_proto(exports[True][0]))
 
 
 @pytest.mark.trt

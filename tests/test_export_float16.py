@@ -7,15 +7,20 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx_passes import apply
 
 from engine import audit, backend, build
 from engine.onnx_products import products
-from export import float16, functions
-from qdbev import schema
+from export.bodies.attach import attach
+from export.float16 import _to_half, to_float16
+from qdbev.ops import contract
+from qdbev.schema import Interface
 
 RNG = np.random.default_rng(0)
 WIDE, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 K, M, C, P, LEVEL_HW = 12, 2, 8, 4, (3, 4)
+INTERFACE = Interface(inputs={}, outputs={}, geometry=("can_bus",), coordinates=("box_code",))
+"""The parts of the drawn network's interface that the pass reads."""
 
 
 def node(op: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
@@ -69,7 +74,7 @@ SHAPES = {"value": (1, K, M, C), "offsets": (1, K, M, 1, P, 2), "logits": (1, K,
 def attention() -> list[NodeProto]:
     shaped = [node("Reshape", [f"{name}.product", f"{name}.shape"], f"{name}.shaped") for name in SHAPES]
     inputs = ["value.shaped", "references", "offsets.shaped", "logits.shaped"]
-    return [*shaped, node(functions.MSDA, inputs, "bev", domain=schema.OP_DOMAIN, level_hw=LEVEL_HW, **functions.PLUGIN)]
+    return [*shaped, node(contract.MSDA.name, inputs, "bev", domain=contract.DOMAIN, level_hw=LEVEL_HW, **contract.PLUGIN_ATTRIBUTES)]
 
 
 def model_of(
@@ -78,9 +83,9 @@ def model_of(
     tensors = [helper.make_tensor_value_info(name, WIDE, shape) for name, shape in inputs.items()]
     results = [helper.make_tensor_value_info(name, WIDE, shape) for name, shape in outputs.items()]
     graph = helper.make_graph(nodes, "drawing", tensors, results, [numpy_helper.from_array(np.array(v), k) for k, v in constants.items()])
-    opsets = [helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION)]
+    opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    functions.attach(model)
+    apply(model, attach)
     onnx.checker.check_model(model, full_check=True)
     return model
 
@@ -108,7 +113,7 @@ def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray
 @pytest.mark.parametrize("integer", [False, True])
 def test_geometry_is_float32_and_the_rest_float16(integer: bool) -> None:
     model = network(integer)
-    float16.convert(model)
+    apply(model, to_float16, INTERFACE)
     read = operands(model)
     assert read["bev"] == [HALF, WIDE, WIDE, WIDE]
     assert [set(read[name]) for name in ("turned", "references", "box_code")] == [{WIDE}] * 3
@@ -122,7 +127,7 @@ def test_the_numbers_are_those_of_float32_but_for_rounding(integer: bool) -> Non
     model = network(integer)
     feeds = {"prev_bev": RNG.standard_normal((1, K, M * C)).astype(np.float32), "can_bus": RNG.random((1, 18)).astype(np.float32)}
     before = run(model, feeds)
-    float16.convert(model)
+    apply(model, to_float16, INTERFACE)
     for wide, half in zip(before, run(model, feeds), strict=True):
         assert half.dtype == np.float32
         np.testing.assert_allclose(half, wide, atol=4e-3)  # two roundings to 11 bits of values up to four
@@ -130,7 +135,7 @@ def test_the_numbers_are_those_of_float32_but_for_rounding(integer: bool) -> Non
 
 def test_a_tensor_read_in_both_types_is_dequantized_in_both_and_never_cast() -> None:
     model = network(integer=True)
-    float16.convert(model)
+    apply(model, to_float16, INTERFACE)
     known = types(model)
     read = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == "x.int8"]
     assert sorted(known[node.output[0]] for node in read) == [WIDE, HALF]
@@ -140,13 +145,13 @@ def test_a_tensor_read_in_both_types_is_dequantized_in_both_and_never_cast() -> 
 
 def test_what_is_quantized_at_once_is_not_rounded_before() -> None:
     model = network(integer=True)
-    float16.convert(model)
+    apply(model, to_float16, INTERFACE)
     assert operands(model)["x.int8"][:2] == [WIDE, WIDE]
 
 
 def test_a_body_computes_in_float32() -> None:
     model = network(integer=False)
-    float16.convert(model)
+    apply(model, to_float16, INTERFACE)
     first, *_, last = model.functions[0].node
     assert (first.op_type, first.input[0], first.attribute[0].i) == ("Cast", "value", WIDE)
     assert (last.op_type, last.output[0], last.attribute[0].i) == ("Cast", model.functions[0].output[0], HALF)
@@ -154,7 +159,7 @@ def test_a_body_computes_in_float32() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [(1e-10, 2.0**-24), (0.0, 0.0), (2.0**-20, 2.0**-20)])
 def test_a_positive_constant_stays_positive(value: float, expected: float) -> None:
-    assert float16._halved("scale", np.float32(value)) == np.float16(expected)
+    assert _to_half("scale", np.float32(value)) == np.float16(expected)
 
 
 def test_a_constant_too_large_for_float16_is_named() -> None:
@@ -162,14 +167,14 @@ def test_a_constant_too_large_for_float16_is_named() -> None:
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == "boxes.weight")
     weight.CopyFrom(numpy_helper.from_array(np.full((M * C, 3), 7e4, np.float32), "boxes.weight"))
     with pytest.raises(ValueError, match=r"constant boxes\.weight reaches 7e\+04, float16 ends at 65504"):
-        float16.convert(model)
+        apply(model, to_float16, INTERFACE)
 
 
 def test_the_standard_deformable_convolution_is_refused() -> None:
     model = network(integer=False)
     model.graph.node[0].op_type = "DeformConv"
     with pytest.raises(ValueError, match="leave --standard-deform-conv out"):
-        float16.convert(model)
+        apply(model, to_float16, INTERFACE)
 
 
 @pytest.mark.trt
@@ -177,8 +182,8 @@ def test_an_engine_multiplies_in_float16_or_int8_as_the_graph_says(tmp_path: Pat
     chosen = backend.load("tensorrt-rtx")
     for integer in (False, True):
         model, path = network(integer), tmp_path / "half.onnx"
-        float16.convert(model)
+        apply(model, to_float16, INTERFACE)
         onnx.save(model, path)
-        report = audit.audit(products(model), build.build_plan(chosen, path, build.Options()).table)
+        report = audit.audit(products(model, INTERFACE.geometry), build.build_plan(chosen, path, build.Options()).table)
         got = {row.name.removesuffix(".product"): row.got for row in (*report.rows, *report.float_rows)}
         assert got == {"boxes": "FP16"} | dict.fromkeys(SHAPES, "INT8" if integer else "FP16")

@@ -8,17 +8,21 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx_passes import apply
 
 from engine import backend, build
-from export import float16, functions, integer_value
-from export.graph import Graph
-from qdbev import schema
+from export.bodies.attach import attach
+from export.float16 import to_float16
+from export.graph import PassError
+from export.integer_value import feed_int8_values
+from qdbev.ops import contract
+from qdbev.schema import Interface
 
 N, M, C, Q, D, P, LEVEL_HW = 2, 2, 4, 5, 2, 4, [3, 4, 2, 2]
 S, L = 16, 2
 INPUTS = {
-    functions.MSDA: {"x": [1, S, M * C], "references": [1, Q, 2], "offsets": [1, Q, M, L, P, 2], "logits": [1, Q, M, L, P]},
-    functions.SCA: {
+    contract.MSDA.name: {"x": [1, S, M * C], "references": [1, Q, 2], "offsets": [1, Q, M, L, P, 2], "logits": [1, Q, M, L, P]},
+    contract.SCA.name: {
         "x": [1, N, S, M * C],
         "references": [1, N, Q, D, 2],
         "visible": [1, N, Q],
@@ -27,6 +31,7 @@ INPUTS = {
     },
 }
 OPERATORS = tuple(INPUTS)
+INTERFACE = Interface(inputs={}, outputs={})
 
 
 def node(op: str, inputs: list[str], output: str, **attributes: object) -> NodeProto:
@@ -38,7 +43,7 @@ def model_of(op_type: str, quantized: bool = True, read_twice: bool = False, cou
     inputs = INPUTS[op_type]
     nodes = [node("QuantizeLinear", ["x", "scale", "zero"], "x.int8"), node("DequantizeLinear", ["x.int8", "scale", "zero"], "x.rounded")]
     nodes += [node("Reshape", ["x.rounded" if quantized else "x", "shape"], "value")]
-    attributes = {"domain": schema.OP_DOMAIN, "level_hw": LEVEL_HW, **functions.PLUGIN}
+    attributes = {"domain": contract.DOMAIN, "level_hw": LEVEL_HW, **contract.PLUGIN_ATTRIBUTES}
     nodes += [node(op_type, ["value", *list(inputs)[1:]], f"read{index}", **attributes) for index in range(count)]
     outputs = {f"read{index}": [1, Q, M * C] for index in range(count)} | ({"x.rounded": inputs["x"]} if read_twice else {})
     constants = {"scale": np.float32(0.013671875), "zero": np.int8(zero), "shape": np.array([*inputs["x"][:-1], M, C])}
@@ -49,9 +54,9 @@ def model_of(op_type: str, quantized: bool = True, read_twice: bool = False, cou
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in outputs.items()],
         [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()],
     )
-    opsets = [helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, schema.OP_VERSION)]
+    opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    functions.attach(model)
+    apply(model, attach)
     return model
 
 
@@ -74,9 +79,9 @@ def run(model: onnx.ModelProto) -> list[np.ndarray]:
 def test_the_numbers_are_exactly_those_of_a_value_dequantized_before(op_type: str, half: bool) -> None:
     before = model_of(op_type, count=2)
     after = copy.deepcopy(before)
-    assert integer_value.pass_on(after) == 2
+    assert apply(after, feed_int8_values) == 2
     for model in (before, after) if half else ():
-        float16.convert(model)
+        apply(model, to_float16, INTERFACE)
     for expected, found in zip(run(before), run(after), strict=True):
         assert np.abs(expected).max() > 0.1
         np.testing.assert_array_equal(found, expected)
@@ -87,17 +92,18 @@ def test_the_numbers_are_exactly_those_of_a_value_dequantized_before(op_type: st
 def test_the_operator_reads_int8_and_the_scale_it_was_quantized_with(op_type: str, half: bool) -> None:
     model = model_of(op_type)
     attributes = list(model.graph.node[-1].attribute)
-    integer_value.pass_on(model)
+    apply(model, feed_int8_values)
     if half:
-        float16.convert(model)
-    graph = Graph(model)
-    reader = next(node for node in graph.proto.node if node.domain)
+        apply(model, to_float16, INTERFACE)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    producers = {output: node for node in model.graph.node for output in node.output}
+    reader = next(node for node in model.graph.node if node.domain)
     assert (reader.op_type, reader.name, list(reader.attribute)) == (f"{op_type}Int8", "read0.node", attributes)
     assert [function.name for function in model.functions] == [f"{op_type}Int8"]
-    scale = graph.constant(reader.input[1])
+    scale = constants[reader.input[1]]
     assert (scale.shape, scale.dtype, float(scale)) == ((), np.float16 if half else np.float32, 0.013671875)
-    move = graph.producers[reader.input[0]]
-    assert (move.op_type, graph.producers[move.input[0]].op_type) == ("Reshape", "QuantizeLinear")
+    move = producers[reader.input[0]]
+    assert (move.op_type, producers[move.input[0]].op_type) == ("Reshape", "QuantizeLinear")
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     kinds = {info.name: info.type.tensor_type.elem_type for info in (*inferred.value_info, *inferred.output, *inferred.input)}
     assert kinds[reader.input[0]] == TensorProto.INT8
@@ -107,19 +113,23 @@ def test_the_operator_reads_int8_and_the_scale_it_was_quantized_with(op_type: st
 
 
 def test_another_reader_keeps_its_dequantized_tensor() -> None:
-    before = model_of(functions.MSDA, read_twice=True)
+    before = model_of(contract.MSDA.name, read_twice=True)
     after = copy.deepcopy(before)
-    assert integer_value.pass_on(after) == 1
+    assert apply(after, feed_int8_values) == 1
     for expected, found in zip(run(before), run(after), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("changes", [{"quantized": False}, {"zero": 3}])
-def test_a_value_that_is_not_an_integer_times_a_number_keeps_its_operator(changes: dict[str, int]) -> None:
-    before = model_of(functions.SCA, **changes)
-    after = copy.deepcopy(before)
-    assert integer_value.pass_on(after) == 0
-    assert after == before
+def test_a_value_that_is_not_quantized_keeps_its_operator() -> None:
+    model = model_of(contract.SCA.name, quantized=False)
+    assert apply(model, feed_int8_values) == 0
+    assert contract.SCA.name in {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize("op_type", OPERATORS)
+def test_a_quantized_value_that_cannot_be_passed_as_integers_fails_the_export(op_type: str) -> None:
+    with pytest.raises(PassError, match=r"feed_int8_values: the value of read0\.node is quantized.*found x\.rounded\.node"):
+        apply(model_of(op_type, zero=3), feed_int8_values)
 
 
 @pytest.mark.parametrize("op_type", OPERATORS)
@@ -129,7 +139,7 @@ def test_an_engine_has_as_many_kernels_as_with_a_value_dequantized_before(op_typ
     for integer in (False, True):
         model, path = model_of(op_type, count=2), tmp_path / "attention.onnx"
         if integer:
-            integer_value.pass_on(model)
+            apply(model, feed_int8_values)
         onnx.save(model, path)
         table = build.build_plan(chosen, path, build.Options()).table
         kernels.append(sum(layer.is_kernel for layer in table))

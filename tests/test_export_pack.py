@@ -9,19 +9,20 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from small_networks import exported_network
+from small_networks import DATA, OUTPUTS, exported_network
 
 from export import pack as packing
 from export import parity, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, schema, temporal
+from qdbev import artifact, temporal
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict, to_dict
 from qdbev.data.noise_frames import noise_frames
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.quant.size import packed_parts
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
@@ -43,11 +44,11 @@ def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
         if name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
             torch.nn.init.normal_(parameter, std=0.05)
     model = quantized(config, model)
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     calibrate(model, lambda: packing._outputs(model, frames), "max")
-    settle(model)
-    facts = {"image_hw": list(IMAGE_HW), "seconds": 1.5}
-    artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
+    round_floats_to_half(model)
+    facts = StudentFacts(image_hw=IMAGE_HW, steps=7)
+    artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=None, facts=facts)
     return restore(path)
 
 
@@ -62,9 +63,10 @@ def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_cha
     seal, model = saved_student(tmp_path / "student.pt", range_mode=scale, per_channel=per_channel)
     packing.write(model, seal, tmp_path / "student.packed.pt")
     _, restored = restore(tmp_path / "student.packed.pt")
-    frames = noise_frames(model.config.num_cameras, IMAGE_HW, 2.0)
+    brighter = dataclasses.replace(DATA, std=(28.5,) * 3)
+    frames = noise_frames(brighter, model.config.num_cameras, IMAGE_HW)
     ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
-    assert len(ours) == 2 * len(schema.OUTPUTS)
+    assert len(ours) == 2 * len(OUTPUTS)
     assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
     assert not torch.equal(ours[3], packing._outputs(model, frames[1:])[0])  # the second frame saw the first one's BEV
 
@@ -93,7 +95,7 @@ def test_the_command_writes_a_sealed_file_and_reports_both_counts(student, tmp_p
 def test_a_teacher_is_not_packed(tmp_path, monkeypatch):
     config = small_config()
     weights = BEVFormer(config.model).state_dict()
-    artifact.save_checkpoint(tmp_path / "t.pt", kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(tmp_path / "t.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     monkeypatch.setattr("sys.argv", ["pack", "--student", str(tmp_path / "t.pt"), "--packed", str(tmp_path / "p.pt")])
     with pytest.raises(SystemExit, match="is a teacher file, a student is needed"):
         packing.main()
@@ -103,7 +105,7 @@ def test_a_teacher_is_not_packed(tmp_path, monkeypatch):
 def test_a_student_without_an_image_size_is_refused(student, tmp_path):
     seal, model, _ = student
     with pytest.raises(ArtifactError, match="does not say its image size"):
-        packing.write(model, dataclasses.replace(seal, facts={}), tmp_path / "p.pt")
+        packing.write(model, dataclasses.replace(seal, facts=StudentFacts()), tmp_path / "p.pt")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +140,7 @@ def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
         weights = {}
     else:
         config = to_dict(small_config(embedding_bits=None))
-    artifact.save_checkpoint(path, kind="packed", config=config, weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=config, weights=weights, parent=None, facts=found.facts)
     with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
         restore(path)
 
@@ -155,7 +157,7 @@ def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
     made = {}
     for name, (parent, network) in students.items():
         made[name] = network, folder / f"{name}.onnx"
-        rows, _ = to_onnx.export(network, parent, made[name][1], IMAGE_HW, noise_frames(network.config.num_cameras, IMAGE_HW))
+        rows, _ = to_onnx.export(network, parent, made[name][1], IMAGE_HW, noise_frames(DATA, network.config.num_cameras, IMAGE_HW))
         assert all(row.passed for row in rows), parity.table(rows)
     return made
 
@@ -165,7 +167,7 @@ def test_a_packed_student_exports_to_the_same_graph(student, exports, tmp_path):
     packing.write(model, seal, tmp_path / "w4a6.packed.pt")
     _, restored = restore(tmp_path / "w4a6.packed.pt")
     path = tmp_path / "packed.onnx"
-    to_onnx.export(restored, seal, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+    to_onnx.export(restored, seal, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
     assert path.read_bytes() == exports["tables 4"][1].read_bytes()
 
 
@@ -187,10 +189,10 @@ def test_tables_become_integer_constants_of_the_graph(exports, bits):
         np.testing.assert_array_equal(integers * scale[:, None], layer.weight.detach().numpy())
         if bits == 4:
             assert len(four_bit[f"{name}.weight.int8"].raw_data) == integers.size / 2
-    frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, model.config)
     first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
-    assert all(np.array_equal(first[name], second[name]) for name in schema.OUTPUTS)
+    assert all(np.array_equal(first[name], second[name]) for name in OUTPUTS)
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 

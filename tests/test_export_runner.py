@@ -1,29 +1,35 @@
-"""The door of the ONNX room: what it opens and what it refuses."""
+"""OnnxRunner: which files it opens, which it refuses, and how it runs them."""
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from sealed_facts import onnx_facts
+from small_networks import INPUTS, OUTPUTS
 
 from export.runner import OnnxRunner
-from qdbev import artifact, schema
+from qdbev import artifact
 from qdbev.artifact import ArtifactError
+from qdbev.deployed_graph import DeployedGraphError
+from qdbev.ops import contract
+from qdbev.schema import Interface
 
 SHAPE = [1, 3]
+INTERFACE = Interface(inputs=dict.fromkeys(INPUTS, (1, 3)), outputs=dict.fromkeys(OUTPUTS, (1, 3)))
 
 
 def deployed_model(**changes):
     """A graph with the deployed names: each output is one input plus a constant."""
-    outputs = changes.get("outputs", schema.OUTPUTS)
-    nodes = [helper.make_node("Add", [source, "one"], [name], name=name) for source, name in zip(schema.INPUTS, outputs, strict=False)]
+    outputs = changes.get("outputs", OUTPUTS)
+    nodes = [helper.make_node("Add", [source, "one"], [name], name=name) for source, name in zip(INPUTS, outputs, strict=False)]
     graph = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in schema.INPUTS],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in INPUTS],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, SHAPE) for name in outputs],
         [numpy_helper.from_array(np.full(3, changes.get("weight", 1.0), np.float32), "one")],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, 1)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)])
     model.ir_version = 10
     return model
 
@@ -31,18 +37,18 @@ def deployed_model(**changes):
 def sealed(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content if isinstance(content, bytes) else content.SerializeToString())
-    artifact.seal(path, kind="onnx", config={}, parent=None, facts={})
+    artifact.seal(path, config={}, parent=None, facts=onnx_facts(INTERFACE))
     return path
 
 
 def inputs():
-    return {name: np.full(SHAPE, index, np.float32) for index, name in enumerate(schema.INPUTS)}
+    return {name: np.full(SHAPE, index, np.float32) for index, name in enumerate(INPUTS)}
 
 
 def test_a_sealed_graph_runs_by_name(tmp_path):
     runner = OnnxRunner(sealed(tmp_path, deployed_model()))
     outputs = runner(inputs())
-    assert list(outputs) == list(schema.OUTPUTS)
+    assert list(outputs) == list(OUTPUTS)
     assert [float(value[0, 0]) for value in outputs.values()] == [1.0, 2.0, 3.0]
     assert runner.seal.kind == "onnx"
 
@@ -56,25 +62,25 @@ def test_a_file_that_changed_after_sealing_is_refused(tmp_path):
 
 @pytest.mark.parametrize("content", [b"no onnx at all", b""])
 def test_a_corrupt_file_is_refused(tmp_path, content):
-    with pytest.raises(ArtifactError, match="damaged|holds no graph"):
+    with pytest.raises(DeployedGraphError, match="damaged|holds no graph"):
         OnnxRunner(sealed(tmp_path, content))
 
 
 def test_other_output_names_are_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="outputs scores"):
+    with pytest.raises(DeployedGraphError, match="outputs scores"):
         OnnxRunner(sealed(tmp_path, deployed_model(outputs=("scores", "box_code", "bev"))))
 
 
 def test_a_custom_operator_without_a_body_is_refused(tmp_path):
     model = deployed_model()
-    model.graph.node[0].domain = schema.OP_DOMAIN
-    with pytest.raises(ArtifactError, match="node cls_logits is a qdbev::Add without a function body"):
+    model.graph.node[0].domain = contract.DOMAIN
+    with pytest.raises(DeployedGraphError, match="node cls_logits is a qdbev::Add without a function body"):
         OnnxRunner(sealed(tmp_path, model))
 
 
 @pytest.mark.parametrize("weight", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, weight):
-    with pytest.raises(ArtifactError, match="3 of 3 values of one are NaN or infinite"):
+    with pytest.raises(DeployedGraphError, match="3 of 3 values of weight one are NaN or infinite"):
         OnnxRunner(sealed(tmp_path, deployed_model(weight=weight)))
 
 

@@ -7,9 +7,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx_passes import apply
 
 from export import tensorrt_8
-from qdbev import schema
+from qdbev.ops import contract
 
 RNG = np.random.default_rng(0)
 
@@ -20,7 +21,7 @@ def model_of(
     """From x (2, 4, 6) to an output `y` of that shape."""
     tensors = [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [2, 4, 6]), ("y", y))]
-    opsets = [helper.make_opsetid("", schema.OPSET), helper.make_opsetid(schema.OP_DOMAIN, 1)]
+    opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)]
     drawn = helper.make_graph(nodes, "drawn", ends[:1], ends[1:], tensors)
     return helper.make_model(drawn, opset_imports=opsets, ir_version=10, functions=functions)
 
@@ -35,7 +36,7 @@ def run(model: onnx.ModelProto) -> np.ndarray:
 def converted(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in the other form, which gives the same numbers and keeps the rules of its operator set."""
     after = copy.deepcopy(model)
-    tensorrt_8.convert(after)
+    apply(after, tensorrt_8.convert)
     onnx.checker.check_model(after, full_check=True)
     assert [(entry.domain, entry.version) for entry in after.opset_import if not entry.domain] == [("", 17)]
     np.testing.assert_array_equal(run(after), run(model))
@@ -70,12 +71,12 @@ def test_a_resize_loses_what_is_as_it_was() -> None:
 def test_a_resize_that_needs_set_18_is_refused() -> None:
     nodes = [helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], name="neck.up", mode="linear", antialias=1)]
     with pytest.raises(ValueError, match=r"antialias=1 of node neck\.up has no form in operator set 17; leave --builtin-plugin out"):
-        tensorrt_8.convert(model_of(nodes, [2, 8, 12], sizes=np.array([2, 8, 12])))
+        apply(model_of(nodes, [2, 8, 12], sizes=np.array([2, 8, 12])), tensorrt_8.convert)
 
 
 def test_an_operator_that_is_new_in_set_18_is_refused() -> None:
     with pytest.raises(ValueError, match="node act is a Mish of operator set 18, which has no form in 17; leave --builtin-plugin out"):
-        tensorrt_8.convert(model_of([helper.make_node("Mish", ["x"], ["y"], name="act")], [2, 4, 6]))
+        apply(model_of([helper.make_node("Mish", ["x"], ["y"], name="act")], [2, 4, 6]), tensorrt_8.convert)
 
 
 def test_bodies_are_written_out_and_their_sizes_become_constants() -> None:
@@ -86,8 +87,8 @@ def test_bodies_are_written_out_and_their_sizes_become_constants() -> None:
         helper.make_node("Transpose", ["a"], ["turned"], perm=[1, 0, 2]),
         helper.make_node("Reshape", ["turned", "shape"], ["b"]),
     ]
-    function = helper.make_function(schema.OP_DOMAIN, "Flat", ["a"], ["b"], body, [helper.make_opsetid("", schema.OPSET)])
-    after = converted(model_of([helper.make_node("Flat", ["x"], ["y"], domain=schema.OP_DOMAIN)], [4, 12], (function,)))
+    function = helper.make_function(contract.DOMAIN, "Flat", ["a"], ["b"], body, [helper.make_opsetid("", contract.OPSET)])
+    after = converted(model_of([helper.make_node("Flat", ["x"], ["y"], domain=contract.DOMAIN)], [4, 12], (function,)))
     assert [node.op_type for node in after.graph.node] == ["Transpose", "Reshape"]
     assert [numpy_helper.to_array(tensor).tolist() for tensor in after.graph.initializer] == [[4, -1]]
 

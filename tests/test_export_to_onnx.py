@@ -5,19 +5,25 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from graph_digest import describe
+from onnx import TensorProto, numpy_helper
+from onnx_passes import apply
+from small_networks import DATA, INPUTS, OUTPUTS, exported_network
 
-from export import functions, parity, qdq, to_onnx
+from export import parity, qdq, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, schema, temporal
+from qdbev import artifact, deployed_graph, temporal
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
+from qdbev.deployed_graph import DeployedGraphError
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.facts import StudentFacts, TeacherFacts
+from qdbev.ops import contract
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
 from qdbev.recipes import at_bits
@@ -60,10 +66,10 @@ def small_model(kind):
     if kind == "float":
         return config, model
     model = quantized(config, model).eval()
-    frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     feeds = {name: torch.from_numpy(value) for name, value in temporal.deployed_inputs(frame, None, model.config).items()}
     feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
-    calibrate(model, lambda: model(*(feeds[name] for name in schema.INPUTS)), "max")
+    calibrate(model, lambda: model(*(feeds[name] for name in INPUTS)), "max")
     return config, model
 
 
@@ -76,9 +82,16 @@ def exports(tmp_path_factory):
         if kind not in made:
             config, model = small_model(kind)
             parent_kind = "teacher" if kind == "float" else "student"
-            parent = Seal(kind=parent_kind, config=to_dict(config), parent=None, facts={}, made={}, sha256=kind)
+            parent = Seal(
+                kind=parent_kind,
+                config=to_dict(config),
+                parent=None,
+                facts=TeacherFacts() if parent_kind == "teacher" else StudentFacts(),
+                provenance={},
+                sha256=kind,
+            )
             path = folder / f"{kind}.onnx"
-            rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(model.config.num_cameras, IMAGE_HW))
+            rows, seal = to_onnx.export(model, parent, path, IMAGE_HW, noise_frames(DATA, model.config.num_cameras, IMAGE_HW))
             made[kind] = Exported(kind, model, parent, path, onnx.load(path), rows, seal)
         return made[kind]
 
@@ -90,35 +103,35 @@ def exported(request, exports):
     return exports(request.param)
 
 
-def export_altered(exports, kind, tmp_path, monkeypatch, alter, half=False):
+def export_altered(exports, kind, tmp_path, monkeypatch, alter, float16=False):
     """Export again with the traced graph altered, in float16 if wanted; returns the path."""
     done = exports(kind)
     proto = copy.deepcopy(done.proto)
     alter(proto)
-    monkeypatch.setattr(to_onnx, "trace", lambda model, image_hw: proto)
+    monkeypatch.setattr(to_onnx, "trace", lambda model, image_hw: ir.from_proto(proto))
     path = tmp_path / "altered.onnx"
-    to_onnx.export(done.model, done.parent, path, IMAGE_HW, noise_frames(done.model.config.num_cameras, IMAGE_HW), half=half)
+    to_onnx.export(done.model, done.parent, path, IMAGE_HW, noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW), float16=float16)
     return path
 
 
 def test_onnx_computes_what_pytorch_computes_on_both_frames(exported):
     assert {row.frame for row in exported.rows} == {0, 1}
-    assert len(exported.rows) == 2 * len(schema.OUTPUTS)
+    assert len(exported.rows) == 2 * len(OUTPUTS)
     assert all(row.passed for row in exported.rows), parity.table(exported.rows)
 
 
 def test_the_graph_has_the_names_and_shapes_of_the_schema(exported):
     graph = exported.proto.graph
     onnx.checker.check_model(exported.proto)
-    assert tuple(item.name for item in graph.input) == schema.INPUTS
-    assert tuple(item.name for item in graph.output) == schema.OUTPUTS
+    assert tuple(item.name for item in graph.input) == INPUTS
+    assert tuple(item.name for item in graph.output) == OUTPUTS
     assert OnnxRunner(exported.path).shapes["images"] == (1, 6, 3, *IMAGE_HW)
     assert all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*graph.input, *graph.output))
 
 
 def test_custom_operators_are_single_nodes_with_a_body_and_plugin_attributes(exported):
-    nodes = {node.name: node for node in exported.proto.graph.node if node.domain == schema.OP_DOMAIN}
-    msda, sca = (op if exported.kind == "float" else functions.INTEGER_VALUE[op] for op in (functions.MSDA, functions.SCA))
+    nodes = {node.name: node for node in exported.proto.graph.node if node.domain == contract.DOMAIN}
+    msda, sca = (op if exported.kind == "float" else contract.INTEGER_FORMS[op].name for op in (contract.MSDA.name, contract.SCA.name))
     assert {name: node.op_type for name, node in nodes.items()} == {
         "encoder.layers.0.temporal.attention": msda,
         "encoder.layers.0.spatial.attention": sca,
@@ -158,7 +171,7 @@ def test_the_seal_tells_what_was_made(exported):
     facts = exported.made.facts
     assert exported.made.parent == exported.parent.sha256
     assert facts["bytes"] == exported.path.stat().st_size
-    assert facts["opset"] == schema.OPSET
+    assert facts["opset"] == contract.OPSET
     assert facts["nodes"] == len(exported.proto.graph.node)
     assert ("int4_bytes" in facts) == (exported.kind == "w4a6")
     assert facts["parity_bev_cosine"] > 0.99
@@ -206,39 +219,39 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     stored = done.path.with_suffix(".int4.onnx")
     packed = onnx.load(stored)
     assert stored.stat().st_size < done.path.stat().st_size
-    deployed = qdq.unpack_int4(packed)
-    to_onnx.arrange(deployed)
-    assert deployed == done.proto
+    deployed = qdq.unpack_int4(ir.from_proto(packed))
+    to_onnx.optimize(deployed, deployed_graph.bevformer_interface(done.proto))
+    assert describe(ir.to_proto(deployed), weights=True) == describe(done.proto, weights=True)
     four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
     assert "backbone.conv1.weight.int8" not in four_bit
-    frame, _ = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
-    for name in schema.OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
+    for name in OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
         assert 1 - parity._cosine(found[name], expected[name]) < parity.QUANTIZED_TOLERANCE
 
 
 def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
     done = exports("w4a6")
-    floats = qdq.unpack_int4(onnx.load(done.path.with_suffix(".int4.onnx")))
+    floats = qdq.unpack_int4(ir.load(done.path.with_suffix(".int4.onnx")))
     with monkeypatch.context() as patch:
-        patch.setattr(to_onnx.integer_value, "pass_on", lambda model: 0)
-        to_onnx.arrange(floats)
-    onnx.save(floats, tmp_path / "floats.onnx")
-    frame, _ = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+        patch.setattr(to_onnx, "feed_int8_values", lambda model: 0)
+        to_onnx.optimize(floats, done.model.interface(IMAGE_HW))
+    ir.save(floats, tmp_path / "floats.onnx")
+    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     feeds = temporal.deployed_inputs(frame, None, done.model.config)
     expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
-    for name in schema.OUTPUTS:
+    for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], expected[name])
 
 
 def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_path):
     done = exports("w4a6")
-    half = qdq.unpack_int4(onnx.load(done.path.with_suffix(".int4.onnx")))
-    to_onnx.arrange(half, half=True)
-    onnx.save(half, tmp_path / "half.onnx")
-    frames = noise_frames(done.model.config.num_cameras, IMAGE_HW)
+    half = qdq.unpack_int4(ir.load(done.path.with_suffix(".int4.onnx")))
+    to_onnx.optimize(half, done.model.interface(IMAGE_HW), float16=True)
+    ir.save(half, tmp_path / "half.onnx")
+    frames = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
     rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.HALF)
     for row in rows:
         assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
@@ -251,15 +264,15 @@ def test_a_weight_off_its_grid_is_refused(exports):
     graph.initializer.append(numpy_helper.from_array(np.full((2, 2), 0.45, np.float32), "w"))
     graph.initializer.append(numpy_helper.from_array(np.float32(1), "s"))
     quantize.input[0], quantize.input[1] = "w", "s"
-    with pytest.raises(ValueError, match="weight w lies up to 0.45 steps off its grid"):
-        qdq.pack_weights(model)
+    with pytest.raises(ValueError, match="weight w is up to 0.45 steps off its grid"):
+        apply(model, qdq.pack_weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(exports, kind, tmp_path, monkeypatch):
     measure, changes = parity.measure, []
     monkeypatch.setattr(parity, "measure", lambda *given: changes.append(given[3]) or measure(*given))
-    path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, half=True)
+    path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, float16=True)
     assert changes[-1] == parity.HALF
     facts, proto = artifact.unseal(path, "onnx").facts, onnx.load(path)
     assert (facts["float16"], facts["opset"], exports(kind).made.facts["float16"]) == (True, 19, False)
@@ -267,10 +280,10 @@ def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(expor
     graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     known = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}
     known |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    assert {known[name] for name in (*schema.INPUTS, *schema.OUTPUTS)} == {TensorProto.FLOAT}
+    assert {known[name] for name in (*INPUTS, *OUTPUTS)} == {TensorProto.FLOAT}
     read = {node.name: (node.op_type, [known[name] for name in node.input if name]) for node in graph.node}
     for name, (op_type, types) in read.items():
-        if op_type in functions.INPUTS:
+        if op_type in contract.OPERATORS:
             value = [TensorProto.FLOAT16] if kind == "float" else [TensorProto.INT8, TensorProto.FLOAT16]
             assert types == value + [TensorProto.FLOAT] * (len(types) - len(value)), name
         if name.startswith("encoder.can_bus"):
@@ -295,7 +308,7 @@ def test_a_wrong_scale_in_one_layer_fails_parity_and_leaves_no_file(exports, tmp
 
 def test_a_wrong_body_fails_parity_and_leaves_no_file(exports, tmp_path, monkeypatch):
     def alter(proto):
-        body = next(function for function in proto.functions if function.name == functions.SCA)
+        body = next(function for function in proto.functions if function.name == contract.SCA.name)
         next(node for node in body.node if node.op_type == "Max").op_type = "Sum"
 
     with pytest.raises(to_onnx.ParityError, match="out of tolerance"):
@@ -304,7 +317,7 @@ def test_a_wrong_body_fails_parity_and_leaves_no_file(exports, tmp_path, monkeyp
 
 
 def test_a_missing_body_is_named_and_leaves_no_file(exports, tmp_path, monkeypatch):
-    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: node .* is a qdbev::.* without a function body"):
+    with pytest.raises(DeployedGraphError, match=r"altered.onnx: node .* is a qdbev::.* without a function body"):
         export_altered(exports, "float", tmp_path, monkeypatch, lambda proto: proto.ClearField("functions"))
     assert list(tmp_path.iterdir()) == []
 
@@ -314,7 +327,7 @@ def test_nan_weights_are_named_and_leave_no_file(exports, tmp_path, monkeypatch)
         tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "neck.lateral.0.weight")
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32("nan"), tensor.name))
 
-    with pytest.raises(artifact.ArtifactError, match=r"altered.onnx: .* values of neck.lateral.0.weight are NaN"):
+    with pytest.raises(DeployedGraphError, match=r"altered.onnx: .* values of weight neck.lateral.0.weight are NaN"):
         export_altered(exports, "float", tmp_path, monkeypatch, alter)
     assert list(tmp_path.iterdir()) == []
 
@@ -336,7 +349,7 @@ def test_a_checkpoint_that_does_not_exist_is_one_error(tmp_path, monkeypatch):
 def test_a_checkpoint_without_an_image_size_asks_for_it(tmp_path, monkeypatch):
     config, model = small_model("float")
     checkpoint, target = tmp_path / "teacher.pt", tmp_path / "teacher.onnx"
-    artifact.save_checkpoint(checkpoint, kind="teacher", config=to_dict(config), weights=model.state_dict(), parent=None, facts={})
+    artifact.save_checkpoint(checkpoint, config=to_dict(config), weights=model.state_dict(), parent=None, facts=TeacherFacts())
     monkeypatch.setattr("sys.argv", ["to_onnx", "--checkpoint", str(checkpoint), "--onnx", str(target)])
     with pytest.raises(SystemExit, match="^error: .*--image-hw 480 800"):
         to_onnx.main()
@@ -351,7 +364,7 @@ def test_each_side_carries_its_own_bev_to_the_second_frame():
         seen.append(inputs)
         return {"bev": np.full_like(inputs["prev_bev"], 7)}
 
-    parity._chain(side, noise_frames(model.config.num_cameras, IMAGE_HW), model)
+    parity._chain(side, noise_frames(DATA, model.config.num_cameras, IMAGE_HW), model)
     assert [float(inputs["has_prev"][0]) for inputs in seen] == [0, 1]
     assert [np.unique(inputs["prev_bev"]).tolist() for inputs in seen] == [[0], [7]]
     np.testing.assert_allclose(seen[1]["can_bus"][0, [0, 17]], [2.5, 2.0], rtol=1e-6)
@@ -367,34 +380,3 @@ def test_quantized_tolerance_follows_the_network_within_bounds():
     assert not parity._compare(0, "bev", ours, wrong, wrong, True).passed
     assert not parity._compare(0, "bev", ours, near, ours, False).passed
     assert not parity._compare(0, "bev", ours, ours * np.float32("nan"), ours, True).passed
-
-
-def clipped_late(outputs):
-    """Pooling, a move, and a Clip behind them."""
-    shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 8, 8])
-    results = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in outputs.items()]
-    bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -0.5), ("high", 0.7))]
-    nodes = [
-        helper.make_node("MaxPool", ["x"], ["p"], name="pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
-        helper.make_node("Transpose", ["p"], ["t"], name="move", perm=[0, 2, 3, 1]),
-        helper.make_node("Clip", ["t", "low", "high"], ["y"], name="clip"),
-    ]
-    infos = [helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, [1, 2, 4, 4])]
-    graph = helper.make_graph(nodes, "g", [shape], results, bounds, value_info=infos)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", schema.OPSET)], ir_version=9)
-
-
-def test_a_clip_comes_before_pooling_and_moves_and_the_values_stay():
-    model = clipped_late({"y": [1, 4, 4, 2]})
-    x = {"x": np.random.default_rng(0).standard_normal((1, 2, 8, 8)).astype(np.float32)}
-    before = onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0]
-    assert qdq.clip_early(model) == 2
-    assert [node.name for node in model.graph.node] == ["clip", "pool", "move"]
-    onnx.checker.check_model(model, full_check=True)
-    np.testing.assert_array_equal(onnxruntime.InferenceSession(model.SerializeToString()).run(None, x)[0], before)
-
-
-def test_a_clip_stays_behind_what_is_read_without_it():
-    model = clipped_late({"y": [1, 4, 4, 2], "t": [1, 4, 4, 2]})
-    assert qdq.clip_early(model) == 0
-    assert [node.name for node in model.graph.node] == ["pool", "move", "clip"]

@@ -1,8 +1,7 @@
 """The import table: who may import whom, and which room owns which package. The rule is in CONTRIBUTING.md; change both together."""
 
 import ast
-import subprocess
-import sys
+import graphlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,41 +10,76 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("qdbev", "train", "export", "plugins", "engine", "eval", "bench", "synthetic")
 
-GROUND = ("qdbev.config", "qdbev.schema", "qdbev.artifact", "qdbev.geometry", "qdbev.temporal", "qdbev.command")
-CORE = (*GROUND, "qdbev.recipes", "qdbev.data", "qdbev.ops", "qdbev.quant", "qdbev.nn", "qdbev.detectors", "qdbev.restore")
+GROUND = ("qdbev.settings", "qdbev.schema", "qdbev.can_bus", "qdbev.geometry", "qdbev.cuda_check", "qdbev.command")
+"""Modules that import no other module of the project, except that `detector`, `facts` and the like build on them."""
+DETECTOR_PARTS = ("qdbev.detector", "qdbev.ops", "qdbev.nn")
+SAVED = ("qdbev.facts", "qdbev.config_migrations", "qdbev.config", "qdbev.seal_migrations", "qdbev.artifact")
+"""Configs and seals: what a session in a vehicle reads without torch."""
+CORE = (
+    *GROUND,
+    *DETECTOR_PARTS,
+    *SAVED,
+    "qdbev.deployed_graph",
+    "qdbev.data",
+    "qdbev.frames",
+    "qdbev.quant",
+    "qdbev.detectors",
+    "qdbev.recipes",
+    "qdbev.restore",
+)
 ROOMS = ("train", "export", "plugins", "engine", "eval")
 MAY_IMPORT = {
-    **dict.fromkeys(GROUND, GROUND),
-    "qdbev.recipes": GROUND,
-    "qdbev.data": GROUND,
-    "qdbev.ops": GROUND,
-    "qdbev.quant": GROUND,
-    "qdbev.nn": (*GROUND, "qdbev.recipes", "qdbev.ops", "qdbev.detectors"),
-    "qdbev.detectors": (*GROUND, "qdbev.recipes", "qdbev.ops", "qdbev.nn"),
-    "qdbev.restore": (*GROUND, "qdbev.detectors", "qdbev.quant"),
+    **dict.fromkeys(GROUND, ()),
+    "qdbev.detector": ("qdbev.schema",),
+    "qdbev.deployed_graph": ("qdbev.schema",),
+    "qdbev.ops": (),
+    "qdbev.nn": (*GROUND, "qdbev.detector", "qdbev.ops"),
+    "qdbev.quant": ("qdbev.settings", "qdbev.detector"),
+    "qdbev.detectors": ("qdbev.detector", "qdbev.nn.state_dict"),
+    "qdbev.detectors.bevformer": (*GROUND, *DETECTOR_PARTS),
+    "qdbev.detectors.bevformer.recipes": (
+        "qdbev.detectors.bevformer.config",
+        "qdbev.config",
+        "qdbev.data.config",
+        "qdbev.nn.config",
+        "qdbev.quant.config",
+        "qdbev.settings",
+    ),
+    "qdbev.facts": ("qdbev.schema",),
+    "qdbev.config_migrations": ("qdbev.settings",),
+    "qdbev.config": ("qdbev.settings", "qdbev.config_migrations", "qdbev.data.config", "qdbev.quant.config", "qdbev.detectors"),
+    "qdbev.seal_migrations": ("qdbev.settings", "qdbev.config"),
+    "qdbev.artifact": ("qdbev.settings", "qdbev.facts", "qdbev.seal_migrations"),
+    "qdbev.data": (*GROUND, "qdbev.facts", "qdbev.artifact"),
+    "qdbev.frames": ("qdbev.config", "qdbev.data"),
+    "qdbev.recipes": ("qdbev.settings", "qdbev.config", "qdbev.quant.config", "qdbev.detectors.bevformer.recipes"),
+    "qdbev.restore": (*GROUND, *SAVED, "qdbev.detector", "qdbev.detectors", "qdbev.quant"),
     "train": CORE,
     "export": CORE,
     "plugins": CORE,
     "engine": (*CORE, "plugins"),
     "eval": (*CORE, "export.runner", "engine.session", "plugins.torch_ops"),
-    "synthetic": CORE,
+    "synthetic": (*GROUND, "qdbev.data"),
     "bench": (*CORE, *ROOMS, "synthetic"),
 }
-"""Every room may also import itself."""
+"""The most specific entry of a module counts. Every room may also import itself."""
+ONE_DETECTOR = tuple(f"qdbev.detectors.{path.name}" for path in (ROOT / "qdbev" / "detectors").iterdir() if path.is_dir())
+"""Folders of single detectors. Only their own files, qdbev/detectors/__init__.py, qdbev/recipes.py and `bench` import them."""
 
 INSIDE_FUNCTIONS = ("export.runner", "engine.session", "plugins.torch_ops")
 """What eval imports only where such a file is opened, or a GPU is computed on."""
 
 OWNERS = {
     "cv2": ("qdbev.data", "eval", "synthetic", "bench"),
-    "pyquaternion": ("qdbev.data", "eval"),
+    "pyquaternion": ("synthetic",),
     "nuscenes": ("qdbev.data", "eval", "synthetic"),
     "nuscenes.eval.detection.evaluate": ("eval",),
     "matplotlib": ("eval", "bench"),
     "pytorch_quantization": ("qdbev.quant",),
-    "scipy": ("train",),
+    "scipy": ("train", "eval", "synthetic"),
     "torch.distributed": ("train",),
-    "onnx": ("export", "engine"),
+    "onnx": ("export", "engine", "qdbev.deployed_graph"),
+    "onnx_ir": ("export",),
     "onnxscript": ("export",),
     "onnxruntime": ("export",),
     "tensorrt": ("engine", "plugins", "bench"),
@@ -79,7 +113,10 @@ def violations(module: str, source: str) -> list[str]:
     """What `module` imports against the table."""
     room = room_of(module)
     found = []
+    knows_detectors = within(module, (*ONE_DETECTOR, "qdbev.recipes", "bench")) or module == "qdbev.detectors"
     for name, in_function in imports(source):
+        if within(name, ONE_DETECTOR) and not knows_detectors:
+            found.append(f"{module} imports {name}, but no room knows a concrete detector")
         ours = name.split(".")[0] in SOURCES
         if ours and not within(name, (room, *MAY_IMPORT.get(room, ()))) and not _whole_package(name, room):
             found.append(f"{module} imports {name}")
@@ -92,7 +129,7 @@ def violations(module: str, source: str) -> list[str]:
 
 
 def _whole_package(name: str, room: str) -> bool:
-    """`from qdbev import temporal` reads as qdbev.temporal, which `within` judges; anything else of the bare package is refused."""
+    """`from qdbev import geometry` reads as qdbev.geometry, which `within` judges; anything else of the bare package is refused."""
     return name == "qdbev" or (name.rpartition(".")[0] == "qdbev" and within(name, MAY_IMPORT.get(room, ())))
 
 
@@ -112,6 +149,10 @@ def test_every_import_follows_the_table():
         ("qdbev.nn.set_head", "from qdbev.quant.prepare import prepare"),
         ("qdbev.config", "import qdbev.recipes"),
         ("export.parity", "from train.loop import fit"),
+        ("engine.session", "from qdbev.detectors.bevformer.config import BEVFormerConfig"),
+        ("qdbev.quant.prepare", "from qdbev.config import Config"),
+        ("qdbev.detectors.bevformer.model", "from qdbev.config import Config"),
+        ("qdbev.nn.transformer", "from qdbev import detectors"),
         ("eval.open_model", "from export.runner import OnnxRunner"),
         ("eval.run", "def f():\n    from export.trace import trace"),
         ("train.loop", "import onnxruntime"),
@@ -123,15 +164,65 @@ def test_a_planted_violation_is_found(module, source):
     assert violations(module, source)
 
 
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle, the first of them again at the end; empty if there is none.
+
+    Imports inside functions count, as they only hide a circle. Imports for type annotations (`if TYPE_CHECKING:`) do not count.
+
+    Args:
+        sources: Source text of each module, by its dotted name.
+    """
+    graph = {module: {_module_of(name, sources) for name in _imports_at_run_time(source)} - {""} for module, source in sources.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]  # graphlib lists them from the imported to the importing module
+    return []
+
+
+def _imports_at_run_time(source: str) -> Iterator[str]:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            node.body = [ast.Pass()]
+    yield from (name for name, _ in imports(ast.unparse(tree)))
+
+
+def _module_of(name: str, sources: dict[str, str]) -> str:
+    """The module among `sources` that an imported name is or is defined in; empty if there is none."""
+    return next((module for module in (name, name.rpartition(".")[0]) if module in sources), "")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found = circle({module: path.read_text() for module, path in modules()})
+    assert not found, " imports ".join(found)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"train.a": "from train import b", "train.b": "from train.a import f"},
+        {"eval.a": "import eval.b", "eval.b": "def f():\n    from eval import a"},
+        {"bench.a": "from bench.b import f", "bench.b": "import bench.c", "bench.c": "class A:\n    import bench.a"},
+        {"engine.a": "async def f():\n    from engine.b import g", "engine.b": "from engine.a import f"},
+        {"qdbev.nn": "from qdbev.nn.a import f", "qdbev.nn.a": "from qdbev.nn import g"},
+    ],
+)
+def test_a_planted_circle_is_found(sources):
+    found = circle({**sources, "qdbev.config": "import numpy", "train.c": "import qdbev.config"})
+    assert set(found) == set(sources)
+    assert found[0] == found[-1]
+
+
+def test_imports_for_annotations_and_downhill_imports_are_no_circle():
+    annotations = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from train.b import B\nelse:\n    import train.c"
+    assert not circle({"train.a": annotations, "train.b": "from train.a import f", "train.c": "import numpy"})
+    assert circle({"train.a": annotations, "train.b": "", "train.c": "import train.a"})
+
+
 def test_every_module_belongs_to_a_room_of_the_table():
     strays = [module for module, _ in modules() if room_of(module) not in MAY_IMPORT and module != "qdbev"]
     assert not strays
-
-
-def test_importing_any_module_starts_no_cuda():
-    names = [module for module, _ in modules()]
-    code = f"import importlib, torch\nfor name in {names!r}: importlib.import_module(name)\nassert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
 
 
 def test_no_python_file_exceeds_400_lines():

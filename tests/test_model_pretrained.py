@@ -1,19 +1,19 @@
 """First weights of a training: what of a file is taken, what is not, and that the command says so."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from golden_files import key_shapes
 from test_train_loop import CPU, SETTINGS, small
 from torch import Tensor
 
 from qdbev import artifact
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.official import KEYS
 from qdbev.nn.pretrained import load_pretrained
 from qdbev.recipes import RECIPES
 from qdbev.settings import ConfigError
@@ -94,11 +94,11 @@ def expect_backbone(model: BEVFormer, file: dict[str, Tensor], prefix: str = "")
 
 
 @pytest.mark.parametrize(("recipe", "depths", "deformable"), [("tiny", R50, ()), ("base", R101, (2, 3))])
-def test_the_file_names_of_these_tests_are_the_official_ones(golden_folder, recipe, depths, deformable):
-    golden = json.loads((golden_folder / f"keys_{recipe}.json").read_text())
-    official = {key.removeprefix("img_backbone."): shape for key, shape in golden.items() if key.startswith("img_backbone.")}
+def test_the_backbones_of_these_tests_have_the_official_keys_and_shapes(recipe, depths, deformable):
+    keys = key_shapes(recipe)
+    official = {key.removeprefix("img_backbone."): shape for key, shape in keys.items() if key.startswith("img_backbone.")}
     with torch.device("meta"):
-        assert {key: list(value.shape) for key, value in resnet(depths, 64, deformable=deformable).items()} == official
+        assert {key: tuple(value.shape) for key, value in resnet(depths, 64, deformable=deformable).items()} == official
 
 
 @pytest.mark.parametrize("counters", [True, False])
@@ -106,14 +106,14 @@ def test_torchvisions_resnet_50_starts_tiny(counters):
     model = BEVFormer(narrow("tiny"))
     before = state(model)
     file = resnet(R50, 8, counters) | {"fc.weight": torch.randn(1000, 256), "fc.bias": torch.randn(1000)}
-    report = load_pretrained(model, file)
+    report = load_pretrained(model, file, KEYS)
     expect_backbone(model, file)
     kept = ["backbone: 53 num_batches_tracked keep their initialisation, zero; the file has none"]
     assert report == [
         f"backbone: {len(file) - 2} tensors loaded",
         *([] if counters else kept),
         "neck: keeps its initialisation; the file has no neck",
-        "encoder, decoder, head: keep their initialisation",
+        "rest of the detector: keeps its initialisation",
         "ignored: fc (2 tensors)",
     ]
     assert all(torch.equal(value, before[key]) for key, value in state(model).items() if not key.startswith("backbone."))
@@ -122,7 +122,7 @@ def test_torchvisions_resnet_50_starts_tiny(counters):
 def test_a_plain_caffe_resnet_101_starts_small_as_a_plain_convolution_at_half_weight():
     model = BEVFormer(narrow("small"))
     file = resnet(R101, 8, counters=False) | {"conv1.bias": torch.zeros(8), "layer1.0.downsample.0.bias": torch.zeros(32)}
-    report = load_pretrained(model, file)
+    report = load_pretrained(model, file, KEYS)
     zero_biases = ("conv1.bias", "layer1.0.downsample.0.bias")
     expect_backbone(model, {key: value for key, value in file.items() if key not in zero_biases})
     assert report == [
@@ -130,7 +130,7 @@ def test_a_plain_caffe_resnet_101_starts_small_as_a_plain_convolution_at_half_we
         "backbone: 104 num_batches_tracked keep their initialisation, zero; the file has none",
         "backbone: 52 conv_offset tensors keep their initialisation, zero; the file's network is not deformable",
         "neck: keeps its initialisation; the file has no neck",
-        "encoder, decoder, head: keep their initialisation",
+        "rest of the detector: keeps its initialisation",
         "ignored: 2 biases of convolutions, all zero (conv1.bias)",
     ]
     x = torch.randn(1, 32, 6, 7)
@@ -142,7 +142,7 @@ def test_a_plain_caffe_resnet_101_starts_small_as_a_plain_convolution_at_half_we
 def test_a_whole_detector_gives_base_its_backbone_and_neck(img):
     model = BEVFormer(narrow("base"))
     file = fcos3d(8, 32, img)
-    report = load_pretrained(model, file)
+    report = load_pretrained(model, file, KEYS)
     expect_backbone(model, file, f"{img}backbone.")
     for ours, theirs, levels in (("lateral", "lateral_convs", 3), ("output", "fpn_convs", 4)):
         for level in range(levels):
@@ -152,7 +152,7 @@ def test_a_whole_detector_gives_base_its_backbone_and_neck(img):
     assert report == [
         f"backbone: {sum('backbone.' in key for key in file)} tensors loaded",
         "neck: 14 tensors loaded",
-        "encoder, decoder, head: keep their initialisation",
+        "rest of the detector: keeps its initialisation",
         f"ignored: {img}neck (2 tensors)",
         "ignored: bbox_head (2 tensors)",
     ]
@@ -161,13 +161,13 @@ def test_a_whole_detector_gives_base_its_backbone_and_neck(img):
 def test_a_neck_is_taken_whole_or_not_at_all():
     model = BEVFormer(narrow("small"))
     before = state(model)
-    report = load_pretrained(model, fcos3d(8, 32, "img_"))
+    report = load_pretrained(model, fcos3d(8, 32, "img_"), KEYS)
     why = "img_neck.lateral_convs.0.conv.weight is (32, 64, 1, 1) in the file and (32, 256, 1, 1) here"
     assert f"neck: keeps its initialisation; {why}" in report
     assert "ignored: img_neck (16 tensors)" in report
     assert all(torch.equal(value, before[f"neck.{key}"]) for key, value in model.neck.state_dict().items())
     mixed = {key.replace("img_neck.", "neck."): value for key, value in fcos3d(8, 32, "img_").items()}
-    report = load_pretrained(BEVFormer(narrow("base")), mixed)
+    report = load_pretrained(BEVFormer(narrow("base")), mixed, KEYS)
     assert "neck: keeps its initialisation; the file has no img_neck.lateral_convs.0.conv.weight" in report
 
 
@@ -175,7 +175,7 @@ def test_the_published_sizes_of_an_fcos3d_are_those_of_base():
     with torch.device("meta"):
         file = fcos3d(64, 256)
         model = BEVFormer(RECIPES["base"]().model)
-        assert "neck: 14 tensors loaded" in load_pretrained(model, file)
+        assert "neck: 14 tensors loaded" in load_pretrained(model, file, KEYS)
 
 
 def test_a_backbone_that_does_not_fit_is_listed_by_the_files_names_and_nothing_is_loaded():
@@ -187,7 +187,7 @@ def test_a_backbone_that_does_not_fit_is_listed_by_the_files_names_and_nothing_i
     file["backbone.conv1.bias"] = torch.ones(8)
     file["backbone.layer3.0.conv2.conv_offset.weight"] = torch.zeros(18, 32, 3, 3)
     with pytest.raises(ValueError, match="is not this model's") as error:
-        load_pretrained(model, file)
+        load_pretrained(model, file, KEYS)
     assert str(error.value).splitlines() == [
         "the file's backbone is not this model's: 4 differences: 2 missing, 1 unknown, 1 of another shape",
         "  shape of backbone.layer3.0.conv2.conv_offset.weight: (18, 32, 3, 3), this model has (27, 32, 3, 3)",
@@ -203,17 +203,20 @@ def test_a_backbone_that_does_not_fit_is_listed_by_the_files_names_and_nothing_i
     [
         (resnet(R50, 8), "missing: layer3.6.conv1.weight"),
         (fcos3d(8, 32) | {"backbone.layer3.23.conv1.weight": torch.zeros(1)}, "unknown: backbone.layer3.23.conv1.weight"),
-        ({"conv1.weight": torch.zeros(8, 3, 7, 7)}, "holds no bottleneck ResNet, neither under img_backbone or backbone nor on its own"),
+        (
+            {"conv1.weight": torch.zeros(8, 3, 7, 7)},
+            "holds no bottleneck ResNet, neither under img_backbone or backbone nor without",
+        ),
     ],
 )
 def test_another_network_is_refused(file, said):
     with pytest.raises(ValueError, match=said):
-        load_pretrained(BEVFormer(narrow("small")), file)
+        load_pretrained(BEVFormer(narrow("small")), file, KEYS)
 
 
 def test_an_offset_layer_may_not_be_missing_from_a_plain_models_file():
     with pytest.raises(ValueError, match=r"unknown: layer3\.0\.conv2\.conv_offset\.weight"):
-        load_pretrained(BEVFormer(narrow("tiny")), resnet(R50, 8, deformable=(2,)))
+        load_pretrained(BEVFormer(narrow("tiny")), resnet(R50, 8, deformable=(2,)), KEYS)
 
 
 @pytest.fixture
@@ -231,17 +234,16 @@ def test_the_command_starts_from_the_file_says_so_and_the_teacher_remembers_it(t
         return real(model, *args)
 
     settings = {**SETTINGS, "train.epochs": "1", "data.root": str(tiny_world)}
-    argv = ["float", "--recipe", "micro", "--run", str(tmp_path / "run"), "--pretrained", str(pretrained), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", argv + [part for name, value in settings.items() for part in ("--set", f"{name}={value}")])
+    argv = ["--recipe", "micro", "--run", str(tmp_path / "run"), "--pretrained", str(pretrained), "--device", "cpu"]
     monkeypatch.setattr(float_training, "fit", watched)
-    float_training.main()
+    float_training.main(argv + [part for name, value in settings.items() for part in ("--set", f"{name}={value}")])
     for key, value in torch.load(pretrained).items():
         assert key.startswith("fc.") or torch.equal(started[f"backbone.{key}"], value)
     said = capsys.readouterr().out
     for line in ("backbone: 78 tensors loaded", "neck: keeps its initialisation; the file has no neck", "ignored: fc (1 tensors)"):
         assert f"{pretrained}: {line}\n" in said
     seal, _, _ = artifact.load_checkpoint(tmp_path / "run" / "teacher.pt", "teacher")
-    assert seal.facts["pretrained"] == artifact.sha256(pretrained)
+    assert seal.facts.pretrained == artifact.sha256(pretrained)
 
 
 def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_world, tmp_path, pretrained, capsys):
@@ -250,9 +252,9 @@ def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_
     capsys.readouterr()
     for again in (None, pretrained):
         seal, weights, _ = artifact.load_checkpoint(float_training.train(config, run, CPU, World(), True, again), "teacher")
-        assert seal.facts["pretrained"] == artifact.sha256(pretrained)
+        assert seal.facts.pretrained == artifact.sha256(pretrained)
         assert all(torch.equal(value, weights[key]) for key, value in first[1].items())
-    told = f"{pretrained}: not loaded again; the run goes on with the weights of its last saved state\n"
+    told = f"{pretrained}: not loaded again; the run continues with the weights of its last saved state\n"
     assert capsys.readouterr().out == told
 
     torch.save(resnet((1, 1, 1), 4), tmp_path / "other.pth")
@@ -260,11 +262,11 @@ def test_a_resumed_run_goes_on_with_its_own_weights_and_remembers_its_file(tiny_
         float_training.train(config, run, CPU, World(), True, tmp_path / "other.pth")
 
     fresh = float_training.train(config, run, CPU, World(), False)
-    assert "pretrained" not in artifact.load_checkpoint(fresh, "teacher")[0].facts
+    assert artifact.load_checkpoint(fresh, "teacher")[0].facts.pretrained is None
     with pytest.raises(ValueError, match="did not begin from"):
         float_training.train(config, run, CPU, World(), True, pretrained)
     resumed = float_training.train(config, run, CPU, World(), True)
-    assert "pretrained" not in artifact.load_checkpoint(resumed, "teacher")[0].facts
+    assert artifact.load_checkpoint(resumed, "teacher")[0].facts.pretrained is None
 
 
 def test_a_file_that_cannot_start_the_run_leaves_nothing_behind(tiny_world, tmp_path, pretrained):

@@ -1,21 +1,22 @@
-"""The operators as torch runs them on a real GPU: registration, gradients, streams, graphs. test_plugins_torch.py does what a CPU can."""
+"""Test the operators in PyTorch on a real GPU: registration, gradients, streams, CUDA graphs. test_plugins_torch.py needs no GPU."""
 
 import pytest
 import torch
 from torch import Generator, Tensor, library
 
-from plugins.cases import SIZES, Case, draw, excess
+from plugins.attention.cases import SIZES, Case, draw, error_ratio, level_attribute
+from plugins.attention.variant import Variant
 from plugins.torch_ops import install
-from plugins.variant import Variant
+from qdbev.ops.contract import MSDA, SCA
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: runs the kernels")]
 
 DEVICE = "cuda"
-OPERATORS = {"spatial_cross_attention": spatial_cross_attention, "multi_scale_deformable_attention": multi_scale_deformable_attention}
+OPERATORS = {SCA: spatial_cross_attention, MSDA: multi_scale_deformable_attention}
 BOTH = [SIZES[0], SIZES[5]]
-"""Sizes of each operator."""
+"""Sizes of spatial cross-attention and of multi-scale deformable attention."""
 
 
 def problem(sizes: Variant) -> Case:
@@ -23,16 +24,16 @@ def problem(sizes: Variant) -> Case:
 
 
 def tensors(case: Case, with_gradient: bool, device: str = DEVICE) -> list[Tensor]:
-    """The operator's inputs, all but `visible` with a gradient if any."""
+    """Return the operator's inputs on a device. `with_gradient` lets all of them but `visible` require a gradient."""
     return [x.to(device).requires_grad_(with_gradient and x is not case.visible) for x in (case.value, *case.others())]
 
 
 def registered(sizes: Variant):
-    return getattr(torch.ops.qdbev, sizes.op)
+    return getattr(torch.ops.qdbev, sizes.operator.torch_name)
 
 
 def flat(sizes: Variant) -> list[int]:
-    return [size for hw in sizes.level_hw for size in hw]
+    return level_attribute(sizes)["level_hw"]
 
 
 @pytest.mark.parametrize("sizes", [SIZES[1], SIZES[4]])  # one level: quick to trace
@@ -50,7 +51,7 @@ def test_the_operator_trains_with_the_gradient_that_the_cpu_gives(sizes):
         return torch.autograd.grad(out.square().sum(), [x for x in learned if x.requires_grad])
 
     install()
-    wanted = gradients(OPERATORS[sizes.op], "cpu", sizes.level_hw)
+    wanted = gradients(OPERATORS[sizes.operator], "cpu", sizes.level_hw)
     for ours, theirs in zip(gradients(registered(sizes), DEVICE, flat(sizes)), wanted, strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, atol=1e-4, rtol=1e-4)  # sums by atomic additions, in any order
 
@@ -66,9 +67,9 @@ def test_evaluation_is_the_kernel_on_the_current_stream(sizes):
     with torch.inference_mode(), torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         late = [x.clone() for x in inputs]  # a kernel on another stream would read them too early
-        out = OPERATORS[sizes.op](*late, sizes.level_hw)
+        out = OPERATORS[sizes.operator](*late, sizes.level_hw)
     stream.synchronize()
-    assert excess("float32", 1.0, out.cpu(), truth) <= 1
+    assert error_ratio("float32", 1.0, out.cpu(), truth) <= 1
 
 
 @pytest.mark.parametrize("sizes", BOTH)
@@ -85,4 +86,4 @@ def test_the_kernel_can_be_captured_in_a_cuda_graph(sizes):
             held.copy_(other)
         graph.replay()
     torch.cuda.synchronize()
-    assert excess("float32", 1.0, out.cpu(), second.truth(second.value, 1.0)) <= 1
+    assert error_ratio("float32", 1.0, out.cpu(), second.truth(second.value, 1.0)) <= 1

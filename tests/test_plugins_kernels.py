@@ -1,4 +1,4 @@
-"""The kernels, compiled as host C++, against the equation in loops and against the PyTorch operators; every edge of plugins/README.md."""
+"""Compare the attention kernels, compiled as host C++, with the equation in loops and with the PyTorch operators."""
 
 import dataclasses
 import math
@@ -11,21 +11,22 @@ import torch
 from kernel_on_host import HostKernels
 from torch import Generator, Tensor
 
-from plugins.cases import SIZES, Case, draw, edge_cases, excess, random_cases
-from plugins.variant import TYPES, Number, Out
+from plugins.attention.cases import SIZES, Case, draw, edge_cases, error_ratio, random_cases
+from plugins.attention.variant import TYPES
+from plugins.kernel import Types
 
 WIDE = dataclasses.replace(SIZES[4], level_hw=((3, 200),))
-"""As wide as the widest level of base."""
+"""Sizes with a level as wide as the widest level of the recipe base."""
 LARGE = dataclasses.replace(SIZES[0], value="int8", num_heads=8, num_points=4, level_hw=((2800, 2900),))
-"""A camera's keys take 2.08e9 bytes."""
+"""Sizes at which the keys of one camera take 2.08e9 bytes."""
 
 NORESERVE = 0x4000
-"""Linux's flag for address space without memory; newer Pythons have it in mmap."""
+"""Linux's MAP_NORESERVE, which reserves address space without memory; newer Pythons have it in mmap."""
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    variants = [draw("", sizes, Generator()).inputs(*types)[0] for sizes in SIZES for types in TYPES]
+    variants = [draw("", sizes, Generator()).in_types(types)[0] for sizes in SIZES for types in TYPES]
     return HostKernels([*variants, WIDE, LARGE], tmp_path_factory.mktemp("kernels"))
 
 
@@ -34,23 +35,23 @@ def edges() -> list[Case]:
     return list(edge_cases())
 
 
-def answer(kernels: HostKernels, case: Case, number: Number, out: Out) -> tuple[Tensor, Tensor, float]:
-    """The kernel's output, the PyTorch operator's, and what a step of `value` is worth."""
-    variant, value, scale = case.inputs(number, out)
+def compute(kernels: HostKernels, case: Case, types: Types) -> tuple[Tensor, Tensor, float]:
+    """Return the output of the kernel, the output of the PyTorch operator, and the scale of `value`."""
+    variant, value, scale = case.in_types(types)
     return kernels.attend(variant, value, scale, case.others(), case.row_length), case.truth(value, scale), scale
 
 
-def worst(kernels: HostKernels, cases: list[Case], types: tuple[Number, Out]) -> tuple[float, str]:
-    """Largest share of the tolerance that an error takes, and in which case."""
+def worst(kernels: HostKernels, cases: list[Case], types: Types) -> tuple[float, str]:
+    """Return the largest error as a share of the permitted error, and the name of its case."""
     found = []
     for case in cases:
-        out, truth, scale = answer(kernels, case, *types)
-        found.append((excess(types[0], scale, out, truth), case.name))
+        out, truth, scale = compute(kernels, case, types)
+        found.append((error_ratio(types[0], scale, out, truth), case.name))
     return max(found)
 
 
 def in_loops(case: Case) -> np.ndarray:
-    """The equation, one number after the other, in float64."""
+    """Compute the equation in float64, one number after the other."""
     names = [case.value, case.reference_points, case.sampling_offsets, case.attention_logits]
     value, reference, offsets, logits = (tensor.double().numpy() for tensor in names)
     if case.visible is None:
@@ -81,20 +82,20 @@ def in_loops(case: Case) -> np.ndarray:
 @pytest.mark.parametrize("index", range(len(SIZES)))
 def test_a_kernel_equals_the_equation_in_loops(kernels, index):
     case = draw("", SIZES[index], Generator().manual_seed(5), num_query=4)
-    out, _, _ = answer(kernels, case, "float32", "float32")
+    out, _, _ = compute(kernels, case, ("float32", "float32"))
     np.testing.assert_allclose(out.numpy(), in_loops(case), atol=1e-5)
 
 
 @pytest.mark.parametrize("types", TYPES)
 def test_a_kernel_equals_the_pytorch_operator_on_a_thousand_random_problems(kernels, types):
     share, name = worst(kernels, list(random_cases(1000)), types)
-    assert share <= 1, f"{name}: {share:.2f} times the tolerance"
+    assert share <= 1, f"{name}: {share:.2f} times the permitted error"
 
 
 @pytest.mark.parametrize("types", TYPES)
 def test_a_kernel_equals_the_pytorch_operator_on_every_edge(kernels, edges, types):
     share, name = worst(kernels, edges, types)
-    assert share <= 1, f"{name}: {share:.2f} times the tolerance"
+    assert share <= 1, f"{name}: {share:.2f} times the permitted error"
 
 
 def test_positions_in_the_widest_level_of_base_are_exact_to_the_tolerance(kernels):
@@ -106,14 +107,14 @@ def test_positions_in_the_widest_level_of_base_are_exact_to_the_tolerance(kernel
 def test_int8_errs_by_the_rounding_of_its_weights_alone(kernels):
     for seed in range(20):
         case = draw("", SIZES[0], Generator().manual_seed(seed), num_query=11)
-        out, truth, scale = answer(kernels, case, "int8", "float32")  # no rounding to float16 blurs it
+        out, truth, scale = compute(kernels, case, ("int8", "float32"))  # without the rounding of a float16 output
         # 64 corners and up to three cameras, each weight rounded by up to 1 / 131070 and times up to 127; rarely all in one direction
         assert float((out - truth).abs().max()) < 0.02 * scale
 
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_nothing_outside_the_levels_and_of_other_cameras_is_read(kernels, edges, sizes):
-    names = ("points one cell before the first", "points half a cell behind the last", "references at 1e30", "all inside")
+    names = ("points one cell before the first", "points half a cell after the last", "references at 1e30", "all inside")
     cases = [case for case in edges if case.variant == sizes and case.name.startswith(names)]
     assert len(cases) == len(names)
     for case in [*cases, draw("", sizes, Generator().manual_seed(3), num_query=40)]:
@@ -146,7 +147,7 @@ def test_a_camera_that_lies_beyond_four_gigabytes_is_read(kernels):
 @pytest.mark.parametrize("types", TYPES)
 def test_the_order_of_computation_changes_no_number(kernels, types):
     case = draw("", SIZES[2], Generator().manual_seed(8), batch=1, num_query=72)
-    variant, value, scale = case.inputs(*types)
+    variant, value, scale = case.in_types(types)
     plain = kernels.attend(variant, value, scale, case.others())
     for row_length in (1, 6, 8, 9, 36, 72):
         assert torch.equal(kernels.attend(variant, value, scale, case.others(), row_length), plain)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.ops.matmul import Matmul
 from qdbev.ops.msda import MultiScaleDeformableAttention
 from qdbev.quant.bops import Cost, bops, costs, float_bops
@@ -48,8 +47,7 @@ def net() -> Net:
 
 
 def student() -> Net:
-    bits = Bits(weight=4, activation=6)
-    model = prepare(net(), QuantConfig(**dict.fromkeys(BEVFormerConfig.groups, bits), edge_layers=("head",), float_layers=()))
+    model = prepare(net(), QuantConfig(bits=Bits(weight=4, activation=6), edge_layers=("head",)))
     calibrate(model, lambda: model(images()), "max")
     return model
 

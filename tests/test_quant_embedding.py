@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.recipes import micro
 from qdbev.quant.calibrate import calibrate
-from qdbev.quant.config import Bits, QuantConfig
+from qdbev.quant.config import Bits, GroupBits, QuantConfig
 from qdbev.quant.layers import QuantEmbedding, quant_layers, step_parameters, weight_of
 from qdbev.quant.prepare import describe, enable, prepare, table
 from qdbev.quant.quantizer import fake_quantize
-from qdbev.recipes import micro
 from qdbev.settings import ConfigError
 
 W4A6 = Bits(weight=4, activation=6)
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def policy(**changes: object) -> QuantConfig:
-    return QuantConfig(**{"encoder": W4A6, "edge_layers": (), "float_layers": (), "embedding_bits": 4, **changes})
+    return QuantConfig(**{"group_bits": (GroupBits(group="encoder", bits=W4A6),), "embedding_bits": 4, **changes})
 
 
 def calibrated(rules: QuantConfig) -> Net:
@@ -62,7 +62,7 @@ def test_the_whole_table_and_its_rows_read_as_quantized():
     expected = fake_quantize(weight_of(layer), coarse, -7, 7)
     assert torch.equal(layer.weight, expected)
     assert torch.equal(layer(torch.tensor([[3, 1]])), expected[[3, 1]][None])
-    assert (layer.num_embeddings, layer.embedding_dim) == (9, 8)
+    assert layer.num_embeddings == 9
 
 
 def test_one_step_a_weight_leaves_tables_a_step_a_row():
@@ -98,7 +98,7 @@ def test_a_table_is_switched_with_its_group():
 def test_a_table_that_pads_is_refused():
     net = Net()
     net.encoder = nn.Embedding(9, 8, padding_idx=0)
-    with pytest.raises(ValueError, match="pads or renormalises"):
+    with pytest.raises(ValueError, match="padding_idx or max_norm"):
         prepare(net, policy())
 
 

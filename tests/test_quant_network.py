@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.ops.contract import OPSET
 from qdbev.ops.matmul import Matmul
 from qdbev.quant.calibrate import calibrate
-from qdbev.quant.config import Bits, QuantConfig
+from qdbev.quant.config import Bits, CalibrationMethod, GroupBits, LayerBits, QuantConfig, RangeMode
 from qdbev.quant.export import exporting
 from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, activation_quantizers, quant_layers, quantizers, step_parameters
 from qdbev.quant.prepare import bits_of, describe, enable, fold_batch_norm, prepare, table
-from qdbev.schema import OPSET
 
 
 class Block(nn.Module):
@@ -52,7 +51,7 @@ class Mixer(nn.Module):
 
 
 class Toy(nn.Module):
-    """The five groups; (B, 3, 16, 16) to (B, 64, 2)."""
+    """Five groups, two of which are layers themselves; (B, 3, 16, 16) to (B, 64, 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +66,7 @@ class Toy(nn.Module):
 
 W4A6, W8A8 = Bits(weight=4, activation=6), Bits()
 
+GROUPS = tuple(name for name, _ in Toy().named_children())
 LEAVES = {
     "backbone.conv1", "backbone.inner.product", "backbone.downsample.0", "neck", "encoder.project", "encoder.scores", "decoder.0",
     "decoder.2", "head",
@@ -74,8 +74,7 @@ LEAVES = {
 
 
 def policy(bits: Bits, **changes: object) -> QuantConfig:
-    settings = {**dict.fromkeys(BEVFormerConfig.groups, bits), "edge_layers": ("head",), "float_layers": (), **changes}
-    return QuantConfig(**settings)
+    return QuantConfig(**{"bits": bits, "edge_layers": ("head",), **changes})
 
 
 def folded() -> Toy:
@@ -93,7 +92,7 @@ def images(seed: int = 1) -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(bits: Bits, method: str = "mse", **changes: object) -> Toy:
+def quantized(bits: Bits, method: CalibrationMethod = "mse", **changes: object) -> Toy:
     model = prepare(folded(), policy(bits, **changes))
     calibrate(model, lambda: model(images()), method)
     return model
@@ -121,16 +120,32 @@ def test_a_batch_norm_of_no_declared_pair_is_refused() -> None:
         fold_batch_norm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ModuleDict({"bn": nn.BatchNorm2d(3)})))
 
 
-def test_float_layers_come_before_edge_layers_before_the_group() -> None:
-    edge = Bits(weight=7, activation=7)
-    rules = QuantConfig(decoder=W4A6, edge=edge, edge_layers=("decoder.*",), float_layers=("*.0",))
+def test_float_layers_come_before_layer_bits_before_edge_layers_before_the_group_before_the_rest() -> None:
+    edge, own, rest = Bits(weight=7, activation=7), Bits(weight=2, activation=5), Bits(weight=5, activation=3)
+    rules = QuantConfig(
+        bits=rest,
+        group_bits=(GroupBits(group="decoder", bits=W4A6), GroupBits(group="neck", bits=W4A6)),
+        edge=edge,
+        edge_layers=("decoder.2", "decoder.4"),
+        layer_bits=(LayerBits(layers="decoder.4", bits=own), LayerBits(layers="*.0", bits=own)),
+        float_layers=("decoder.0",),
+    )
     assert bits_of("decoder.0", rules) is None
+    assert bits_of("decoder.4", rules) == bits_of("head.0", rules) == own
     assert bits_of("decoder.2", rules) == edge
-    assert bits_of("neck", rules) == Bits()
-    plain = policy(Bits(weight=5, activation=3))
-    assert all(bits_of(f"{group}.x", plain) == Bits(weight=5, activation=3) for group in BEVFormerConfig.groups)
-    with pytest.raises(ValueError, match="'tail.1' is in none of the groups"):
-        bits_of("tail.1", rules)
+    assert bits_of("decoder.1", rules) == bits_of("neck", rules) == W4A6
+    assert bits_of("decoder2.1", rules) == bits_of("necks", rules) == rest
+    assert {bits_of(f"{group}.x", policy(rest)) for group in GROUPS} == {rest}
+
+
+def test_a_group_has_its_own_bits_whether_it_is_a_layer_or_holds_layers() -> None:
+    groups = (GroupBits(group="decoder", bits=W4A6), GroupBits(group="neck", bits=Bits(weight=3, activation=5)))
+    rows = {row.name: row for row in describe(prepare(folded(), policy(W8A8, group_bits=groups)))}
+    widths = {name: (row.weight_bits, row.activation_bits) for name, row in rows.items()}
+    assert widths.pop("neck") == (3, 5)
+    assert widths.pop("decoder.0") == widths.pop("decoder.2") == (4, 6)
+    assert widths.pop("encoder.scores") == (None, 8)
+    assert set(widths.values()) == {(8, 8)}
 
 
 def test_leaves_are_swapped_by_type_and_keep_their_parameters() -> None:
@@ -166,6 +181,11 @@ def test_a_pattern_that_matches_nothing_is_refused(field: str) -> None:
         prepare(folded(), policy(W8A8, **{field: ("head", "neck.conv")}))
 
 
+def test_bits_of_a_group_that_does_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="no such group: tail; the groups are backbone"):
+        prepare(folded(), policy(W8A8, group_bits=(GroupBits(group="neck", bits=W4A6), GroupBits(group="tail", bits=W4A6))))
+
+
 def test_preparing_twice_is_refused() -> None:
     with pytest.raises(ValueError, match="already prepared"):
         prepare(prepare(folded(), policy(W8A8)), policy(W8A8))
@@ -189,10 +209,10 @@ def test_groups_are_switched_on_one_after_another() -> None:
     model = quantized(W4A6)
     whole, exact = model(images()), folded()(images())
     errors = []
-    for count in range(len(BEVFormerConfig.groups) + 1):
-        enable(model, BEVFormerConfig.groups[:count])
+    for count in range(len(GROUPS) + 1):
+        enable(model, GROUPS[:count])
         on = {name.partition(".")[0] for name, layer in quant_layers(model) if all(q.enabled for q in quantizers(layer))}
-        assert on == set(BEVFormerConfig.groups[:count])
+        assert on == set(GROUPS[:count])
         errors.append((model(images()) - exact).abs().max().item())
     assert errors[0] == 0 and all(error > 0 for error in errors[1:])
     assert torch.equal(model(images()), whole)
@@ -202,10 +222,10 @@ def test_groups_are_switched_on_one_after_another() -> None:
         enable(prepare(folded(), policy(W8A8)), ("neck",))
 
 
-@pytest.mark.parametrize(("scale", "per_channel"), [("step", True), ("clip", True), ("fixed", True), ("step", False), ("fixed", False)])
-def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str, per_channel: bool) -> None:
-    model, learn = quantized(W4A6, range_mode=scale, per_channel=per_channel), scale != "fixed"
-    enable(model, BEVFormerConfig.groups[:4])
+@pytest.mark.parametrize(("mode", "per_channel"), [("step", True), ("clip", True), ("fixed", True), ("step", False), ("fixed", False)])
+def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(mode: RangeMode, per_channel: bool) -> None:
+    model, learn = quantized(W4A6, range_mode=mode, per_channel=per_channel), mode != "fixed"
+    enable(model, GROUPS[:4])
     target = folded()(images()).detach()
     assert len(step_parameters(model)) == (2 * 8 + 2 - 1 if learn else 0)  # two layers read one tensor and share a step
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -220,13 +240,13 @@ def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(scale: str,
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
     assert model.decoder[0].weight_quantizer.log_step.numel() == (16 if per_channel else 1)
     moved = [not torch.equal(a, b) for a, b in zip(steps, step_parameters(model), strict=True)]
-    if scale == "clip":  # moves where something lies outside
+    if mode == "clip":  # moves where something lies outside
         assert any(moved)
     else:
         assert sum(moved) == (2 * 7 + 2 - 1 if learn else 0)
     assert not any(moved[-2:])  # the head is off and stays where it was
 
-    fresh = prepare(folded(), policy(W4A6, range_mode=scale, per_channel=per_channel))
+    fresh = prepare(folded(), policy(W4A6, range_mode=mode, per_channel=per_channel))
     state = model.state_dict()
     assert all(isinstance(value, Tensor) for value in state.values())
     fresh.load_state_dict(state)
@@ -248,12 +268,12 @@ class Parallel(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("bits", "scale", "per_channel"),
+    ("bits", "mode", "per_channel"),
     [(W8A8, "fixed", True), (W4A6, "fixed", False), (W4A6, "clip", True), (W4A6, "step", True), (W4A6, "step", False)],
 )
-def test_the_exported_graph_gives_the_same_numbers(bits: Bits, scale: str, per_channel: bool, tmp_path: Path) -> None:
+def test_the_exported_graph_gives_the_same_numbers(bits: Bits, mode: RangeMode, per_channel: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = prepare(Parallel(), policy(bits, range_mode=scale, per_channel=per_channel)).eval()
+    model = prepare(Parallel(), policy(bits, range_mode=mode, per_channel=per_channel)).eval()
     calibrate(model, lambda: model(images()), "mse")
     for parameter in step_parameters(model):
         parameter.data += 0.5 * torch.randn_like(parameter)  # as if trained: no two steps are alike
@@ -272,9 +292,9 @@ def test_the_exported_graph_gives_the_same_numbers(bits: Bits, scale: str, per_c
 
     graph = onnx.load(tmp_path / "net.onnx").graph
     counts = Counter(node.op_type for node in graph.node)
-    if scale != "fixed":
+    if mode != "fixed":
         assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 5 + 3  # activations and weights
-        assert counts["Clip"] == (5 if scale == "clip" else 4)  # the head is at eight bits, which without a clip fill int8
+        assert counts["Clip"] == (5 if mode == "clip" else 4)  # the head is at eight bits, which without a clip fill int8
     elif bits == W8A8:
         assert counts["QuantizeLinear"] == counts["DequantizeLinear"] == 3 + 3  # equal steps on one tensor were merged
         assert counts["Clip"] == 0

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.quant.calibrate import calibrate
-from qdbev.quant.config import Bits, QuantConfig
+from qdbev.quant.config import Bits, QuantConfig, RangeMode
 from qdbev.quant.layers import WeightLayer, quant_layers, step_parameters, weight_of
-from qdbev.quant.pack import PackError, _float_bytes, _Reader, pack, settle, unpack
+from qdbev.quant.pack import PackError, _float_bytes, _Reader, pack, round_floats_to_half, unpack
 from qdbev.quant.prepare import enable, prepare
 from qdbev.quant.size import packed_bytes, packed_parts, paper_bytes
 
@@ -39,8 +38,7 @@ def images(seed: int = 1) -> Tensor:
 
 
 def policy(bits: Bits, **changes: object) -> QuantConfig:
-    settings = {**dict.fromkeys(BEVFormerConfig.groups, bits), "edge_layers": ("head",), "float_layers": (), "embedding_bits": 4, **changes}
-    return QuantConfig(**settings)
+    return QuantConfig(**{"bits": bits, "edge_layers": ("head",), "embedding_bits": 4, **changes})
 
 
 def fresh(rules: QuantConfig) -> Net:
@@ -62,12 +60,12 @@ def student(rules: QuantConfig) -> Net:
     return net
 
 
-CASES = [(weight, scale, per_channel) for weight in range(2, 9) for scale in ("fixed", "clip", "step") for per_channel in (True, False)]
+CASES = [(weight, mode, per_channel) for weight in range(2, 9) for mode in ("fixed", "clip", "step") for per_channel in (True, False)]
 
 
-@pytest.mark.parametrize(("weight", "scale", "per_channel"), CASES)
-def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, per_channel: bool) -> None:
-    rules = policy(Bits(weight=weight, activation=6), range_mode=scale, per_channel=per_channel)
+@pytest.mark.parametrize(("weight", "mode", "per_channel"), CASES)
+def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, mode: RangeMode, per_channel: bool) -> None:
+    rules = policy(Bits(weight=weight, activation=6), range_mode=mode, per_channel=per_channel)
     net, other = student(rules), fresh(rules)
     data = pack(net)
     unpack(data, other)
@@ -77,14 +75,14 @@ def test_unpacking_gives_the_same_forward_to_the_bit(weight: int, scale: str, pe
     assert torch.equal(copy.deepcopy(other)(images()), net(images()))
 
 
-@pytest.mark.parametrize("scale", ["fixed", "clip", "step"])
-def test_an_unpacked_student_can_be_trained_on(scale: str) -> None:
-    rules = policy(Bits(weight=4, activation=6), range_mode=scale)
+@pytest.mark.parametrize("mode", ["fixed", "clip", "step"])
+def test_an_unpacked_student_can_be_trained_on(mode: RangeMode) -> None:
+    rules = policy(Bits(weight=4, activation=6), range_mode=mode)
     other = fresh(rules)
     unpack(pack(student(rules)), other)
     other(images()).square().sum().backward()
     assert all(parameter.grad is not None for parameter in other.parameters())
-    assert len(step_parameters(other)) == (0 if scale == "fixed" else 9)
+    assert len(step_parameters(other)) == (0 if mode == "fixed" else 9)
 
 
 def test_groups_that_are_off_keep_their_float_weights() -> None:
@@ -95,7 +93,7 @@ def test_groups_that_are_off_keep_their_float_weights() -> None:
     unpack(pack(net), other)
     assert torch.equal(other(images()), net(images()))
     assert torch.equal(other.neck.weight, net.neck.weight)
-    enable(other, BEVFormerConfig.groups)
+    enable(other, ("backbone", "neck", "encoder", "decoder", "head"))
     assert torch.equal(other(images()), whole)  # the ranges were kept too
 
 
@@ -108,7 +106,7 @@ def test_four_bit_weights_are_two_a_byte_and_steps_one_byte() -> None:
     inputs, channels, header = 4, 6 + 5 + 16 + 7 + 3, 3
     assert parts["steps"] == inputs + channels + 6 * header
     assert parts["flags"] == 1 + 9
-    settle(net)
+    round_floats_to_half(net)
     assert packed_parts(net)["floats"] == 2 * (6 + 7 + 3 + 5 + 5 + 5) + 6
     assert parts["floats"] == 4 * (6 + 7 + 3 + 5 + 5 + 5) + 6
     assert packed_bytes(net) == len(pack(net)) == len(zlib.compress(zlib.decompress(pack(net)), 9))
@@ -127,21 +125,21 @@ def test_every_parameter_counts_at_the_same_bits_in_the_papers_count() -> None:
     assert paper_bytes(model, 4) == (33 + 35) / 2
 
 
-def test_settling_rounds_what_is_not_quantized_and_nothing_else() -> None:
+def test_rounding_floats_to_half_changes_what_is_not_quantized_and_nothing_else() -> None:
     net = student(policy(Bits(weight=4, activation=6)))
     net.head.bias.data[0] = 1e6  # beyond float16
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    settle(net)
+    round_floats_to_half(net)
     after = net.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"backbone.bias", "decoder.bias", "head.bias", "shift", "encoder.norm.weight", "encoder.norm.bias"}
     assert after["head.bias"][0] == 1e6
     assert torch.equal(after["decoder.bias"], before["decoder.bias"].half().float())
-    settled = pack(net)
-    settle(net)
-    assert pack(net) == settled
+    round_floats_to_halfd = pack(net)
+    round_floats_to_half(net)
+    assert pack(net) == round_floats_to_halfd
     other = fresh(policy(Bits(weight=4, activation=6)))
-    unpack(settled, other)
+    unpack(round_floats_to_halfd, other)
     assert torch.equal(other(images()), net(images()))
 
 

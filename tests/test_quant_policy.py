@@ -7,18 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
+from qdbev.detectors.bevformer.recipes import POLICY, micro
 from qdbev.nn.config import BackboneConfig
-from qdbev.quant.config import QuantConfig
-from qdbev.quant.prepare import Row, describe, fold_batch_norm, prepare, table
-from qdbev.recipes import at_bits, micro
+from qdbev.quant.prepare import LeafReport, describe, fold_batch_norm, prepare, table
+from qdbev.recipes import at_bits
 
 DEFORMABLE = BackboneConfig(depths=(1, 1, 1), width=16, style="caffe", deformable_stages=(1, 2), out_stages=(1, 2))
 OFFSETS = "backbone.*.conv2.offset"
 
 
-def prepared(backbone: BackboneConfig | None = None, **changes: object) -> tuple[BEVFormer, dict[str, Row]]:
+def prepared(backbone: BackboneConfig | None = None, **changes: object) -> tuple[BEVFormer, dict[str, LeafReport]]:
     config = at_bits(micro(), "w4a6")
     network = dataclasses.replace(config.model, backbone=backbone or config.model.backbone)
     with torch.device("meta"):
@@ -27,7 +26,7 @@ def prepared(backbone: BackboneConfig | None = None, **changes: object) -> tuple
     return model, {row.name: row for row in describe(model)}
 
 
-def bits(row: Row) -> tuple[int | None, int | None]:
+def bits(row: LeafReport) -> tuple[int | None, int | None]:
     return row.weight_bits, row.activation_bits
 
 
@@ -40,7 +39,7 @@ def test_every_convolution_linear_layer_product_and_value_tensor_has_the_bits_of
     for name, row in rows.items():
         expected = {"Embedding": (4, None), "Matmul": (None, 6)}.get(row.kind, (None, 6) if "Attention" in row.kind else (4, 6))
         assert bits(row) == ((8, 8) if name in edge else (None, None) if name in floats else expected), name
-    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in BEVFormerConfig.groups}
+    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in BEVFormer.groups}
     assert kinds == {
         "backbone": {"Conv2d"},
         "neck": {"Conv2d"},
@@ -61,7 +60,7 @@ def test_nothing_that_multiplies_weights_escapes_the_policy():
 
 
 def test_layers_that_predict_offsets_of_a_deformable_convolution_can_be_kept_at_edge_bits():
-    edge_layers = (*QuantConfig().edge_layers, OFFSETS)
+    edge_layers = (*POLICY.edge_layers, OFFSETS)
     _, rows = prepared(DEFORMABLE, edge_layers=edge_layers)
     assert {bits(rows[f"backbone.layer{stage}.0.conv2.offset"]) for stage in (2, 3)} == {(8, 8)}
     assert {bits(rows[f"backbone.layer{stage}.0.conv2.product"]) for stage in (2, 3)} == {(4, 6)}

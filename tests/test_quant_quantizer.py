@@ -7,14 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from qdbev.quant.quantizer import Quantizer, Scale, fake_quantize, row_amax
+from qdbev.quant.config import RangeMode
+from qdbev.quant.quantizer import Quantizer, fake_quantize
+from qdbev.quant.range_mode import LearnedClip, row_amax
 
-SCALES = ("fixed", "clip", "step")
+MODES = ("fixed", "clip", "step")
 
 
-def ready(bits: int, amax: torch.Tensor, *, weight_steps: int | None = None, scale: Scale = "step", nonnegative: bool = False) -> Quantizer:
-    quantizer = Quantizer(bits, weight_steps=weight_steps, range_mode=scale)
-    quantizer.set_range(amax, nonnegative=nonnegative)
+def ready(
+    bits: int,
+    amax: torch.Tensor,
+    *,
+    weight_steps: int | None = None,
+    range_mode: RangeMode = "step",
+    nonnegative: bool = False,
+    weight: torch.Tensor | None = None,
+) -> Quantizer:
+    quantizer = Quantizer(bits, weight_steps=weight_steps, range_mode=range_mode)
+    quantizer.set_range(amax, nonnegative=nonnegative, weight=weight)
     return quantizer
 
 
@@ -27,14 +37,14 @@ def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: in
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("nonnegative", [False, True])
-@pytest.mark.parametrize("scale", SCALES)
-def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool, mode: RangeMode) -> None:
     x = torch.randn(64, 1000, generator=torch.Generator().manual_seed(bits)) * 2
     x = x.abs() if nonnegative else x
-    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, range_mode=scale)
+    quantizer = ready(bits, torch.tensor([3.7]), nonnegative=nonnegative, range_mode=mode)
     unsigned = nonnegative and bits < 8
     qmin, qmax = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    if scale == "clip" and not unsigned:
+    if mode == "clip" and not unsigned:
         qmin = -qmax  # from -a to a
     assert quantizer.qrange == (qmin, qmax)
     assert qmin >= -128 and qmax <= 127
@@ -45,12 +55,12 @@ def test_activations_equal_quantize_then_dequantize(bits: int, nonnegative: bool
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [5, 1])
-def test_weights_equal_quantize_then_dequantize(bits: int, scale: Scale, steps: int) -> None:
+def test_weights_equal_quantize_then_dequantize(bits: int, mode: RangeMode, steps: int) -> None:
     weight = torch.randn(5, 8, 3, 3, generator=torch.Generator().manual_seed(bits))
     amax = weight.abs().amax((1, 2, 3)) if steps == 5 else weight.abs().max().view(1)
-    quantizer = ready(bits, torch.ones(steps) if scale == "fixed" else amax, weight_steps=steps, range_mode=scale)
+    quantizer = ready(bits, amax, weight_steps=steps, range_mode=mode, weight=weight)
     qmax = 2 ** (bits - 1) - 1
     assert quantizer.qrange == (-qmax, qmax)
     step = quantizer.step(weight)
@@ -93,7 +103,7 @@ def test_gradient_passes_inside_the_range_and_stops_outside() -> None:
 def test_the_largest_weight_keeps_its_gradient() -> None:
     weight = torch.randn(64, 100, requires_grad=True)
     for bits in range(2, 9):
-        quantizer = ready(bits, torch.ones(64), weight_steps=64, range_mode="fixed")
+        quantizer = ready(bits, row_amax(weight), weight_steps=64, range_mode="fixed", weight=weight)
         (grad,) = torch.autograd.grad(quantizer(weight).sum(), weight)
         assert (grad == 1).all()
 
@@ -115,7 +125,7 @@ def test_step_gradient_is_that_of_the_paper(shape: tuple[int, ...]) -> None:
 def test_gradients_are_those_of_the_naive_form() -> None:
     """Autograd of clamp, straight-through round and product, with LSQ's gradient scale left out."""
     x, step = torch.randn(4, 500) * 4, torch.rand(4, 1).add(0.2)
-    near_an_end = torch.minimum((x / step).abs(), (x / step - 15).abs()) < 0.01  # where the range is a little wider on purpose (EDGE)
+    near_an_end = torch.minimum((x / step).abs(), (x / step - 15).abs()) < 0.01  # there CLIP_MARGIN widens the range
     x = torch.where(near_an_end, x + 0.5 * step, x).requires_grad_()
     step.requires_grad_()
     clamped = (x / step).clamp(0, 15)
@@ -132,12 +142,12 @@ def test_the_gradient_of_a_learned_clip_is_that_of_its_paper() -> None:
     x = torch.tensor([-9.0, -7.5, -6.6, 0.3, 6.6, 7.5, 50.0], requires_grad=True)
     grad = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     clip = torch.tensor(7.0, requires_grad=True)
-    y = fake_quantize(x, clip / 7, -7, 7, "clip")
+    y = fake_quantize(x, clip / 7, -7, 7, LearnedClip.step_gradient)
     assert y.tolist() == [-7, -7, -7, 0, 7, 7, 7]
     grad_x, grad_clip = torch.autograd.grad(y, (x, clip), grad)
     assert grad_x.tolist() == [0, 0, 4, 8, 16, 0, 0]
     assert grad_clip.item() == -1 - 2 + 32 + 64
-    y = fake_quantize(x, clip / 7, 0, 7, "clip")
+    y = fake_quantize(x, clip / 7, 0, 7, LearnedClip.step_gradient)
     assert torch.autograd.grad(y, clip, grad)[0].item() == 32 + 64
 
 
@@ -152,7 +162,7 @@ def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | N
         4, torch.full((steps or 1,), 15 / 16 if nonnegative else 7 / 8), weight_steps=steps, range_mode="clip", nonnegative=nonnegative
     )
     clip = (quantizer.step(x) * quantizer.qrange[1]).detach().double()
-    x[(x.abs() / clip - 1).abs() < 0.01] = 0  # where the range is a little wider on purpose (EDGE)
+    x[(x.abs() / clip - 1).abs() < 0.01] = 0  # there CLIP_MARGIN widens the range
     (quantizer(x) * grad).sum().backward()
 
     def loss(factor: float) -> torch.Tensor:
@@ -165,18 +175,17 @@ def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | N
 
 
 def test_a_learned_clip_is_still_while_all_values_lie_inside() -> None:
-    for scale, still in (("clip", True), ("step", False)):
-        quantizer = ready(4, torch.tensor([4.0]), range_mode=scale)
+    for mode, still in (("clip", True), ("step", False)):
+        quantizer = ready(4, torch.tensor([4.0]), range_mode=mode)
         quantizer(torch.rand(1000)).sum().backward()
         assert (quantizer.log_step.grad.item() == 0) == still
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [None, 8, 1])
-def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, steps: int | None) -> None:
+def test_values_outside_the_range_get_no_gradient_in_any_mode(mode: RangeMode, steps: int | None) -> None:
     x = torch.randn(8, 200, requires_grad=True)
-    share = 0.3 * (row_amax(x.view(steps or 1, -1)) if scale != "fixed" or steps is None else torch.ones(steps))
-    quantizer = ready(4, share, weight_steps=steps, range_mode=scale)
+    quantizer = ready(4, 0.3 * row_amax(x.view(steps or 1, -1)), weight_steps=steps, range_mode=mode, weight=x)
     (grad,) = torch.autograd.grad(quantizer(x).sum(), x)
     quotient = x / quantizer.step(x)
     qmin, qmax = quantizer.qrange
@@ -185,12 +194,12 @@ def test_values_outside_the_range_get_no_gradient_in_any_mode(scale: Scale, step
     assert torch.equal(grad, inside.float())
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(mode: RangeMode) -> None:
     x, results = torch.randn(16, 100), []
     for autocast in (False, True):
         leaf = x.clone().requires_grad_()
-        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, range_mode=scale)
+        quantizer = ready(8, torch.full((16,), 0.7), weight_steps=16, range_mode=mode, weight=x)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = quantizer(leaf)
             y.square().sum().backward()
@@ -200,10 +209,10 @@ def test_autocast_changes_no_value_and_no_gradient_of_a_float32_tensor(scale: Sc
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scale", ["clip", "step"])
-def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -> None:
+@pytest.mark.parametrize("mode", ["clip", "step"])
+def test_half_types_are_quantized_in_float32(dtype: torch.dtype, mode: RangeMode) -> None:
     x = (torch.randn(5000) * 2).to(dtype).requires_grad_()
-    quantizer = ready(8, torch.tensor([5.0]), range_mode=scale)
+    quantizer = ready(8, torch.tensor([5.0]), range_mode=mode)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = quantizer(x)
         y.float().square().sum().backward()
@@ -214,7 +223,7 @@ def test_half_types_are_quantized_in_float32(dtype: torch.dtype, scale: Scale) -
 
 def test_a_fixed_weight_range_follows_the_weight() -> None:
     weight = torch.randn(3, 20)
-    fixed = ready(4, torch.full((3,), 0.8), weight_steps=3, range_mode="fixed")
+    fixed = ready(4, 0.8 * row_amax(weight), weight_steps=3, range_mode="fixed", weight=weight)
     learned = ready(4, 0.8 * row_amax(weight), weight_steps=3, range_mode="step")
     torch.testing.assert_close(fixed(weight), learned(weight))
     torch.testing.assert_close(fixed(weight * 8), fixed(weight) * 8)
@@ -224,7 +233,7 @@ def test_a_fixed_weight_range_follows_the_weight() -> None:
 
 def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None:
     weight = torch.tensor([[1.0, 0.2], [-7.0, 3.0]])
-    fixed = ready(4, torch.ones(1), weight_steps=1, range_mode="fixed")
+    fixed = ready(4, torch.tensor([7.0]), weight_steps=1, range_mode="fixed", weight=weight)
     assert fixed(weight).tolist() == [[1, 0], [-7, 3]]
     weight[1, 0] = 14
     assert fixed(weight).tolist() == [[0, 0], [14, 4]]  # half of a step of 2 rounds to even
@@ -232,8 +241,8 @@ def test_one_fixed_range_follows_the_largest_value_of_the_whole_weight() -> None
 
 def test_a_channel_of_zeros_stays_zero() -> None:
     weight = torch.zeros(2, 4, requires_grad=True)
-    for scale in SCALES:
-        y = ready(4, torch.zeros(2), weight_steps=2, range_mode=scale)(weight)
+    for mode in MODES:
+        y = ready(4, torch.zeros(2), weight_steps=2, range_mode=mode, weight=weight)(weight)
         assert (y == 0).all()
         y.sum().backward()
         assert weight.grad.isfinite().all()
@@ -257,14 +266,14 @@ def test_switched_off_it_lets_tensors_through_and_its_step_is_not_trained() -> N
     assert not torch.equal(quantizer(x), x)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("steps", [None, 6, 1])
-def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -> None:
+def test_a_step_can_be_set_exactly(mode: RangeMode, bits: int, steps: int | None) -> None:
     """Also on the values that come out, as after packing; and again and again."""
     weight = torch.randn(6, 50) * torch.logspace(-9, 3, 6)[:, None]
     amax = row_amax(weight.view(steps or 1, -1))
-    quantizer = ready(bits, 0.6 * (amax / amax if scale == "fixed" and steps else amax), weight_steps=steps, range_mode=scale)
+    quantizer = ready(bits, 0.6 * amax, weight_steps=steps, range_mode=mode, weight=weight)
     for _ in range(3):
         step = quantizer.step(weight).detach().flatten()
         y = quantizer(weight).detach()
@@ -275,14 +284,14 @@ def test_a_step_can_be_set_exactly(scale: Scale, bits: int, steps: int | None) -
         weight = y
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_a_copy_and_a_reload_behave_the_same(scale: Scale) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_and_a_reload_behave_the_same(mode: RangeMode) -> None:
     x = torch.rand(100)
-    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, range_mode=scale)
-    fresh = Quantizer(4, range_mode=scale)
+    quantizer = ready(4, torch.tensor([0.9]), nonnegative=True, range_mode=mode)
+    fresh = Quantizer(4, range_mode=mode)
     fresh.load_state_dict(quantizer.state_dict())
     for other in (copy.deepcopy(quantizer), fresh):
         assert torch.equal(other(x), quantizer(x))
         assert other.qrange == (0, 15)
         assert other.log_step is not quantizer.log_step
-        assert other.log_step.requires_grad == (scale != "fixed")
+        assert other.log_step.requires_grad == (mode != "fixed")

@@ -36,7 +36,7 @@ def calibrated(policy: QuantConfig) -> Net:
     return net
 
 
-POLICY = QuantConfig(edge_layers=(), float_layers=())
+POLICY = QuantConfig()
 
 
 def test_layers_that_read_one_tensor_share_and_others_do_not():
@@ -59,7 +59,7 @@ def test_a_shared_quantizer_is_on_while_one_of_its_layers_is():
 
 
 def test_layers_of_different_width_do_not_share():
-    net = calibrated(QuantConfig(edge_layers=("encoder.k",), float_layers=(), encoder=Bits(weight=4, activation=6)))
+    net = calibrated(QuantConfig(edge_layers=("encoder.k",), bits=Bits(weight=4, activation=6)))
     assert net.encoder.q.input_quantizer is not net.encoder.k.input_quantizer
 
 

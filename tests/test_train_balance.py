@@ -1,4 +1,4 @@
-"""How distillation is weighed against the detection loss, at the start, later, after a resume and in many processes."""
+"""How the distillation losses are scaled to the detection loss: at the first step, later, after a resume and in many processes."""
 
 import pytest
 import torch
@@ -12,15 +12,10 @@ def parts(features: float, head: float = 0.0) -> Distillation:
     return Distillation(torch.tensor(features), torch.tensor(head), torch.zeros(3), torch.tensor(0.0))
 
 
-def test_without_balance_the_weights_multiply_the_losses():
-    balance = Balance(DistillConfig(weight=3.0, head=0.5, balance="none"))
-    assert balance(parts(2.0, 4.0), torch.tensor(100.0)) == 8
-
-
-def test_a_loss_balanced_at_the_start_begins_at_its_weight_and_is_scaled_alike_from_then_on_even_after_a_resume():
-    config = DistillConfig(weight=0.5, head=0.25, balance="start")
+def test_a_loss_begins_at_its_weight_and_keeps_its_scale_from_then_on_even_after_a_resume():
+    config = DistillConfig(weight=0.5, head=0.25)
     balance = Balance(config)
-    assert balance(parts(0.0, 4.0), torch.tensor(8.0)) == 2  # a loss of nothing has no scale yet
+    assert balance(parts(0.0, 4.0), torch.tensor(8.0)) == 2  # a loss of zero gets no scale yet
     assert balance(parts(0.001, 4.0), torch.tensor(10.0)).item() == pytest.approx(5 + 2)
     assert balance(parts(0.0005, 2.0), torch.tensor(77.0)).item() == pytest.approx(2.5 + 1)
     resumed = Balance(config)
@@ -28,14 +23,7 @@ def test_a_loss_balanced_at_the_start_begins_at_its_weight_and_is_scaled_alike_f
     assert resumed(parts(0.0005, 2.0), torch.tensor(3.0)).item() == pytest.approx(2.5 + 1)
 
 
-def test_a_balance_that_follows_keeps_the_proportion_at_every_step():
-    balance = Balance(DistillConfig(weight=0.5, balance="follow"))
-    for features, detection in ((0.001, 10.0), (0.5, 3.0), (1e-9, 2.0)):
-        assert balance(parts(features), torch.tensor(detection)).item() == pytest.approx(detection / 2)
-    assert balance(parts(0.0), torch.tensor(2.0)) == 0
-
-
-def test_all_processes_scale_alike():
+def test_all_processes_use_the_same_scale():
     mine, theirs = {"loss": 0.2, "detection": 6.0}, {"loss": 0.6, "detection": 2.0}
     means = dict.fromkeys((0.2, 0.6), 0.4) | dict.fromkeys((6.0, 2.0), 4.0)
     added = []
@@ -47,18 +35,16 @@ def test_all_processes_scale_alike():
 
 def test_the_scale_has_no_gradient_and_no_sign():
     features, detection = torch.tensor(-0.1, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    for mode in ("start", "follow"):
-        features.grad = None
-        Balance(DistillConfig(weight=0.5, balance=mode))(parts(0.0)._replace(features=features), detection).backward()
-        assert features.grad.item() == pytest.approx(10)
-        assert detection.grad is None or detection.grad == 0
+    Balance(DistillConfig(weight=0.5))(parts(0.0)._replace(features=features), detection).backward()
+    assert features.grad.item() == pytest.approx(10)
+    assert detection.grad is None or detection.grad == 0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_map": "pixel", "axis": "space", "generalized": False}, "set distill.generalized=true or distill.axis=channel"),
-        ({"foreground": 1.5}, r"distill.foreground is 1.5, must be in \[0, 1\]"),
+        ({"temperature": 0.0}, "distill.temperature is 0.0, must be positive"),
+        ({"weight": -0.5}, "distill.weight is -0.5, must be 0 or more"),
         ({"head": -1.0}, "distill.head is -1.0, must be 0 or more"),
     ],
 )

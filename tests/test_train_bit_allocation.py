@@ -1,4 +1,4 @@
-"""Bits within a budget: the best of all assignments where they can be tried, and never beyond the budget."""
+"""Bits within a budget: the best of all allocations where all can be tried, and never beyond the budget."""
 
 import itertools
 
@@ -9,41 +9,45 @@ from train.bit_allocation import Option, allocate_bits
 
 
 def layers(rng: np.random.Generator, count: int) -> dict[str, list[Option]]:
-    """Harm falls with the bits, at a pace of its own in each layer; cost grows with them."""
-    sizes, harms = rng.integers(1, 20, count), rng.uniform(0.1, 10, count)
-    return {f"l{i}": [Option(bits, float(sizes[i] * bits), float(harms[i] * 4.0**-bits)) for bits in (2, 3, 4, 6, 8)] for i in range(count)}
+    """Return options whose cost grows with the bits; the loss increase falls with them from a value of its own in each layer."""
+    sizes, increases = rng.integers(1, 20, count), rng.uniform(0.1, 10, count)
+    return {
+        f"l{i}": [Option(bits, float(sizes[i] * bits), float(increases[i] * 4.0**-bits)) for bits in (2, 3, 4, 6, 8)] for i in range(count)
+    }
 
 
 def totals(options: dict[str, list[Option]], chosen: dict[str, int]) -> tuple[float, float]:
     picked = [next(option for option in options[name] if option.bits == bits) for name, bits in chosen.items()]
-    return sum(option.cost for option in picked), sum(option.harm for option in picked)
+    return sum(option.cost for option in picked), sum(option.loss_increase for option in picked)
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_choice_is_the_best_within_the_budget(seed):
     options = layers(np.random.default_rng(seed), 5)
     budget = totals(options, dict.fromkeys(options, 4))[0]
-    cost, harm = totals(options, allocate_bits(options, budget))
+    cost, increase = totals(options, allocate_bits(options, budget))
     assert cost <= budget
     every = (totals(options, dict(zip(options, bits, strict=True))) for bits in itertools.product((2, 3, 4, 6, 8), repeat=5))
     best = min(found for spent, found in every if spent <= budget)
-    assert harm == pytest.approx(best)
+    assert increase == pytest.approx(best)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_with_many_layers_the_choice_is_as_good_as_any(seed):
     options = layers(np.random.default_rng(seed), 100)
     budget = totals(options, dict.fromkeys(options, 4))[0]
-    harm = totals(options, allocate_bits(options, budget))[1]
-    prices = np.geomspace(1e-6, 1, 400)
-    least = max(sum(min(o.harm + price * o.cost for o in choices) for choices in options.values()) - price * budget for price in prices)
-    assert least <= harm <= 1.01 * least, "no assignment within the budget does less harm than the dual bound"
+    increase = totals(options, allocate_bits(options, budget))[1]
+    least = max(
+        sum(min(o.loss_increase + price * o.cost for o in choices) for choices in options.values()) - price * budget
+        for price in np.geomspace(1e-6, 1, 400)
+    )
+    assert least <= increase <= 1.01 * least, "no allocation within the budget is better than the dual bound"
 
 
-def test_layers_that_hurt_get_more_bits_at_equal_cost():
+def test_sensitive_layers_get_more_bits_at_equal_cost():
     options = {
-        name: [Option(bits, float(bits), harm / bits) for bits in (2, 4, 6)]
-        for name, harm in (("robust", 0.1), ("middling", 1.0), ("fragile", 10.0))
+        name: [Option(bits, float(bits), increase / bits) for bits in (2, 4, 6)]
+        for name, increase in (("robust", 0.1), ("middling", 1.0), ("fragile", 10.0))
     }
     assert allocate_bits(options, 12.0) == {"robust": 2, "middling": 4, "fragile": 6}
 

@@ -1,6 +1,7 @@
-"""The loop itself: resuming, many processes, and errors that name what went wrong. A small net on a small synthetic world."""
+"""The training loop on a small network and world: resuming, many processes, and errors that say what went wrong."""
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_networks import TRAINED
+from small_trainings import CPU
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
@@ -24,7 +26,6 @@ from train.grid_mask import grid_mask
 from train.loop import DivergenceError, Run
 from train.teacher import main, train
 
-CPU = torch.device("cpu")
 SETTINGS = {**TRAINED, "train.epochs": "2", "train.warmup_steps": "2", "train.grid_mask": "0.5", "model.dropout": "0.1"}
 
 
@@ -60,7 +61,7 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path, monkeypatch):
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
     seal, model = restore(whole)
-    assert seal.facts["steps"] == 8
+    assert seal.facts.steps == 8
     assert not model.training
 
 
@@ -70,6 +71,18 @@ def test_resuming_without_a_state_or_with_another_config_is_refused(tiny_world, 
     train(small(tiny_world, **{"train.epochs": "1"}), tmp_path, CPU, World(), resume=False)
     with pytest.raises(ArtifactError, match=r"another config \(differs in train, schedule\)"):
         train(small(tiny_world), tmp_path, CPU, World(), resume=True)
+
+
+def test_a_state_that_an_earlier_version_saved_is_resumed_with_the_same_losses(tiny_world, tmp_path):
+    """The state was saved on 2026-11-29 by commit 18d7a6c after four of six steps; the expected losses are those of its last two."""
+    (tmp_path / "float.state.pt").write_bytes(lzma.decompress((Path(__file__).with_name("format1") / "float.state.pt.xz").read_bytes()))
+    sizes = {"embed_dim": "4", "num_heads": "1", "ffn_dim": "4", "bev_hw": "(4,4)", "rotate_center": "(2.0,2.0)", "num_query": "6"}
+    layers = {"decoder_layers": "1", "num_levels": "1", "backbone.width": "1", "backbone.depths": "(1,1)", "backbone.out_stages": "(1,)"}
+    model = {f"model.{name}": value for name, value in (sizes | layers).items()}
+    config = small(tiny_world, **model, **{"train.epochs": "1.5", "quant.calibration_samples": "32"})
+    train(config, tmp_path, CPU, World(), resume=True)
+    assert [line["step"] for line in log(tmp_path)] == [5, 6]
+    assert [line["loss"] for line in log(tmp_path)] == pytest.approx([8.343657493591309, 9.753094673156738], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names_of_its_samples(tiny_world, tmp_path, monkeypatch):
@@ -138,9 +151,8 @@ def test_two_processes_give_the_loss_curve_of_one(tiny_world, tmp_path):
 )
 def test_bad_command_lines_are_one_clear_error(tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["train.teacher", "--run", str(tmp_path), "--recipe", "micro", *arguments])
     with pytest.raises(SystemExit, match=message):
-        main()
+        main(["--run", str(tmp_path), "--recipe", "micro", *arguments])
     assert not list(tmp_path.glob("*.pt"))
 
 

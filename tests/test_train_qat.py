@@ -6,20 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
+from small_trainings import CPU, quantize
 
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError
 from qdbev.config import Config, from_dict, override
-from qdbev.data.dataset import FrameDataset
-from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.quant.pack import settle
+from qdbev.detector import Deployed, Detector, run_stream
+from qdbev.frames import open_frames
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
-from train import calibration, loop, qat
+from train import calibration, loop
 from train import teacher as float_training
 from train.distributed import World
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -32,23 +31,20 @@ def config_of(teacher: Path, bits: str, *settings: str) -> Config:
     return override(at_bits(from_dict(artifact.load_checkpoint(teacher, "teacher")[0].config), bits), list(settings))
 
 
-def outputs(model: BEVFormer, config: Config) -> torch.Tensor:
-    frames = FrameDataset(config.data, config.model.pc_range, "val", training=False, seed=0)
+def outputs(model: Detector, config: Config) -> torch.Tensor:
+    """Return (2, Q, 10) box codes of the first two frames of the validation split."""
+    frames = open_frames(config, "val")
     with torch.no_grad():
-        return torch.cat([loop_output(model, frames.frame(index)) for index in range(2)])
-
-
-def loop_output(model: BEVFormer, frame) -> torch.Tensor:
-    tensors = (torch.from_numpy(array)[None] for array in (frame.images, frame.lidar2img, frame.can_bus.astype("float32")))
-    return model(*tensors).box_code[-1]
+        steps = list(run_stream(detectors.stream(config.model), Deployed(model).run, (frames.frame(index) for index in range(2))))
+    return torch.cat([torch.from_numpy(step.outputs["box_code"]) for step in steps])
 
 
 def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp_path):
     config = config_of(teacher, "w8a8", "quant.stages=()")
-    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+    frames = open_frames(config, "train", training=True)
     student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
-    settle(student)
-    qat.train(teacher, tmp_path / "w8a8.pt", config, CPU, World(), resume=False)
+    round_floats_to_half(student)
+    quantize(teacher, tmp_path / "w8a8.pt", config)
     seal, restored = restore(tmp_path / "w8a8.pt")
     assert seal.kind == "student"
     assert seal.parent == artifact.sha256(teacher)
@@ -57,13 +53,13 @@ def test_calibration_alone_gives_a_student_that_its_file_gives_back(teacher, tmp
     assert 0 < (outputs(restored, config) - plain).abs().max() < 1.0
 
 
-def test_calibration_runs_first_and_later_frames(teacher, monkeypatch):
+def test_calibration_runs_first_and_later_frames(teacher):
     config = config_of(teacher, "w8a8")
-    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+    frames = open_frames(config, "train", training=True)
     model = restore(teacher)[1]
     seen = []
-    model.register_forward_pre_hook(lambda module, args: seen.append(args[3] is not None))
-    calibration.stream(model, frames, 4, CPU)
+    model.encoder.register_forward_pre_hook(lambda module, args: seen.append(bool(args[5])))
+    calibration.calibration_run(model, config, calibration.frame_pairs(frames, 4))()
     assert seen == [False, True, False, True]
 
 
@@ -71,18 +67,16 @@ def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tm
     sizes = {}
     for bits in ("w8a8", "w4a6"):
         path = tmp_path / f"{bits}.pt"
-        qat.train(teacher, path, config_of(teacher, bits, "quant.stages=()"), CPU, World(), resume=False)
+        quantize(teacher, path, config_of(teacher, bits, "quant.stages=()"))
         sizes[bits] = artifact.load_checkpoint(path, "student")[0].facts
-    assert sizes["w4a6"]["packed_bytes"] < sizes["w8a8"]["packed_bytes"]
-    assert sizes["w4a6"]["paper_bytes"] == sizes["w8a8"]["paper_bytes"] / 2
+    assert sizes["w4a6"].packed_bytes < sizes["w8a8"].packed_bytes
+    assert sizes["w4a6"].paper_bytes == sizes["w8a8"].paper_bytes / 2
 
 
 def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path, monkeypatch):
     config = config_of(teacher, "w4a6")
-    qat.train(teacher, tmp_path / "whole.pt", config, CPU, World(), resume=False)
-    start = calibration.calibrated_student(
-        restore(teacher)[1], config, FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0), CPU
-    ).state_dict()
+    quantize(teacher, tmp_path / "whole.pt", config)
+    start = calibration.calibrated_student(restore(teacher)[1], config, open_frames(config, "train", training=True), CPU).state_dict()
     whole = artifact.load_checkpoint(tmp_path / "whole.pt", "student")[1]
     moved = [name for name in whole if not torch.equal(whole[name], start[name])]
     assert any(name.endswith("log_step") for name in moved)
@@ -98,9 +92,9 @@ def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for
     monkeypatch.setattr(loop, "train_step", killed)
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)
+        quantize(teacher, tmp_path / "parts.pt", config)
     monkeypatch.undo()
-    qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=True)
+    quantize(teacher, tmp_path / "parts.pt", config, resume=True)
     logs = [
         [json.loads(line)["loss"] for line in (tmp_path / f"{name}.stage1.log.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")
@@ -109,7 +103,7 @@ def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for
 
 
 def test_a_student_is_no_teacher(teacher, tmp_path):
-    qat.train(teacher, tmp_path / "w8a8.pt", config_of(teacher, "w8a8", "quant.stages=()"), CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "w8a8.pt", config_of(teacher, "w8a8", "quant.stages=()"))
     with pytest.raises(ArtifactError, match="is a student file, a teacher is needed"):
         artifact.load_checkpoint(tmp_path / "w8a8.pt", "teacher")
 
@@ -117,6 +111,6 @@ def test_a_student_is_no_teacher(teacher, tmp_path):
 def test_weights_that_do_not_fit_their_own_config_are_refused(teacher, tmp_path):
     seal, weights, _ = artifact.load_checkpoint(teacher, "teacher")
     weights.pop("encoder.camera_embed")
-    artifact.save_checkpoint(tmp_path / "bad.pt", kind="teacher", config=seal.config, weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(tmp_path / "bad.pt", config=seal.config, weights=weights, parent=None, facts=seal.facts)
     with pytest.raises(ArtifactError, match="weights do not fit the checkpoint's own config"):
         restore(tmp_path / "bad.pt")

@@ -1,4 +1,4 @@
-"""Which layers quantization hurts: measured one by one, chosen within a budget, trained with."""
+"""Sensitivity of layers to quantization: measured one by one, used to choose bit widths within a budget, and trained with."""
 
 import json
 import math
@@ -6,19 +6,22 @@ import math
 import pytest
 import torch
 from small_networks import settings
+from small_trainings import CPU
 
 from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import Config, override
+from qdbev.config import Config, override, to_dict
 from qdbev.data.dataset import FrameDataset
+from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Bits, LayerBits
 from qdbev.quant.layers import WeightLayer, quant_layers
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from train import calibration, qat, sensitivity
-from train.sensitivity import Row
+from train.sensitivity import Sensitivity
 
-CPU = torch.device("cpu")
+ANOTHER = artifact.Seal(kind="teacher", config={}, parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
+"""Seal of a teacher that nothing was measured with."""
 SETTINGS = settings(model__decoder_layers="1", quant__stages="[]")
 
 
@@ -33,21 +36,21 @@ def frames(config) -> FrameDataset:
 
 
 @pytest.fixture(scope="module")
-def rows(config, frames) -> list[Row]:
+def rows(config, frames) -> list[Sensitivity]:
     patch = pytest.MonkeyPatch()
     patch.setattr(sensitivity, "WIDTHS", (2, 4, 8))
-    patch.setattr(sensitivity, "QUEUES", 2)
+    patch.setattr(sensitivity, "NUM_QUEUES", 2)
     found = sensitivity.measure(untrained(config), config, frames, CPU)
     patch.undo()
     return found
 
 
-def test_every_weight_and_activation_is_measured_alone_and_more_bits_hurt_less(rows):
+def test_every_weight_and_activation_is_measured_alone_and_more_bits_increase_the_loss_less(rows):
     names = {row.layer for row in rows}
     assert {"backbone.conv1", "encoder.layers.0.ffn.linear1", "encoder.bev_embedding", "head.reg_branches.0.4"} <= names
     by_width = {bits: [row for row in rows if row.bits == bits] for bits in (2, 4, 8)}
     assert [(row.layer, row.part) for row in by_width[2]] == [(row.layer, row.part) for row in by_width[8]]
-    mean = {bits: sum(row.harm for row in found) / len(found) for bits, found in by_width.items()}
+    mean = {bits: sum(row.loss_increase for row in found) / len(found) for bits, found in by_width.items()}
     assert mean[2] > 3 * mean[4] > 9 * mean[8] > 0
     assert all(0 < row.bev_snr < 150 for row in rows if row.layer == "backbone.conv1")
     head = [row for row in rows if row.layer.startswith(("decoder.", "head."))]
@@ -55,37 +58,31 @@ def test_every_weight_and_activation_is_measured_alone_and_more_bits_hurt_less(r
 
 
 @pytest.mark.parametrize("budget", ["size", "bops"])
-def test_the_choice_costs_no_more_than_the_uniform_policy_and_hurts_less(rows, config, frames, budget):
+def test_the_choice_costs_no_more_than_the_uniform_policy_and_increases_the_loss_less(rows, config, frames, budget):
     teacher = untrained(config)
     chosen = sensitivity.choose(rows, teacher, config, frames, budget, CPU)
-    harm = {(row.layer, row.bits): row.harm for row in rows if row.part == "weight"}
+    increase = {(row.layer, row.bits): row.loss_increase for row in rows if row.part == "weight"}
     student = calibration.calibrated_student(untrained(config), config, frames, CPU)
     weights = {name: layer for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
     assert chosen.keys() == weights.keys()
     uniform = {name: layer.weight_quantizer.num_bits for name, layer in weights.items()}
-    assert sum(harm[name, bits] for name, bits in chosen.items()) < sum(harm[name, bits] for name, bits in uniform.items())
+    assert sum(increase[name, bits] for name, bits in chosen.items()) < sum(increase[name, bits] for name, bits in uniform.items())
     if budget == "size":
         size = {name: layer.weight_quantizer.rows(next(layer.parameters())).numel() for name, layer in weights.items()}
         assert sum(size[name] * bits for name, bits in chosen.items()) <= sum(size[name] * bits for name, bits in uniform.items())
 
 
-def test_the_command_writes_a_file_that_training_takes(tiny_world, config, tmp_path, monkeypatch):
+def test_the_command_writes_a_file_that_training_takes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "WIDTHS", (3, 8))
-    monkeypatch.setattr(sensitivity, "QUEUES", 1)
-    arguments = ["untrained", "--recipe", "micro", "--teacher", str(tmp_path / "t.pt")]
-    arguments += [part for setting in (*SETTINGS, f"data.root={tiny_world}") for part in ("--set", setting)]
-    monkeypatch.setattr("sys.argv", arguments)
-    from bench import untrained as command
-
-    command.main()
+    monkeypatch.setattr(sensitivity, "NUM_QUEUES", 1)
+    weights = untrained(config).state_dict()
+    artifact.save_checkpoint(tmp_path / "t.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     out = tmp_path / "widths.json"
-    monkeypatch.setattr("sys.argv", ["s", "--teacher", str(tmp_path / "t.pt"), "--bits", "w4a6", "--budget", "size", "--out", str(out)])
-    sensitivity.main()
+    sensitivity.main(["--teacher", str(tmp_path / "t.pt"), "--bits", "w4a6", "--budget", "size", "--out", str(out), "--device", "cpu"])
     widths = sensitivity.read_widths(out)
     assert {entry.layers: entry.bits.weight for entry in widths} == json.loads(out.read_text())["chosen"]
-    argv = ["qat", "--teacher", str(tmp_path / "t.pt"), "--student", str(tmp_path / "s.pt"), "--bits", "w4a6", "--widths", str(out)]
-    monkeypatch.setattr("sys.argv", argv)
-    qat.main()
+    student = ["--student", str(tmp_path / "s.pt"), "--bits", "w4a6", "--widths", str(out), "--device", "cpu"]
+    qat.main(["--teacher", str(tmp_path / "t.pt"), *student])
     _, student = restore(tmp_path / "s.pt")
     got = {name: layer.weight_quantizer.num_bits for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
     assert got == json.loads(out.read_text())["chosen"]
@@ -93,12 +90,18 @@ def test_the_command_writes_a_file_that_training_takes(tiny_world, config, tmp_p
     monkeypatch.setattr(sensitivity, "measure", None)
     again = tmp_path / "again.json"
     other = ["--bits", "w3a3", "--budget", "size", "--measured", str(out), "--out", str(again)]
-    monkeypatch.setattr("sys.argv", ["s", "--teacher", str(tmp_path / "t.pt"), *other])
-    sensitivity.main()
+    sensitivity.main(["--teacher", str(tmp_path / "t.pt"), *other, "--device", "cpu"])
     assert json.loads(again.read_text())["rows"] == json.loads(out.read_text())["rows"]
     assert sum(json.loads(again.read_text())["chosen"].values()) < sum(got.values())
-    with pytest.raises(ValueError, match="was measured of another teacher than 000000000000; measure anew, without --measured"):
-        sensitivity.read_rows(out, artifact.Seal(kind="teacher", config={}, parent=None, facts={}, made={}, sha256="0" * 64))
+    with pytest.raises(ValueError, match="was measured with another teacher than 000000000000; measure anew, without --measured"):
+        sensitivity.read_rows(out, ANOTHER)
+
+
+def test_a_file_of_an_earlier_version_that_calls_the_loss_increase_harm_is_read(tmp_path):
+    row = Sensitivity("backbone.conv1", "weight", 4, 20.5, 0.25)
+    old = {("harm" if name == "loss_increase" else name): value for name, value in row._asdict().items()}
+    (tmp_path / "old.json").write_text(json.dumps({"teacher": "0" * 64, "rows": [old]}))
+    assert sensitivity.read_rows(tmp_path / "old.json", ANOTHER) == [row]
 
 
 def test_layers_with_widths_of_their_own_keep_the_policys_activations(config):

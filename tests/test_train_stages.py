@@ -1,4 +1,4 @@
-"""Training in stages: what each quantizes and learns from, where it goes on after an interruption, and how it says that it falls apart."""
+"""Training in stages: the groups and the loss of each stage, resuming in the right stage, and messages when a training diverges."""
 
 import dataclasses
 import json
@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
+from small_trainings import CPU, quantize
 
 from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.config import Config, override, to_dict
-from qdbev.data.dataset import FrameDataset
 from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.detectors.bevformer.recipes import progressive
+from qdbev.facts import TeacherFacts
+from qdbev.frames import open_frames
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.quant.quantizer import Quantizer
-from qdbev.recipes import RECIPES, at_bits, progressive
+from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from qdbev.settings import ConfigError
-from train import calibration, loop, qat, stability, stages
-from train.distributed import World
+from train import calibration, loop, stability, stages
 from train.loop import DivergenceError
-from train.stability import Watch
+from train.stability import QuantizerMonitor
 
-CPU = torch.device("cpu")
 PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_rate=1e-3, distill=True))
 
 
@@ -39,7 +40,7 @@ def config(tiny_world: Path) -> Config:
 def teacher(config: Config, tmp_path: Path) -> Path:
     path = tmp_path / "teacher.pt"
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -52,12 +53,16 @@ def test_progressive_stages_add_one_group_after_the_other_and_the_head_with_the_
         BEVFormerConfig.groups[:1],
         BEVFormerConfig.groups[:2],
         BEVFormerConfig.groups[:3],
-        BEVFormerConfig.groups,
-        BEVFormerConfig.groups,
+        None,
+        None,
     ]
     assert [stage.distill for stage in PLAN] == [False] * 4 + [True]
-    with pytest.raises(ConfigError, match="'trunk'"):
-        Stage(groups=("trunk",))
+
+
+def test_groups_that_the_detector_does_not_have_are_refused(config):
+    stages = (Stage(groups=("trunk",)),)
+    with pytest.raises(ConfigError, match="groups trunk do not exist; this detector has backbone, neck, encoder, decoder, head"):
+        dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=stages))
 
 
 def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teacher, tmp_path, monkeypatch):
@@ -71,9 +76,9 @@ def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teac
         return real(learner, history, current, run, step)
 
     monkeypatch.setattr(loop, "train_step", watched)
-    qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "s.pt", config)
     steps = [1, 1, 2, 1, 2]  # of four in an epoch
-    assert on == [set(stage.groups) for stage, count in zip(PLAN, steps, strict=True) for _ in range(count)]
+    assert on == [set(stage.groups or BEVFormerConfig.groups) for stage, count in zip(PLAN, steps, strict=True) for _ in range(count)]
     assert sorted(sum(batches[:4], [])) != sorted(batches[0] * 4)
     assert len({token for tokens in batches[:4] for token in tokens}) == 8, "the stages of one epoch share it out"
     for stage, count in enumerate(steps, 1):
@@ -81,13 +86,13 @@ def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teac
         assert len(distill) == count
         assert all(value > 0 if stage == 5 else value == 0 for value in distill)
     seal, student = restore(tmp_path / "s.pt")
-    assert seal.facts["steps"] == 7
+    assert seal.facts.steps == 7
     assert all(quantizer.enabled for _, layer in quant_layers(student) for quantizer in quantizers(layer))
 
 
 @pytest.mark.parametrize("calls_before", [0, 3, 6])
 def test_an_interrupted_run_goes_on_in_its_stage_bit_for_bit(config, teacher, tmp_path, monkeypatch, calls_before):
-    qat.train(teacher, tmp_path / "whole.pt", config, CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "whole.pt", config)
     real, calls = loop.train_step, iter(range(100))
 
     def killed(*args):
@@ -98,9 +103,9 @@ def test_an_interrupted_run_goes_on_in_its_stage_bit_for_bit(config, teacher, tm
     monkeypatch.setattr(loop, "train_step", killed)
     monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=False)
+        quantize(teacher, tmp_path / "parts.pt", config)
     monkeypatch.undo()
-    qat.train(teacher, tmp_path / "parts.pt", config, CPU, World(), resume=True)
+    quantize(teacher, tmp_path / "parts.pt", config, resume=True)
     whole, parts = (artifact.load_checkpoint(tmp_path / f"{name}.pt", "student")[1] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     for stage in (4, 5):
@@ -111,48 +116,50 @@ def test_a_fresh_run_forgets_the_states_of_an_earlier_one(config, teacher, tmp_p
     stale = tmp_path / "s.stage5.state.pt"
     stale.write_bytes(b"of another run")
     short = dataclasses.replace(config, quant=dataclasses.replace(config.quant, stages=PLAN[:1]))
-    qat.train(teacher, tmp_path / "s.pt", short, CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "s.pt", short)
     assert stale.exists(), "five stages are not this run's business"
     stale.rename(tmp_path / "s.stage2.state.pt")
-    qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "s.pt", config)
     assert log(tmp_path, "s", 2)
 
 
-def test_an_error_and_a_rising_loss_name_the_quantizers_that_went_first(config, teacher, caplog):
-    frames = FrameDataset(config.data, config.model.pc_range, "train", training=True, seed=0)
+def test_an_error_and_a_rising_loss_name_the_quantizers_that_became_unstable_first(config, teacher, caplog):
+    frames = open_frames(config, "train", training=True)
     student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
-    watch = Watch(student)
-    with watch.around(0):
-        calibration.stream(student, frames, 2, CPU)
-    assert watch.summary() == "no quantizer had left its range by the last look"
-    facts = watch.after(0, 1.0)
-    assert 0 <= facts["cut"] < stability.CUT
-    assert facts["moved"] == 0
+    run = calibration.calibration_run(student, config, list(calibration.frame_pairs(frames, 2)))
+    monitor = QuantizerMonitor(student)
+    with monitor.collect(0):
+        run()
+    assert monitor.summary() == "no quantizer was unstable at the last check"
+    facts = monitor.log(0, 1.0)
+    assert 0 <= facts["clipped_share"] < stability.MAX_CLIPPED
+    assert facts["step_drift_octaves"] == 0
     steps = {name: module for name, module in student.named_modules() if isinstance(module, Quantizer) and module.axis is None}
     name, quantizer = list(steps.items())[3]
     with torch.no_grad():
         quantizer.log_step.sub_(4.0)
-    assert watch.after(1, 1.0) == {}, "quantizers are looked at every so many steps"
-    with watch.around(stability.EVERY):
-        calibration.stream(student, frames, 2, CPU)
-    facts = watch.after(stability.EVERY, 1.0)
-    assert facts["moved_by"] == name
-    assert facts["moved"] == pytest.approx(4 / 0.6931, rel=1e-3)
-    assert f"{name} (step {stability.EVERY + 1}: range moved by 5.8 octaves)" in watch.summary()
+    assert monitor.log(1, 1.0) == {}, "quantizers are checked only every so many steps"
+    with monitor.collect(stability.CHECK_EVERY):
+        run()
+    facts = monitor.log(stability.CHECK_EVERY, 1.0)
+    assert facts["step_drift_quantizer"] == facts["clipped_quantizer"] == name
+    assert facts["step_drift_octaves"] == pytest.approx(4 / 0.6931, rel=1e-3)
+    assert facts["clipped_share"] > stability.MAX_CLIPPED
+    assert f"{name} (step {stability.CHECK_EVERY + 1}: quantization step changed by 5.8 octaves)" in monitor.summary()
     with caplog.at_level(logging.WARNING):
         for step in range(2 * stability.WINDOW):
-            watch.after(1000 + step, 1.0 + (step >= stability.WINDOW))
+            monitor.log(1000 + step, 1.0 + (step >= stability.WINDOW))
     warnings = [record.getMessage() for record in caplog.records if "times the lowest so far" in record.getMessage()]
     assert len(warnings) == 1
     assert name in warnings[0]
 
 
-def test_a_diverged_step_says_which_quantizer_went_first(config, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(Watch, "summary", lambda self: "quantizers that went first: x")
+def test_the_message_of_a_diverged_step_names_the_first_unstable_quantizers(config, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(QuantizerMonitor, "summary", lambda self: "first unstable quantizers: x")
     real = loop.history_state
     monkeypatch.setattr(loop, "history_state", lambda model, history: real(model, history) * torch.nan)
-    with pytest.raises(DivergenceError, match=r"loss is nan at step 1, .*; quantizers that went first: x"):
-        qat.train(teacher, tmp_path / "s.pt", config, CPU, World(), resume=False)
+    with pytest.raises(DivergenceError, match=r"loss is nan at step 1, .*; first unstable quantizers: x"):
+        quantize(teacher, tmp_path / "s.pt", config)
     assert not (tmp_path / "s.pt").exists()
 
 

@@ -1,4 +1,4 @@
-"""A student that goes on from another one, and the students that are kept on the way."""
+"""Training that starts from another student, and the students that are kept during a training."""
 
 import dataclasses
 from pathlib import Path
@@ -6,20 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
+from small_trainings import quantize
 
 from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import Config, override, to_dict
 from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.detectors.bevformer.recipes import progressive
+from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
-from qdbev.recipes import RECIPES, at_bits, progressive
+from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
-from train import loop, qat
-from train.distributed import World
+from train import loop
 
-CPU = torch.device("cpu")
 BEFORE = progressive((0.25, 0.25, 0.25, 0.25), 1e-3)
 LAST = Stage(epochs=0.5, learning_rate=1e-3, distill=True)
 
@@ -37,7 +38,7 @@ def config(tiny_world: Path) -> Config:
 def teacher(config: Config, tmp_path: Path) -> Path:
     path = tmp_path / "teacher.pt"
     weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     return path
 
 
@@ -50,37 +51,37 @@ def test_a_student_that_starts_from_another_sees_the_samples_that_come_next(conf
         return real(learner, history, current, run, step)
 
     monkeypatch.setattr(loop, "train_step", watched)
-    qat.train(teacher, tmp_path / "whole.pt", staged(config, *BEFORE, LAST), CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "whole.pt", staged(config, *BEFORE, LAST))
     whole, seen[:] = list(seen), []
-    qat.train(teacher, tmp_path / "start.pt", staged(config, *BEFORE), CPU, World(), resume=False)
-    qat.train(teacher, tmp_path / "rest.pt", staged(config, LAST), CPU, World(), resume=False, start=tmp_path / "start.pt")
+    quantize(teacher, tmp_path / "start.pt", staged(config, *BEFORE))
+    quantize(teacher, tmp_path / "rest.pt", staged(config, LAST), start=tmp_path / "start.pt")
     assert seen == whole
     facts = [artifact.load_checkpoint(tmp_path / f"{name}.pt", "student")[0].facts for name in ("whole", "rest")]
-    assert facts[0]["steps"] == facts[1]["steps"] == 6
-    assert facts[1]["final_loss"] == pytest.approx(facts[0]["final_loss"], rel=0.02)  # the start's biases were rounded to float16
+    assert facts[0].steps == facts[1].steps == 6
+    assert facts[1].final_loss == pytest.approx(facts[0].final_loss, rel=0.02)  # the start's biases were rounded to float16
 
 
 def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(config, teacher, tmp_path):
     plain = staged(config)
-    qat.train(teacher, tmp_path / "start.pt", plain, CPU, World(), resume=False)
+    quantize(teacher, tmp_path / "start.pt", plain)
     wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, range_mode="clip", per_channel=False))
-    with pytest.raises(ArtifactError, match=r"start.pt has another policy \(differs in quant.scale, quant.per_channel\)"):
-        qat.train(teacher, tmp_path / "s.pt", wide, CPU, World(), resume=False, start=tmp_path / "start.pt")
+    with pytest.raises(ArtifactError, match=r"start.pt has another policy \(differs in quant.range_mode, quant.per_channel\)"):
+        quantize(teacher, tmp_path / "s.pt", wide, start=tmp_path / "start.pt")
     other = tmp_path / "other.pt"
     weights = untrained(dataclasses.replace(config, seed=1)).state_dict()
-    artifact.save_checkpoint(other, kind="teacher", config=to_dict(config), weights=weights, parent=None, facts={})
+    artifact.save_checkpoint(other, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     with pytest.raises(ArtifactError, match="start.pt was made from .* not from .*other.pt"):
-        qat.train(other, tmp_path / "s.pt", plain, CPU, World(), resume=False, start=tmp_path / "start.pt")
-    with pytest.raises(ArtifactError, match="teacher.pt is a teacher file; --start takes a student"):
-        qat.train(teacher, tmp_path / "s.pt", plain, CPU, World(), resume=False, start=teacher)
+        quantize(other, tmp_path / "s.pt", plain, start=tmp_path / "start.pt")
+    with pytest.raises(ArtifactError, match="teacher.pt is a teacher file, a student is needed here"):
+        quantize(teacher, tmp_path / "s.pt", plain, start=teacher)
     assert not (tmp_path / "s.pt").exists()
 
 
 def test_students_on_the_way_are_kept_at_both_ends_of_a_stage_and_in_between_with_what_was_quantized_then(config, teacher, tmp_path):
     two = Stage(groups=BEVFormerConfig.groups[:2], epochs=0.75, learning_rate=1e-3)
-    qat.train(teacher, tmp_path / "s.pt", staged(config, BEFORE[0], two), CPU, World(), resume=False, keep_every=0.5)
+    quantize(teacher, tmp_path / "s.pt", staged(config, BEFORE[0], two), keep_every=0.5)
     kept = {path.name: artifact.load_checkpoint(path, "student")[0].facts for path in tmp_path.glob("s.stage*.step*.pt")}
-    assert {name: facts["epochs"] for name, facts in kept.items()} == {
+    assert {name: facts.epochs for name, facts in kept.items()} == {
         "s.stage1.step0.pt": 0.0,
         "s.stage1.step1.pt": 0.25,
         "s.stage2.step0.pt": 0.25,

@@ -1,1 +1,1 @@
-"""From data to checkpoints: losses, matching, loops, and the entry points float and qat."""
+"""Trains checkpoints from data: losses, matching, the training loop, and the entry points teacher, qat, official and sensitivity."""

@@ -1,7 +1,7 @@
-"""Which layer gets how many bits: the least harm within a budget, exactly.
+"""Allocates bit widths to layers so that the loss increases least within a cost budget.
 
-Harms of layers are taken to add up, as HAWQ-V2 does (arXiv:1911.03852, section 3.2), which makes the choice a knapsack with one option
-for each layer: an integer program that scipy's HiGHS solves in milliseconds.
+The increases of single layers are assumed to add up, as HAWQ-V2 does (arXiv:1911.03852, section 3.2). The choice is then a knapsack
+problem with one option for each layer: an integer program that scipy's HiGHS solves exactly in milliseconds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,21 @@ from scipy.sparse import csr_array
 
 
 class Option(NamedTuple):
-    """One width of a layer: what it costs (bytes, bit operations, ...) and what harm it does."""
+    """One bit width of a layer, with its cost (bytes, bit operations, ...) and the increase of the loss that it causes."""
 
     bits: int
     cost: float
-    harm: float
+    loss_increase: float
 
 
 def allocate_bits(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, int]:
-    """Bits of every layer, by name, with a total cost of at most `budget`.
+    """Choose one option for each layer so that the total cost is at most `budget` and the total loss increase is smallest.
+
+    Args:
+        options: The options of each layer, by layer name.
+
+    Returns:
+        Bits of each layer, by layer name.
 
     Raises:
         ValueError: Even the cheapest options exceed the budget.
@@ -32,10 +38,10 @@ def allocate_bits(options: Mapping[str, Sequence[Option]], budget: float) -> dic
     flat = [(row, option) for row, choices in enumerate(options.values()) for option in choices]
     columns = np.arange(len(flat))
     one_each = csr_array((np.ones(len(flat)), ([row for row, _ in flat], columns)), shape=(len(options), len(flat)))
-    cost = np.array([[option.cost for _, option in flat]]) / budget  # of order one, as the solver's tolerances want it
-    harm = np.array([option.harm for _, option in flat])
+    cost = np.array([[option.cost for _, option in flat]]) / budget  # scaled to order one, which the solver's tolerances require
+    loss_increase = np.array([option.loss_increase for _, option in flat])
     solved = milp(
-        harm / max(np.abs(harm).max(), 1e-30),
+        loss_increase / max(np.abs(loss_increase).max(), 1e-30),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, 1)],

@@ -1,4 +1,4 @@
-"""A float teacher to a student whose quantizers have ranges, found on frames that run as in deployment.
+"""Turns a float teacher into a student with calibrated quantizers, on frames that run as in deployment.
 
 Pairs of successive frames are taken from the whole split, because consecutive frames come from the same scene. The second frame of each
 pair reads the state of the first, because the ranges of temporal attention depend on it.
@@ -19,7 +19,7 @@ from qdbev.schema import Frame
 
 
 def calibrated_student(teacher: Detector, config: Config, frames: FrameDataset, device: torch.device) -> Detector:
-    """The teacher (altered in place) with calibrated quantizers."""
+    """Insert quantizers into `teacher`, in place, and calibrate them on frames of `frames`; returns the student on `device`."""
     student = quantized(config, teacher).to(device)
     pairs = frame_pairs(frames, config.quant.calibration_samples)
     calibrate(student, calibration_run(student, config, pairs), config.quant.calibration)
@@ -27,7 +27,7 @@ def calibrated_student(teacher: Detector, config: Config, frames: FrameDataset, 
 
 
 def calibration_run(student: Detector, config: Config, sequences: Iterable[Iterable[Frame]]) -> Callable[[], None]:
-    """A call that runs `student` over sequences of successive frames, each sequence without a history at its start."""
+    """Return a function that runs `student` over sequences of successive frames; each sequence starts without a history."""
 
     def run() -> None:
         stream, deployed = detectors.stream(config.model), Deployed(student)
@@ -39,6 +39,6 @@ def calibration_run(student: Detector, config: Config, sequences: Iterable[Itera
 
 
 def frame_pairs(frames: FrameDataset, num_frames: int) -> Iterator[tuple[Frame, Frame]]:
-    """Pairs of successive frames, spread evenly over the dataset, with `num_frames` frames in all."""
+    """Yield pairs of successive frames, spread evenly over the dataset, with `num_frames` frames in all."""
     for index in np.linspace(1, len(frames) - 1, max(num_frames // 2, 1)).astype(int):
         yield frames.frame(index - 1), frames.frame(index)

@@ -17,23 +17,23 @@ from train.matcher import ALPHA, match
 
 
 class Losses(NamedTuple):
-    """`total` is what is minimised, the sum of the others; `cls` and `box` are (layers,), `distill` is (); all weighted."""
+    """Weighted detection losses: `cls` and `box` (layers,), one entry for each decoder layer, and their sum `total` ()."""
 
     total: Tensor
     cls: Tensor
     box: Tensor
-    distill: Tensor
 
 
 def detection_loss(
     output: Output, boxes: list[Tensor], labels: list[Tensor], config: TrainConfig, world_mean: Callable[[float], float] = lambda n: n
 ) -> Losses:
-    """Loss of one batch. Not finite where predictions are not: upstream replaces such a loss by zero and trains on.
+    """Compute the losses of one batch. They are not finite where predictions are not; upstream replaces such a loss by zero.
 
     Args:
-        boxes: Per sample (G, 9) gravity-centre boxes.
-        labels: Per sample (G,).
-        world_mean: Mean of a number over all training processes; the count of objects is averaged, as DDP averages gradients.
+        boxes: For each sample (G, 9), gravity-centre boxes as in `schema.Frame`.
+        labels: For each sample (G,).
+        world_mean: Returns the mean of a number over all training processes. The number of objects is averaged, because DDP averages
+            gradients.
     """
     codes = [encode(sample) for sample in boxes]
     weights = output.box_code.new_tensor(config.code_weights)
@@ -44,13 +44,13 @@ def detection_loss(
         cls.append(config.cls_weight * cls_sum / num_objects)
         box.append(config.box_weight * box_sum / num_objects)
     cls_losses, box_losses = torch.stack(cls), torch.stack(box)
-    return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses, weights.new_zeros(()))
+    return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses)
 
 
 def _layer_sums(
     cls_logits: Tensor, box_code: Tensor, codes: list[Tensor], labels: list[Tensor], code_weights: Tensor, config: TrainConfig
 ) -> tuple[Tensor, Tensor, int]:
-    """Unnormalised focal and L1 sums of one decoder layer, and the number of matched queries."""
+    """Return the focal sum and the L1 sum of one decoder layer, not normalised, and the number of matched queries."""
     target = torch.zeros_like(cls_logits)  # (B, Q, classes)
     predicted, wanted = [], []
     for sample, (code, label) in enumerate(zip(codes, labels, strict=True)):
@@ -65,7 +65,7 @@ def _layer_sums(
 
 
 def sigmoid_focal_sum(logits: Tensor, target: Tensor) -> Tensor:
-    """Sum of the focal loss (gamma 2, alpha 0.25) over all entries; `target` is one where a query has that class."""
+    """Sum the focal loss (gamma 2, alpha 0.25) over all entries; `target` is one where a query has that class, else zero."""
     p = logits.sigmoid()
     wrong = target * (1 - p) + (1 - target) * p
     weight = (target * ALPHA + (1 - target) * (1 - ALPHA)) * wrong**2

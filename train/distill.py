@@ -1,4 +1,4 @@
-"""View-guided distillation: the features of the quantized student follow those of its float teacher.
+"""View-guided distillation: losses that measure how far a quantized student is from its float teacher.
 
 Source: QD-BEV (arXiv:2308.10515), section 4; docs/distillation.md says which parts are the paper's and which are ours.
 
@@ -19,7 +19,7 @@ from qdbev.settings import ConfigError
 
 
 class Distillation(NamedTuple):
-    """Distances between student and teacher in one batch.
+    """Distances of the student from the teacher in one batch.
 
     `features` and `head` are differentiable scalars, which `Balance` weights. `image` (N,) is the mean divergence of each camera and
     `bev` () that of the BEV; both are detached and only logged.
@@ -32,11 +32,13 @@ class Distillation(NamedTuple):
 
 
 def distillation_loss(student: Output, teacher: Output, visible: Tensor | None, config: DistillConfig, train: TrainConfig) -> Distillation:
-    """Loss of one batch in float32, whatever the type of the outputs, also under autocast; the teacher gets no gradient.
+    """Compute the distillation losses of one batch in float32, also under autocast and for outputs of other types.
+
+    The teacher gets no gradient.
 
     Args:
-        visible: (B, N, K) bool, which camera sees which BEV cell (`Detector.visibility`); a camera weights only cells of its own sample.
-        train: Weights of the parts of the head's divergence.
+        visible: (B, N, K) bool, true where camera n sees BEV cell k (`Detector.visibility`).
+        train: Weights of classes and box codes in the head's divergence.
 
     Raises:
         ConfigError: The form needs a BEV, and the detector has none.
@@ -60,17 +62,17 @@ def distillation_loss(student: Output, teacher: Output, visible: Tensor | None, 
 
 
 def channel_divergence(student: Tensor, teacher: Tensor, channels: int, config: DistillConfig) -> Tensor:
-    """Divergence of the student from the teacher at each location: tau^2 / C times the sum over channels of p log(p / q) - p + q.
+    """Compute the divergence of the student at each location: tau^2 / C times the sum over channels of p log(p / q) - p + q.
 
     p and q are the softmax over channels of the teacher's and the student's features, divided by the temperature tau. The terms -p + q
-    sum to zero over channels; with them every single term is smallest at q = p, under whatever weights.
+    sum to zero over channels; with them each single term has its minimum at q = p, however the locations are weighted.
 
     Args:
-        student: Any shape with C channels in dimension `channels`; float32 inside.
-        teacher: As `student`; detached.
+        student: Features of any shape with C channels in dimension `channels`.
+        teacher: Features of the same shape; they get no gradient.
 
     Returns:
-        `student`'s shape without the channels. Its mean over an image is the paper's L_img, over a BEV L_bev.
+        float32 of the shape of `student` without the channels. Its mean over an image is the paper's L_img, its mean over a BEV L_bev.
     """
     log_q = (student.float() / config.temperature).log_softmax(channels)
     log_p = (teacher.detach().float() / config.temperature).log_softmax(channels)
@@ -80,7 +82,7 @@ def channel_divergence(student: Tensor, teacher: Tensor, channels: int, config: 
 
 
 def _feature_loss(cameras: Tensor, cells: Tensor, visible: Tensor, config: DistillConfig) -> Tensor:
-    """Scalar loss from the divergences of cameras (B, N) and cells (B, K)."""
+    """Combine the divergences of cameras (B, N) and BEV cells (B, K) to the scalar loss of the form that `config` selects."""
     if config.form == "image":
         return cameras.mean()
     if config.form == "bev":
@@ -92,9 +94,9 @@ def _feature_loss(cameras: Tensor, cells: Tensor, visible: Tensor, config: Disti
 
 
 def normalize_weights(weights: Tensor, counted: Tensor) -> Tensor:
-    """`weights` (B, K) scaled so that each sample's mean over its `counted` cells (B, K) is one.
+    """Scale `weights` (B, K) so that each sample's mean over its `counted` cells (B, K) is one.
 
-    The result is one in all other cells, and everywhere in a sample whose counted weights are all zero.
+    All other cells get weight one, and so do all cells of a sample whose counted weights are all zero.
     """
     weights = weights.clamp(min=0)  # rounding may leave a divergence of zero slightly negative
     mean = (weights * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp(min=1)
@@ -103,10 +105,11 @@ def normalize_weights(weights: Tensor, counted: Tensor) -> Tensor:
 
 
 def head_divergence(student: Output, teacher: Output, train: TrainConfig) -> Tensor:
-    """Scalar: classes and boxes of every decoder layer against the teacher's of the same query, in units of the detection loss.
+    """Compute the scalar distance of classes and boxes from the teacher's, query by query, in units of the detection loss.
 
-    The student starts from the teacher's weights, so queries correspond. Boxes are weighted by the teacher's confidence. Classes need no
-    weight: the divergence of two Bernoulli distributions is small by itself where both are near zero, and false alarms must cost.
+    The student starts from the teacher's weights, so its queries correspond to the teacher's. Boxes are weighted by the teacher's
+    confidence. Classes have no weight: the divergence of two Bernoulli distributions is small where both probabilities are near zero, and
+    false positives must add to the loss.
     """
     logits, target = student.cls_logits.float(), teacher.cls_logits.detach().float()  # (layers, B, Q, classes)
     p = target.sigmoid()
@@ -120,9 +123,11 @@ def head_divergence(student: Output, teacher: Output, train: TrainConfig) -> Ten
 
 
 class Balance:
-    """Scales the distillation losses to the detection loss, once, at the first step; `state_dict` keeps the scales over a resume.
+    """Scales the distillation losses relative to the detection loss; the scales are fixed at the first step and saved for a resume.
 
-    `world_mean` is the mean of a number over all training processes, so that all processes use the same scales.
+    Args:
+        config: Weights of the losses.
+        world_mean: Returns the mean of a number over all training processes, so that all of them use the same scales.
     """
 
     def __init__(self, config: DistillConfig, world_mean: Callable[[float], float] = lambda n: n) -> None:
@@ -131,7 +136,7 @@ class Balance:
         self.scales: dict[str, float] = {}
 
     def __call__(self, distillation: Distillation, detection: Tensor) -> Tensor:
-        """Weighted sum of `features` and `head`; `detection` is used only as a scale, without gradient."""
+        """Return the weighted sum of `features` and `head`; the detection loss is used only as a scale, without gradient."""
         added = torch.zeros_like(detection)
         for name, part, weight in (
             ("features", distillation.features, self.config.weight),
@@ -150,9 +155,9 @@ class Balance:
         return self.scales[name]
 
     def state_dict(self) -> dict[str, float]:
-        """Scale of each loss weighted so far."""
+        """Return the scale of each loss that has one."""
         return dict(self.scales)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue with the scales of `state_dict`."""
+        """Load scales that `state_dict` returned."""
         self.scales = dict(state)

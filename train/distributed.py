@@ -1,6 +1,6 @@
-"""One process or many: the same numbers.
+"""Training in several processes, with the same results as in one.
 
-Launch with `torchrun --nproc-per-node N -m train.teacher ...`; gloo on the CPU, nccl on GPUs.
+Launch with `torchrun --nproc-per-node N -m train.teacher ...`. The processes communicate through gloo on the CPU and nccl on GPUs.
 """
 
 import os
@@ -16,18 +16,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """The training processes as one of them sees them."""
 
     rank: int = 0
+    """Index of this process."""
     size: int = 1
+    """Number of processes."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and shows progress."""
+        """True for the one process that writes files and shows progress."""
         return self.rank == 0
 
     def mean(self, number: float) -> float:
-        """Mean of a number over all processes."""
+        """Return the mean of a number over all processes."""
         if self.size == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64)
@@ -36,8 +38,8 @@ class World:
 
 
 @contextmanager
-def world(device: torch.device) -> Iterator[World]:
-    """The process group of a torchrun launch, or a world of one."""
+def process_group(device: torch.device) -> Iterator[World]:
+    """Join the process group of a torchrun launch while the block runs; without torchrun there is one process and no group."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()
         return
@@ -49,9 +51,10 @@ def world(device: torch.device) -> Iterator[World]:
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes; what torch.nn.SyncBatchNorm is, on the CPU too."""
+    """Batch norm over the batches of all processes, as torch.nn.SyncBatchNorm, which does not run on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise (B, C, H, W) with the moments of all processes in training, with the stored ones otherwise."""
         if not self.training:
             return super().forward(x)
         moments = torch.stack((x.mean((0, 2, 3)), x.square().mean((0, 2, 3)))) / dist.get_world_size()
@@ -68,7 +71,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 def sync_batch_norm(model: nn.Module) -> None:
-    """Replace, in place, every batch norm that trains on batch statistics."""
+    """Replace every batch norm that trains on batch statistics by a `SyncedBatchNorm2d`, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d and child.weight.requires_grad:

@@ -1,6 +1,6 @@
-"""Grid mask: a grid of zeroed squares over all camera images of a step.
+"""Masks all camera images of a training step with a grid of zeroed squares.
 
-Source: GridMask (arXiv:2001.04086) as in bevformer utils/grid_mask.py at 66b65f3: stripes are kept, the squares between are zeroed.
+Source: GridMask (arXiv:2001.04086) as in bevformer utils/grid_mask.py at 66b65f3: stripes are kept and the squares between them are zeroed.
 """
 
 import numpy as np
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def grid_mask(images: Tensor, probability: float, rng: np.random.Generator) -> Tensor:
-    """(..., H, W) images, with probability `probability` masked by one grid; else unchanged."""
+    """Mask images (..., H, W) with one grid at the probability `probability`; otherwise return them unchanged."""
     if rng.random() >= probability:
         return images
     H, W = images.shape[-2:]
@@ -22,7 +22,7 @@ def grid_mask(images: Tensor, probability: float, rng: np.random.Generator) -> T
 
 
 def _stripes(size: int, period: int, kept: int, offset: int) -> np.ndarray:
-    """(size,) bool: `kept` of every `period` positions, cut from the middle of a canvas half as large again."""
+    """Return (size,) bool, true for `kept` of every `period` positions; cut from the middle of a canvas of 1.5 times the size."""
     canvas = int(1.5 * size)
     position = np.arange(canvas) - offset
     inside = (position >= 0) & (position % period < kept)

@@ -1,24 +1,27 @@
-"""AdamW and its learning rate: linear warm-up, then cosine.
+"""The optimizer, AdamW, and its learning-rate schedule: linear warm-up, then cosine.
 
 Source: projects/configs/bevformer/bevformer_tiny.py at 66b65f3 with the hooks of mmcv 1.4.0.
 """
 
 import math
 
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from qdbev.config import TrainConfig
+from qdbev.detector import BACKBONE, Detector
 from qdbev.quant.layers import step_parameters
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over all trainable parameters; the backbone learns at its own factor of the rate, and learned steps do not decay."""
+def build_optimizer(model: Detector, config: TrainConfig) -> AdamW:
+    """Build AdamW over all trainable parameters of `model`.
+
+    The backbone has its own factor of the learning rate, and the learned quantization steps have no weight decay.
+    """
     steps = {id(step) for step in step_parameters(model)}
     backbone, rest, scales = [], [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            group = scales if id(parameter) in steps else backbone if name.startswith("backbone.") else rest
+            group = scales if id(parameter) in steps else backbone if name.startswith(f"{BACKBONE}.") else rest
             group.append(parameter)
     groups = [
         {"params": rest, "factor": 1.0},
@@ -29,7 +32,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> AdamW:
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Rate of the groups with factor one at `step`, counted from 0 over the whole run."""
+    """Return the learning rate of the groups with factor one at `step`, counted from 0 over the whole run."""
     epochs = step // steps_per_epoch if config.anneal == "epoch" else step / steps_per_epoch
     low = config.learning_rate * config.final_lr_fraction
     rate = low + 0.5 * (config.learning_rate - low) * (1 + math.cos(math.pi * epochs / config.epochs))
@@ -39,6 +42,6 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Apply `rate` to every group, times the group's factor."""
+    """Set the learning rate of every parameter group to `rate` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["factor"]

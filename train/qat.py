@@ -1,8 +1,8 @@
-"""Float teacher in, quantized student out: `python -m train.qat --teacher runs/demo/teacher.pt --bits w4a6 --student runs/demo/w4a6.pt`.
+"""Quantizes a float teacher: `python -m train.qat --teacher runs/demo/teacher.pt --bits w4a6 --student runs/demo/w4a6.pt`.
 
-Batch norm is folded, quantizers are put in by policy and calibrated on frames run as in deployment, and the student is trained on with
-fake quantization. `--start` goes on from a student instead, as when several ways of distilling share the stages before.
-Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
+Batch norm is folded, quantizers are inserted as the policy says and calibrated on frames that run as in deployment, and the student is
+trained with fake quantization. With `--start` the training continues from an existing student instead, for example when several forms of
+distillation share the stages before the last one. Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 """
 
 import argparse
@@ -10,30 +10,48 @@ import copy
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
-from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
+from qdbev.facts import StudentFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
-from qdbev.quant.pack import settle
+from qdbev.quant.pack import round_floats_to_half
 from qdbev.quant.prepare import describe, table
 from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from train.calibration import calibrated_student
-from train.distributed import World, world
+from train.distributed import World, process_group
 from train.sensitivity import read_widths
 from train.stages import StudentRun, run_stages
 
 
+class Teacher(NamedTuple):
+    """An opened teacher checkpoint: its path, its seal, and its float model on the CPU."""
+
+    path: Path
+    seal: Seal
+    model: Detector
+
+    @classmethod
+    def open(cls, path: Path) -> "Teacher":
+        """Open a teacher.
+
+        Raises:
+            ArtifactError: The file is missing, damaged, or no teacher.
+        """
+        return cls(path, *restore(path, "teacher"))
+
+
 def train(
-    teacher_path: Path,
+    teacher: Teacher,
     student_path: Path,
     config: Config,
     device: torch.device,
@@ -42,64 +60,68 @@ def train(
     start: Path | None = None,
     keep_every: float | None = None,
 ) -> None:
-    """Calibrate, or take the student `start`, train through the stages and seal the student of one policy.
+    """Calibrate a student of `teacher`, train it through the stages of `config.quant`, and write it to `student_path`.
+
+    Args:
+        world: All training processes.
+        resume: Continue in the last stage that saved a state.
+        start: Student to train instead of calibrating a new one.
+        keep_every: Epochs between students that are kept during training; None keeps none.
 
     Raises:
-        ArtifactError: A file is missing or damaged, or `start` has another teacher or another policy.
+        ArtifactError: `start` is missing or damaged, or has another teacher or another policy.
     """
-    teacher_seal, teacher = restore(teacher_path)
     torch.manual_seed(config.seed)
     frames = open_frames(config, config.data.train_split, training=True)
     if start is None:
-        student, steps = calibrated_student(copy.deepcopy(teacher), config, frames, device), 0
+        student, steps = calibrated_student(copy.deepcopy(teacher.model), config, frames, device), 0
     else:
-        student, steps = _started(start, teacher_path, teacher_seal, config.quant)
+        student, steps = _started(start, teacher, config.quant)
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
-    student_run = StudentRun(path=student_path, teacher=teacher_seal, resume=resume, first_step=steps, keep_every=keep_every)
-    facts: dict[str, Any] = {"image_hw": list(frames.padded_hw)}
+    student_run = StudentRun(path=student_path, teacher=teacher.seal, resume=resume, first_step=steps, keep_every=keep_every)
+    facts = StudentFacts()
     if config.quant.stages:
-        facts |= run_stages(student, teacher.to(device), frames, config, student_run, device, world)
-    settle(student)
+        facts = run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
+    round_floats_to_half(student)
     if world.is_main:
-        facts |= {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
         student_run.save(student.cpu(), config, facts)
 
 
-def _started(path: Path, teacher_path: Path, teacher: Seal, policy: QuantConfig) -> tuple[Detector, int]:
-    """The student of `path` and the steps it has behind it."""
-    seal, student = restore(path)
-    if seal.kind != "student":
-        raise ArtifactError(f"{path} is a {seal.kind} file; --start takes a student")
-    artifact.expect_parent(path, seal, teacher_path, teacher)
+def _started(path: Path, teacher: Teacher, policy: QuantConfig) -> tuple[Detector, int]:
+    """Open the student in `path`; returns it and the number of steps that it was trained for."""
+    seal, student = restore(path, "student")
+    artifact.expect_parent(path, seal, teacher.path, teacher.seal)
     own, wanted = dataclasses.asdict(from_dict(seal.config).quant), dataclasses.asdict(policy)
     differs = [name for name in wanted if own[name] != wanted[name] and name not in ("stages", "distill")]
     if differs:
         raise ArtifactError(f"{path} has another policy (differs in quant.{', quant.'.join(differs)}); calibrate anew, without --start")
-    return student, seal.facts.get("steps", 0)
+    return student, seal.facts.steps or 0
 
 
 @entry_point
-def main() -> None:
-    """Quantize a float teacher: calibrate, and train on with fake quantization."""
+def main(argv: list[str] | None = None) -> None:
+    """Quantize a float teacher: calibrate a student, and train it with fake quantization."""
     parser = argparse.ArgumentParser(prog="python -m train.qat", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--student", type=Path, required=True, help="checkpoint to write; its folder holds state and log")
+    parser.add_argument("--student", type=Path, required=True, help="checkpoint to write; states and logs are written to its folder")
     parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6; --set quant.* changes single groups")
     parser.add_argument("--widths", type=Path, help="widths of single layers, chosen by `python -m train.sensitivity`")
-    parser.add_argument("--start", type=Path, help="student of the same teacher and policy to train on, instead of calibrating")
-    parser.add_argument("--keep-every", type=float, metavar="EPOCHS", help="keep students so often on the way and at both ends of a stage")
+    parser.add_argument("--start", type=Path, help="student of the same teacher and policy to train, instead of calibrating a new one")
+    parser.add_argument("--keep-every", type=float, metavar="EPOCHS", help="keep students at this interval and at both ends of a stage")
     parser.add_argument("--resume", action="store_true", help="continue from the last saved state")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
-    seal, _, _ = artifact.load_checkpoint(args.teacher, "teacher")
-    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    args = parser.parse_args(argv)
+    teacher = Teacher.open(args.teacher)
+    config = override(at_bits(from_dict(teacher.seal.config), args.bits), args.settings)
     if args.widths:
         config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))
-    target = device(args.device)
-    with world(target) as processes:
-        train(args.teacher, args.student, config, target, processes, args.resume, args.start, args.keep_every)
+    device = parse_device(args.device)
+    with process_group(device) as world:
+        train(teacher, args.student, config, device, world, args.resume, args.start, args.keep_every)
 
 
 if __name__ == "__main__":

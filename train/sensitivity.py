@@ -1,11 +1,11 @@
-"""Which layers quantization hurts, and how many bits each should get within a budget.
+"""Measures how much the quantization of each layer increases the loss, and allocates bit widths to layers within a budget.
 
     python -m train.sensitivity --teacher runs/demo/teacher.pt --bits w3a3 --budget size --out runs/demo/widths.json
     python -m train.qat --teacher runs/demo/teacher.pt --student runs/demo/mixed.pt --bits w3a3 --widths runs/demo/widths.json
 
-Every weight and every activation is quantized alone at every width, on frames run as in deployment. Two measures are kept: the
+Every weight and every activation is quantized alone at every width, on frames that run as in deployment. Two measures are recorded: the
 signal-to-noise ratio of the BEV features, and the distance of the detections from the float model's in units of the detection loss
-(distill.head_divergence), which the assignment minimises. Widths of weights are chosen; activations keep the policy's.
+(distill.head_divergence), which the allocation minimises. Only the widths of weights are chosen; activations keep those of the policy.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from qdbev import artifact
 from qdbev.artifact import Seal
-from qdbev.command import add_device, add_settings, device, entry_point
+from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset
@@ -43,28 +43,40 @@ from train.distill import head_divergence
 from train.loop import history_state, to_device
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-QUEUES = 8
-"""Queues of frames, spread over the training split, on which everything is measured."""
+"""Bit widths that are measured."""
+NUM_QUEUES = 8
+"""Number of queues of frames, spread over the training split, on which everything is measured."""
+
+
+_RENAMED = {"harm": "loss_increase"}
+"""Fields of `Sensitivity` that files of earlier versions call otherwise, from the old name to the new one."""
 
 
 class Sensitivity(NamedTuple):
-    """One quantizer alone at one width: `part` is weight or activation, `bev_snr` in decibels, `harm` in units of the detection loss."""
+    """Effect of quantizing one part of one layer alone, at one bit width.
+
+    layer: Name of the layer.
+    part: "weight" or "activation".
+    bits: Bit width.
+    bev_snr: Signal-to-noise ratio of the BEV features in decibels.
+    loss_increase: Distance of the detections from those of the float model, in units of the detection loss.
+    """
 
     layer: str
     part: str
     bits: int
     bev_snr: float
-    harm: float
+    loss_increase: float
 
 
 @torch.no_grad()
-def measure(teacher: Detector, config: Config, frames: FrameDataset, target: torch.device) -> list[Sensitivity]:
-    """Every quantizer of the policy alone, at every width."""
-    queue = _queues(frames, target)
-    taught = _forward(teacher.to(target).eval(), *queue)
+def measure(teacher: Detector, config: Config, frames: FrameDataset, device: torch.device) -> list[Sensitivity]:
+    """Measure each layer's weight and activation alone, at each of `WIDTHS`, for all layers that the policy quantizes."""
+    queue = _queues(frames, device)
+    taught = _forward(teacher.to(device).eval(), *queue)
     rows = []
     for width in tqdm(WIDTHS, desc="widths", unit="width", disable=None):
-        student = calibrated_student(copy.deepcopy(teacher), _uniform(config, width), frames, target)
+        student = calibrated_student(copy.deepcopy(teacher), _uniform(config, width), frames, device)
         for _, layer in quant_layers(student):
             for quantizer in quantizers(layer):
                 quantizer.disable_quant()
@@ -72,48 +84,52 @@ def measure(teacher: Detector, config: Config, frames: FrameDataset, target: tor
             for quantizer in group:
                 quantizer.enable_quant()
             output = _forward(student, *queue)
-            rows.append(
-                Sensitivity(
-                    name, part, width, _snr(_features(output), _features(taught)), float(head_divergence(output, taught, config.train))
-                )
-            )
+            snr, loss_increase = _snr(_features(output), _features(taught)), float(head_divergence(output, taught, config.train))
+            rows.append(Sensitivity(name, part, width, snr, loss_increase))
             for quantizer in group:
                 quantizer.disable_quant()
     return rows
 
 
 def choose(
-    rows: list[Sensitivity], teacher: Detector, config: Config, frames: FrameDataset, budget: str, target: torch.device
+    rows: list[Sensitivity], teacher: Detector, config: Config, frames: FrameDataset, budget: str, device: torch.device
 ) -> dict[str, int]:
-    """Bits of every weight, costing as much in all as the uniform policy of `config`: bytes (`size`) or bit operations (`bops`)."""
-    student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
+    """Choose the bits of each layer's weight so that together they cost no more than those of the policy in `config`.
+
+    Args:
+        budget: Unit of the cost: bytes of the weights (`size`) or bit operations of one frame (`bops`).
+
+    Returns:
+        Bits of each weight, by layer name.
+    """
+    student = calibrated_student(copy.deepcopy(teacher), config, frames, device)
     weights = {name: layer for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
     unit = {name: float(weight_of(layer).numel()) / 8 for name, layer in weights.items()}
     if budget == "bops":
-        queue = _queues(frames, target)
+        queue = _queues(frames, device)
         found = costs(student, lambda: _forward(student, [], queue[1]))
         unit = dict.fromkeys(weights, 0.0)
         for cost in found:
             if cost.name in unit:
                 unit[cost.name] += float(cost.macs * cost.activation_bits)
     options = {
-        name: [Option(row.bits, unit[name] * row.bits, row.harm) for row in rows if (row.layer, row.part) == (name, "weight")]
+        name: [Option(row.bits, unit[name] * row.bits, row.loss_increase) for row in rows if (row.layer, row.part) == (name, "weight")]
         for name in weights
     }
     return allocate_bits(options, sum(unit[name] * layer.weight_quantizer.num_bits for name, layer in weights.items()))
 
 
 def layer_bits(chosen: dict[str, int], config: Config) -> tuple[LayerBits, ...]:
-    """The choice as a policy: chosen weights, the uniform policy's activations."""
+    """Return the chosen bits of weights, by layer name, as a policy; the bits of activations are those of `config` without layer_bits."""
     plain = dataclasses.replace(config.quant, layer_bits=())
     return tuple(LayerBits(layers=name, bits=dataclasses.replace(bits_of(name, plain), weight=bits)) for name, bits in chosen.items())
 
 
 def read_widths(path: Path) -> tuple[LayerBits, ...]:
-    """Policy of a file that this command wrote.
+    """Read the policy from a file that this command wrote.
 
     Raises:
-        ValueError: The file is missing or is none.
+        ValueError: The file is missing or is no such file.
     """
     try:
         found = json.loads(path.read_text())["layer_bits"]
@@ -123,23 +139,23 @@ def read_widths(path: Path) -> tuple[LayerBits, ...]:
 
 
 def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
-    """What was measured of the same teacher for another policy or budget; it depends on neither.
+    """Read the measurements from a file that this command wrote for the same teacher; they do not depend on policy or budget.
 
     Raises:
-        ValueError: The file is missing, is none, or is of another teacher.
+        ValueError: The file is missing, is no such file, or was measured with another teacher.
     """
     try:
         content = json.loads(path.read_text())
-        rows = [Sensitivity(**row) for row in content["rows"]]
+        rows = [Sensitivity(**{_RENAMED.get(name, name): value for name, value in row.items()}) for row in content["rows"]]
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
     if content.get("teacher") != teacher.sha256:
-        raise ValueError(f"{path} was measured of another teacher than {teacher.sha256[:12]}; measure anew, without --measured")
+        raise ValueError(f"{path} was measured with another teacher than {teacher.sha256[:12]}; measure anew, without --measured")
     return rows
 
 
 def _uniform(config: Config, width: int) -> Config:
-    """Everything that the policy quantizes at one width."""
+    """Return a config whose policy quantizes the same layers as `config`, all of them at one bit width."""
     bits = Bits(weight=width, activation=width)
     policy = dataclasses.replace(config.quant, bits=bits, group_bits=(), edge=bits, layer_bits=())
     if policy.embedding_bits is not None:
@@ -148,7 +164,7 @@ def _uniform(config: Config, width: int) -> Config:
 
 
 def _parts(student: Detector) -> Iterator[tuple[str, str, list[Quantizer]]]:
-    """Layer name, part and quantizers that are measured together."""
+    """Yield layer name, part ("weight" or "activation") and the quantizers that are measured together."""
     for name, layer in quant_layers(student):
         weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
         inputs = [quantizer for quantizer in quantizers(layer) if quantizer not in weight]
@@ -158,10 +174,11 @@ def _parts(student: Detector) -> Iterator[tuple[str, str, list[Quantizer]]]:
             yield name, "activation", inputs
 
 
-def _queues(frames: FrameDataset, target: torch.device) -> tuple[list[Batch], Batch]:
-    indices = np.linspace(0, len(frames) - 1, QUEUES).astype(int)
+def _queues(frames: FrameDataset, device: torch.device) -> tuple[list[Batch], Batch]:
+    """Return history and current frames of the queues on which everything is measured, as one batch."""
+    indices = np.linspace(0, len(frames) - 1, NUM_QUEUES).astype(int)
     history, current = queue_batch([frames.queue(int(index), 0) for index in indices])
-    return [to_device(batch, target) for batch in history], to_device(current, target)
+    return [to_device(batch, device) for batch in history], to_device(current, device)
 
 
 def _forward(model: Detector, history: list[Batch], current: Batch) -> Output:
@@ -169,12 +186,12 @@ def _forward(model: Detector, history: list[Batch], current: Batch) -> Output:
 
 
 def _features(output: Output) -> torch.Tensor:
-    """The BEV, or the last level of image features of a detector without a BEV."""
+    """Return the BEV features, or the last level of image features of a detector without a BEV."""
     return output.image_features[-1] if output.bev is None else output.bev
 
 
 def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
-    """Decibels; at most 150, where float32 itself ends."""
+    """Return the signal-to-noise ratio in decibels, at most 150, which is the precision of float32."""
     noise = (noisy - clean).double().square().sum().clamp_min(1e-15 * clean.double().square().sum())
     return float(10 * torch.log10(clean.double().square().sum() / noise))
 
@@ -194,29 +211,29 @@ def _content(
 
 
 @entry_point
-def main() -> None:
-    """Measure every layer's sensitivity and choose widths within a budget."""
+def main(argv: list[str] | None = None) -> None:
+    """Measure the sensitivity of every layer and choose bit widths within a budget."""
     parser = argparse.ArgumentParser(prog="python -m train.sensitivity", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--bits", required=True, help="uniform policy whose cost is the budget, as w4a6")
     parser.add_argument("--budget", required=True, choices=("size", "bops"))
-    parser.add_argument("--measured", type=Path, help="file of another policy or budget: choose again from its rows")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for rows and choice")
+    parser.add_argument("--measured", type=Path, help="earlier result for the same teacher: choose again from its measurements")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write, with measurements and choice")
     add_settings(parser)
     add_device(parser)
-    args = parser.parse_args()
-    seal, teacher = restore(args.teacher)
+    args = parser.parse_args(argv)
+    seal, teacher = restore(args.teacher, "teacher")
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
-    target = device(args.device)
+    device = parse_device(args.device)
     frames = open_frames(config, config.data.train_split)
-    rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, target)
-    chosen = choose(rows, teacher, config, frames, args.budget, target)
+    rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, device)
+    chosen = choose(rows, teacher, config, frames, args.budget, device)
     content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget, seal)
     with artifact.atomic(args.out) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     for name, bits in chosen.items():
-        harm = next(row.harm for row in rows if (row.layer, row.part, row.bits) == (name, "weight", bits))
-        sys.stdout.write(f"{name:<56}{bits:>2} bits, harm {harm:.4f}\n")
+        increase = next(row.loss_increase for row in rows if (row.layer, row.part, row.bits) == (name, "weight", bits))
+        sys.stdout.write(f"{name:<56}{bits:>2} bits, loss increase {increase:.4f}\n")
     sys.stdout.write(f"{args.out}\n")
 
 

@@ -1,23 +1,23 @@
-"""The loss of one stage of quantization-aware training: detection, and the distance from the float teacher where the stage distills."""
+"""The loss of one stage of training: the detection loss and, where the stage distills, the distance from the float teacher."""
 
 import torch
 
 from qdbev.config import Config
 from qdbev.detector import Detector, Output
 from qdbev.schema import Batch
-from train.criterion import Losses, detection_loss
+from train.criterion import detection_loss
 from train.distill import Balance, distillation_loss
 from train.distributed import World
-from train.loop import history_state
+from train.loop import StepLosses, history_state
 
 
 class StageLoss:
-    """The loss of one stage. A frozen teacher runs on the same frames and keeps its own state through the history.
+    """The loss of one stage. A frozen teacher runs on the same frames as the student, with a state of its own.
 
     Args:
         teacher: The float model on the training's device; None where the stage does not distill.
         config: Loss weights (train) and the form of distillation (quant.distill).
-        world: All processes, over which counts and scales are averaged.
+        world: All training processes; counts of objects and scales of losses are averaged over them.
     """
 
     def __init__(self, teacher: Detector | None, config: Config, world: World) -> None:
@@ -26,23 +26,23 @@ class StageLoss:
         self._world = world
         self._balance = Balance(config.quant.distill, world.mean)
 
-    def __call__(self, output: Output, batch: Batch, history: list[Batch]) -> Losses:
-        """Losses of the student's `output` on `batch`, as the network saw it, after the frames of `history`."""
+    def __call__(self, output: Output, batch: Batch, history: list[Batch]) -> StepLosses:
+        """Compute the losses of the student's `output` on `batch`, as the network saw it, after the frames of `history`."""
         losses = detection_loss(output, batch.boxes, batch.labels, self._config.train, self._world.mean)
         if self._teacher is None:
-            return losses
+            return StepLosses(*losses, distill=torch.zeros_like(losses.total))
         taught = self._teacher_output(batch, history)
         visible = self._teacher.visibility(batch)
         distillation = distillation_loss(output, taught, visible, self._config.quant.distill, self._config.train)
         distill = self._balance(distillation, losses.total.detach())
-        return losses._replace(total=losses.total + distill, distill=distill)
+        return StepLosses(losses.total + distill, losses.cls, losses.box, distill)
 
     def state_dict(self) -> dict[str, float]:
-        """The numbers that a resumed run needs: the scales of the distillation losses."""
+        """Return the scales of the distillation losses, which a resumed run needs."""
         return self._balance.state_dict()
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue with the numbers of `state_dict`."""
+        """Load scales that `state_dict` returned."""
         self._balance.load_state_dict(state)
 
     @torch.no_grad()

@@ -1,13 +1,12 @@
-"""The stages of quantization-aware training: more groups are quantized stage by stage, and the last stage learns from the teacher.
+"""Runs the stages of quantization-aware training, which quantize more groups from stage to stage and may distill from the teacher.
 
-Source: QD-BEV (arXiv:2308.10515), Algorithm 1. A stage starts from the weights of the one before it, with an optimizer of its own.
+A stage starts from the weights of the stage before it, with a new optimizer. Source: QD-BEV (arXiv:2308.10515), Algorithm 1.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,10 +15,11 @@ from qdbev.artifact import Seal
 from qdbev.config import Config, TrainConfig, to_dict
 from qdbev.data.dataset import FrameDataset
 from qdbev.detector import Detector
+from qdbev.facts import StudentFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.prepare import enable
 from train.distributed import World
-from train.loop import Run, fit, total_steps
+from train.loop import Fitted, Run, fit, total_steps
 from train.stage_loss import StageLoss
 
 
@@ -27,30 +27,36 @@ from train.stage_loss import StageLoss
 class StudentRun:
     """Where a student is written and how its training resumes.
 
-    Each stage saves `<name>.stage<k>.state.pt` and `<name>.stage<k>.log.jsonl` next to the student. `resume` continues in the last stage
-    that saved a state, or at the beginning where there is none. `first_step` is the number of steps the student was trained for before.
-    Every `keep_every` epochs, and at both ends of a stage, a student is kept as `<name>.stage<k>.step<n>.pt`.
+    Each stage saves `<name>.stage<k>.state.pt` and `<name>.stage<k>.log.jsonl` in the folder of the student `<name>.pt`.
     """
 
     path: Path
+    """Path of the student."""
     teacher: Seal
+    """Seal of the teacher, which becomes the parent in the student's seal."""
     resume: bool = False
+    """Continue in the last stage that saved a state, or begin anew if no stage did."""
     first_step: int = 0
+    """Number of steps that the student was trained for before these stages."""
     keep_every: float | None = None
+    """Epochs after which a student is kept as `<name>.stage<k>.step<n>.pt`, besides both ends of each stage; None keeps none."""
 
-    def save(self, model: Detector, config: Config, facts: dict[str, Any], suffix: str = "") -> None:
-        """Write `model` as the student, or with a suffix as an intermediate one."""
+    def save(self, model: Detector, config: Config, facts: StudentFacts, suffix: str = "") -> None:
+        """Write `model` as the student, or as an intermediate student whose file name gets the suffix."""
         path = self.path.with_name(f"{self.path.stem}{suffix}.pt")
-        artifact.save_checkpoint(path, kind="student", config=to_dict(config), weights=model.state_dict(), parent=self.teacher, facts=facts)
+        artifact.save_checkpoint(path, config=to_dict(config), weights=model.state_dict(), parent=self.teacher, facts=facts)
 
 
 def run_stages(
     student: Detector, teacher: Detector, frames: FrameDataset, config: Config, student_run: StudentRun, device: torch.device, world: World
-) -> dict[str, Any]:
-    """Train `student` in place through `config.quant.stages`; facts about them.
+) -> StudentFacts:
+    """Train `student` in place through `config.quant.stages`.
 
     Args:
-        teacher: The float model, on `device`; read by stages that distill.
+        teacher: Float model on `device`, from which stages with `distill` learn.
+
+    Returns:
+        Facts for the student's seal: the number of all its training steps (`steps`) and the last loss (`final_loss`).
 
     Raises:
         ArtifactError: The state to resume from belongs to another run.
@@ -62,16 +68,17 @@ def run_stages(
     if not student_run.resume and world.is_main:
         for run in runs:
             run.state_path.unlink(missing_ok=True)
-    facts: list[dict[str, Any]] = []
+    fitted: Fitted | None = None
     for stage, run in list(zip(config.quant.stages, runs, strict=True))[begin:]:
-        student.requires_grad_(True)  # first: `enable` turns off the gradients of disabled quantizers
+        student.requires_grad_(True)  # before `enable`, which turns off the gradients of disabled quantizers
         enable(student, student.groups if stage.groups is None else stage.groups)
-        facts.append(fit(student, frames, dataclasses.replace(run, resume=student_run.resume and run.state_path.is_file())))
-    return {"steps": runs[-1].first_step + facts[-1]["steps"], "final_loss": facts[-1]["final_loss"]}
+        fitted = fit(student, frames, dataclasses.replace(run, resume=student_run.resume and run.state_path.is_file()))
+    assert fitted is not None, "a config without stages has nothing to train"
+    return StudentFacts(steps=runs[-1].first_step + fitted.steps, final_loss=fitted.final_loss)
 
 
 def schedule_of(stage: Stage, train: TrainConfig) -> TrainConfig:
-    """The float training's schedule with a stage's length and rate, without warm-up."""
+    """Return the schedule of float training with the stage's length and learning rate, without warm-up."""
     return dataclasses.replace(train, epochs=stage.epochs, learning_rate=stage.learning_rate, warmup_steps=0)
 
 
@@ -79,6 +86,7 @@ def _runs(config: Config, num_samples: int, teacher: Detector, student_run: Stud
     runs, first_step, name = [], student_run.first_step, student_run.path.stem
     for index, stage in enumerate(config.quant.stages):
         schedule = schedule_of(stage, config.train)
+        steps_per_epoch, num_steps = num_samples // schedule.batch_size, total_steps(schedule, num_samples)
         runs.append(
             Run(
                 config=config,
@@ -90,25 +98,26 @@ def _runs(config: Config, num_samples: int, teacher: Detector, student_run: Stud
                 world=world,
                 loss=StageLoss(teacher if stage.distill else None, config, world),
                 first_step=first_step,
-                keep=_keeper(student_run, config, index + 1, first_step, num_samples) if world.is_main else None,
+                keep=_keeper(student_run, config, index + 1, first_step, num_steps, steps_per_epoch) if world.is_main else None,
             )
         )
-        first_step += total_steps(schedule, num_samples)
+        first_step += num_steps
     return runs
 
 
 def _keeper(
-    student_run: StudentRun, config: Config, stage: int, first_step: int, num_samples: int
+    student_run: StudentRun, config: Config, stage: int, first_step: int, num_steps: int, steps_per_epoch: int
 ) -> Callable[[Detector, int], None] | None:
+    """Return the callback that keeps students of one stage, or None if none are kept."""
     if student_run.keep_every is None:
         return None
-    schedule = schedule_of(config.quant.stages[stage - 1], config.train)
-    steps_per_epoch = num_samples // schedule.batch_size
-    every, last = max(round(student_run.keep_every * steps_per_epoch), 1), total_steps(schedule, num_samples)
+    every = max(round(student_run.keep_every * steps_per_epoch), 1)
 
     def keep(model: Detector, step: int) -> None:
-        if step % every == 0 or step == last:
+        if step % every == 0 or step == num_steps:
             done = first_step + step
-            student_run.save(model, config, {"stage": stage, "steps": done, "epochs": done / steps_per_epoch}, f".stage{stage}.step{step}")
+            student_run.save(
+                model, config, StudentFacts(stage=stage, steps=done, epochs=done / steps_per_epoch), f".stage{stage}.step{step}"
+            )
 
     return keep

@@ -1,4 +1,4 @@
-"""Frames become the batches the network is called with. B samples; q frames in each of their queues."""
+"""Collates frames into the batches that the network is called with. B is the batch size, q the number of frames in a queue."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,10 @@ from qdbev.schema import Batch, Frame
 
 
 def queue_batch(queues: list[list[Frame]]) -> tuple[list[Batch], Batch]:
-    """History, oldest first (q - 1 batches), and the current frames of B queues of equal length.
+    """Collates B queues of equal length into q - 1 batches of earlier frames, oldest first, and the batch of the current frames.
 
-    can_bus is relative to the frame before it in the same queue; has_prev is zero for the first frame and where the scene changes.
+    can_bus becomes relative to the previous frame of the same queue. has_prev is zero for the first frame of a queue and where the scene
+    changes.
     """
     relative = [_relative(queue) for queue in queues]
     steps = []
@@ -22,7 +23,13 @@ def queue_batch(queues: list[list[Frame]]) -> tuple[list[Batch], Batch]:
 
 
 def frame_batch(frames: Sequence[Frame], can_bus: Sequence[np.ndarray], has_prev: Sequence[bool]) -> Batch:
-    """One batch of B frames with their relative can_bus (18,) and whether a previous BEV counts; has_prev becomes (B,) float32."""
+    """One batch of B frames.
+
+    Args:
+        frames: One frame of each sample.
+        can_bus: For each frame, (18,) relative to the previous frame.
+        has_prev: For each frame, whether the network may use the previous BEV features; becomes (B,) float32.
+    """
     return Batch(
         images=torch.from_numpy(np.stack([frame.images for frame in frames])),
         lidar2img=torch.from_numpy(np.stack([frame.lidar2img for frame in frames])),
@@ -35,9 +42,9 @@ def frame_batch(frames: Sequence[Frame], can_bus: Sequence[np.ndarray], has_prev
 
 
 def _relative(queue: list[Frame]) -> list[tuple[np.ndarray, bool]]:
-    """can_bus (18,) relative to the previous frame of the queue, and whether that is of the same scene."""
+    """For each frame, can_bus (18,) relative to the previous frame of the queue, and whether that frame is of the same scene."""
     motions = []
-    for previous, frame in zip([None, *queue], queue):  # noqa: B905 (the last frame is nobody's previous)
+    for previous, frame in zip([None, *queue], queue):  # noqa: B905 (one longer: no frame follows the last one)
         continues = previous is not None and previous.scene_token == frame.scene_token
         motions.append((relative_can_bus(frame.can_bus, previous.can_bus if continues else None), continues))
     return motions

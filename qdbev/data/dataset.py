@@ -1,6 +1,6 @@
-"""Key frames of one split as the network wants them, and the short queues of them that training uses.
+"""The dataset of one split: single key frames for evaluation, and short queues of successive key frames for training.
 
-Source of the queue: BEVFormer 66b65f3, nuscenes_dataset.py prepare_train_data.
+Source of the queues: BEVFormer 66b65f3, nuscenes_dataset.py prepare_train_data.
 """
 
 from pathlib import Path
@@ -10,34 +10,36 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from qdbev import can_bus
+from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform, scale_lidar2img
-from qdbev.data.infos import DatasetError, Info, Infos, load_or_build
+from qdbev.data.infos import DatasetError, Info, Infos
 from qdbev.data.transforms import load_images
 from qdbev.schema import Frame
 
 _MAX_DRAWS = 1000
+"""Queues drawn before a split is given up as having too few frames with objects."""
 
 
 class FrameDataset(Dataset):
-    """A split's key frames in order of time.
+    """Key frames of one split in order of time.
 
-    `frame` gives one as it is. `queue` gives what training sees, a function of (seed, epoch, index) alone; as a torch `Dataset` it is
-    indexed by such (epoch, index) pairs, which is what a sampler must give.
+    `frame` returns one key frame without distortion. `queue` returns the successive frames of one training sample, which depend on
+    (seed, epoch, index) only. As a torch `Dataset` it is indexed by pairs (epoch, index), so a sampler must yield such pairs.
     """
 
     def __init__(self, config: DataConfig, pc_range: tuple[float, ...], split: str, training: bool, seed: int) -> None:
-        """Open a split; reads the dataset's tables where that has not been done yet.
+        """Open a split. The dataset's tables are read first if that has not been done yet.
 
-        From here on OpenCV works in the calling thread only, in this whole process: loader processes share the cores as it is, and
-        they would hang in a thread pool that OpenCV had started before they were forked (seen with 4.11, pthreads build).
+        This turns off OpenCV's threads in the whole process. Loader processes use all cores anyway, and a process that is forked after
+        OpenCV has started its thread pool hangs when it uses the pool (seen with OpenCV 4.11, pthreads build).
 
         Args:
             config: Dataset and image settings.
-            pc_range: x, y, z minimum then maximum in metres, lidar frame; objects outside it in x or y are left out.
+            pc_range: x, y, z minimum, then maximum, in metres, lidar frame. Objects outside it in x or y are left out.
             split: Name of an official split of the version, or of one in its `splits.json`.
             training: Distort the images of queues, if `config.photometric` is set as well.
-            seed: Of queues and distortions.
+            seed: Seed of the random queues and distortions.
 
         Raises:
             DatasetError: The dataset or the split is missing or incomplete.
@@ -57,34 +59,34 @@ class FrameDataset(Dataset):
 
     @property
     def padded_hw(self) -> tuple[int, int]:
-        """Height and width of the network's input images."""
+        """Height and width in pixels of the network's input images."""
         return self.transform.padded_hw
 
     def __len__(self) -> int:
+        """Number of key frames."""
         return len(self._indices)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Frame]:
-        """The queue of `key` = (epoch, index)."""
+        """The queue that `key` = (epoch, index) selects."""
         epoch, index = key
         return self.queue(index, epoch)
 
     def info(self, index: int) -> Info:
-        """Calibration, poses and unfiltered boxes of a frame."""
+        """Calibration, poses and all annotated boxes of a frame."""
         return self._infos[self._indices[index]]
 
     def frame(self, index: int) -> Frame:
-        """A frame without distortion."""
+        """One frame, without distortion of its images."""
         return self._frame(index, None)
 
     def queue(self, index: int, epoch: int) -> list[Frame]:
-        """`config.queue_length` frames, oldest first, the last of them frame `index`.
+        """`config.queue_length` frames, oldest first; the last one is frame `index`.
 
-        The earlier ones are drawn from as many frames before it, one of which is left out; they may belong to another scene, and the
-        first frame of the split repeats where there is nothing before it. An index whose queue has a frame without objects is
-        replaced by a random other one.
+        The others are the `queue_length` frames before it without a random one of them. They may belong to another scene, and the first
+        frame of the split is repeated where there is no earlier one. If one of the frames has no objects, another random index is used.
 
         Raises:
-            DatasetError: An image cannot be read, or the split has next to no queue with objects in every frame.
+            DatasetError: An image cannot be read, or hardly any queue of the split has objects in every frame.
         """
         rng = np.random.default_rng((self._seed, epoch, index))
         frames = self._draw(index, rng)
@@ -100,7 +102,7 @@ class FrameDataset(Dataset):
             index = int(rng.integers(len(self)))
         raise DatasetError(
             f"split {self._split!r}: {_MAX_DRAWS} draws gave no queue of {length} frames with objects in each; "
-            f"{int(self._has_objects.sum())} of {len(self)} frames have any in model.pc_range"
+            f"{int(self._has_objects.sum())} of {len(self)} frames have any in model.pc_range; enlarge it, or train on another split"
         )
 
     def _frame(self, index: int, rng: np.random.Generator | None) -> Frame:
@@ -122,7 +124,7 @@ class FrameDataset(Dataset):
         )
 
     def _can_bus(self, info: Info) -> np.ndarray:
-        """(18,) absolute can_bus of its own; see `DataConfig.full_quaternion`."""
+        """A copy of the absolute can_bus (18,), with the whole quaternion if `DataConfig.full_quaternion` is set."""
         absolute = info.can_bus.copy()
         if self._config.full_quaternion:
             absolute[can_bus.ROTATION] = info.quaternion
@@ -130,12 +132,12 @@ class FrameDataset(Dataset):
 
 
 def start_worker(worker: int) -> None:
-    """`worker_init_fn` of a DataLoader: stops it where OpenCV's threads came back after the dataset was opened, instead of hanging."""
+    """`worker_init_fn` for a DataLoader. It fails if OpenCV's threads have been turned on again, since the worker process could hang."""
     assert cv2.getNumThreads() <= 1, f"OpenCV has {cv2.getNumThreads()} threads in loader process {worker}; call cv2.setNumThreads(0)"
 
 
 def _in_range(infos: Infos, pc_range: tuple[float, ...]) -> np.ndarray:
-    """(G,) bool, true for boxes that a sensor measured and whose centre lies strictly inside `pc_range` in x and y."""
+    """(G,) bool, true for boxes with lidar or radar points whose centre is strictly inside `pc_range` in x and y."""
     x_min, y_min, _, x_max, y_max, _ = pc_range
     x, y = infos.boxes[:, 0], infos.boxes[:, 1]
     return (infos.num_points > 0) & (x > x_min) & (x < x_max) & (y > y_min) & (y < y_max)

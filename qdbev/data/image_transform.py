@@ -1,4 +1,4 @@
-"""What happens to every image of a dataset, as sizes and numbers; qdbev/data/transforms.py does it.
+"""Parameters of the image preprocessing: sizes, scale and normalisation. qdbev/data/transforms.py applies them.
 
 Images are scaled first, then padded at the bottom and right up to a multiple, as in BEVFormer 66b65f3
 (datasets/pipelines/transform_3d.py).
@@ -11,29 +11,35 @@ import numpy as np
 from qdbev.data.config import DataConfig
 from qdbev.data.infos import DatasetError
 
-NUSCENES_HW = (900, 1600)
-"""Stored images of nuScenes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """What happens to every image of a dataset. Sizes are (height, width); mean and std (3,) in the network's channel order."""
+    """Preprocessing that is the same for every image of a dataset. Sizes are (height, width) in pixels."""
 
     image_hw: tuple[int, int]
+    """Size of the stored images."""
     scale: float
     scaled_hw: tuple[int, int]
     padded_hw: tuple[int, int]
+    """Size of the network's input images."""
     mean: np.ndarray
+    """(3,) float32 in the network's channel order, on the 0-255 scale."""
     std: np.ndarray
+    """(3,) float32 in the network's channel order, on the 0-255 scale."""
     to_rgb: bool
+    """Reverse the stored order blue, green, red."""
 
 
 def image_transform(config: DataConfig, image_hw: tuple[int, int]) -> ImageTransform:
-    """The transform that `config` asks for, for stored images of size `image_hw`."""
+    """The preprocessing that `config` describes, for stored images of size `image_hw` (height, width).
+
+    Raises:
+        DatasetError: The scaled image would have no pixels.
+    """
     height, width = image_hw
     scaled_hw = (int(height * config.image_scale), int(width * config.image_scale))
     if min(scaled_hw) < 1:
-        raise DatasetError(f"data.image_scale {config.image_scale} leaves nothing of images of {height} x {width}")
+        raise DatasetError(f"data.image_scale {config.image_scale} leaves nothing of images of {height} x {width} pixels; use a larger one")
     multiple = config.pad_multiple
     return ImageTransform(
         image_hw=image_hw,
@@ -47,5 +53,10 @@ def image_transform(config: DataConfig, image_hw: tuple[int, int]) -> ImageTrans
 
 
 def scale_lidar2img(lidar2img: np.ndarray, scale: float) -> np.ndarray:
-    """(..., 4, 4) from the lidar frame to pixels of the scaled image; padding at the bottom and right moves no pixel."""
+    """Matrices (..., 4, 4) from the lidar frame to pixels of the scaled image. Padding at the bottom and right moves no pixel.
+
+    Args:
+        lidar2img: (..., 4, 4) from the lidar frame to pixels of the stored image.
+        scale: Scale of the image.
+    """
     return np.diag((scale, scale, 1.0, 1.0)) @ lidar2img

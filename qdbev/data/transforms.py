@@ -1,7 +1,8 @@
-"""From camera files to the network's input: decode, distort, normalise, scale, pad.
+"""Turns camera image files into the network's input: decodes, scales, distorts, normalises and pads them.
 
-Numbers follow BEVFormer 66b65f3 (datasets/pipelines/transform_3d.py): normalised first, then scaled (bilinear, half-pixel centres, no
-antialiasing), then padded with zeros at the bottom and right. H W image size before, in pixels; images are BGR as OpenCV reads them.
+The numbers equal those of BEVFormer 66b65f3 (datasets/pipelines/transform_3d.py), which normalises first, then scales (bilinear, half-pixel
+centres, no antialiasing), then pads with zeros at the bottom and right. H and W are the stored image's height and width in pixels. Images
+have the channel order blue, green, red, as OpenCV reads them.
 """
 
 from collections.abc import Sequence
@@ -15,15 +16,16 @@ from qdbev.data.infos import DatasetError
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_TAIL = 64
-"""Bytes at the end of a whole JPEG file among which its end marker lies; some writers pad."""
+"""Number of bytes at the end of a JPEG file in which the end marker is searched for, as some writers pad their files."""
 _FIXED_POINT = 256
+"""Pixel values are multiplied by this for scaling in 16-bit integers: eight fractional bits."""
 
 
 def load_images(paths: Sequence[Path], transform: ImageTransform, rng: np.random.Generator | None = None) -> np.ndarray:
-    """(N, 3, *padded_hw) float32 network input from N files; each distorted on its own where `rng` is given.
+    """(N, 3, *padded_hw) float32 network input from N files. If `rng` is given, each image gets a random distortion of its own.
 
     Raises:
-        DatasetError: A file is missing, cut short, no image, or of another size than `transform.image_hw`.
+        DatasetError: A file is missing, truncated, not an image, or not of size `transform.image_hw`.
     """
     out = np.zeros((len(paths), 3, *transform.padded_hw), dtype=np.float32)
     for path, planes in zip(paths, out, strict=True):
@@ -32,70 +34,72 @@ def load_images(paths: Sequence[Path], transform: ImageTransform, rng: np.random
 
 
 def prepare_image(image: np.ndarray, transform: ImageTransform, rng: np.random.Generator | None = None) -> np.ndarray:
-    """(3, *padded_hw) float32 network input from one (H, W, 3) uint8 BGR image; distorted where `rng` is given."""
+    """(3, *padded_hw) float32 network input from one (H, W, 3) uint8 BGR image, randomly distorted if `rng` is given."""
     planes = np.zeros((3, *transform.padded_hw), dtype=np.float32)
     _write_planes(image, transform, rng, planes)
     return planes
 
 
 def read_image(path: Path, image_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 BGR pixels as stored; an orientation tag is not obeyed.
+    """(H, W, 3) uint8 BGR pixels of a file; an orientation tag is ignored.
 
     Raises:
-        DatasetError: The file is missing, cut short, no image, or not of size `image_hw`.
+        DatasetError: The file is missing, truncated, not an image, or not of size `image_hw` (height, width).
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DatasetError(f"cannot read the image {path} ({error.strerror}); bring the file back, or unpack the dataset again") from error
-    cut_short = content.startswith(_JPEG_START) and _JPEG_END not in content[-_JPEG_TAIL:]  # which libjpeg fills with grey
+        raise DatasetError(f"cannot read the image {path} ({error.strerror}); restore the file, or unpack the dataset again") from error
+    truncated = content.startswith(_JPEG_START) and _JPEG_END not in content[-_JPEG_TAIL:]  # libjpeg would fill the rest with grey
     image = None
-    if content and not cut_short:
+    if content and not truncated:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if image is None:
-        what = f"cut short at {len(content)} bytes" if cut_short or not content else "no image"
-        raise DatasetError(f"{path} is {what}; copy or unpack it again")
+        problem = f"truncated after {len(content)} bytes" if truncated or not content else "not an image"
+        raise DatasetError(f"{path} is {problem}; copy or unpack it again")
     if image.shape[:2] != tuple(image_hw):
         found, wanted = (f"{height} x {width}" for height, width in (image.shape[:2], image_hw))
-        raise DatasetError(f"{path} is {found} pixels (height x width), the tables say {wanted}; bring the original back")
+        raise DatasetError(f"{path} is {found} pixels (height x width), the tables say {wanted}; restore the original")
     return image
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) float32 BGR, 0 to 255, with random brightness, contrast, saturation, hue and channel order; not clipped.
+    """(H, W, 3) float32 BGR, 0 to 255, with random brightness, contrast, saturation, hue and channel order. It is not clipped.
 
     Source: SSD (ECCV 2016), section 2.2; BEVFormer 66b65f3, PhotoMetricDistortionMultiViewImage.
     """
-    if _heads(rng):
+    if _coin_flip(rng):
         image = image + np.float32(rng.uniform(-32, 32))
-    contrast_first = _heads(rng)
-    if contrast_first and _heads(rng):
+    contrast_first = _coin_flip(rng)
+    if contrast_first and _coin_flip(rng):
         image = image * np.float32(rng.uniform(0.5, 1.5))
     hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_BGR2HSV))  # hue in degrees
-    if _heads(rng):
+    if _coin_flip(rng):
         saturation *= np.float32(rng.uniform(0.5, 1.5))
-    if _heads(rng):
+    if _coin_flip(rng):
         hue += np.float32(rng.uniform(-18, 18))
         hue += np.float32(360) * (hue < 0) - np.float32(360) * (hue > 360)  # OpenCV 4.11 misreads a negative hue in its vector code
     image = cv2.cvtColor(cv2.merge((hue, saturation, value)), cv2.COLOR_HSV2BGR)
-    if not contrast_first and _heads(rng):
+    if not contrast_first and _coin_flip(rng):
         image *= np.float32(rng.uniform(0.5, 1.5))
-    if _heads(rng):
+    if _coin_flip(rng):
         channels = cv2.split(image)
         image = cv2.merge([channels[i] for i in rng.permutation(3)])
     return image
 
 
-def _heads(rng: np.random.Generator) -> bool:
+def _coin_flip(rng: np.random.Generator) -> bool:
+    """True or False with equal probability."""
     return bool(rng.random() < 0.5)
 
 
 def _write_planes(image: np.ndarray, transform: ImageTransform, rng: np.random.Generator | None, planes: np.ndarray) -> None:
-    """Fill `planes` (3, *padded_hw), whose padding is zero already, from an (H, W, 3) uint8 BGR image.
+    """Write the network input of an (H, W, 3) uint8 BGR image into `planes` (3, *padded_hw), which is zero in the padding already.
 
-    Scaling is linear, so it may come before the normalisation, on fewer pixels; only its rounding would show. Eight fractional bits
-    of fixed point make it exact for scales of 1/2, 4/5 and 1 and right to 1/512 of a grey level for others. Distortion comes after it
-    for the same reason; upstream distorts first, which differs only in hue and saturation at edges.
+    Scaling and normalisation are linear, so scaling comes first here: normalisation then has fewer pixels to process. Only the rounding
+    of the scaled values differs. With eight fractional bits of fixed point they are exact for scales of 1/2, 4/5 and 1, and right to
+    1/512 of a grey level for others. Distortion follows scaling for the same reason; BEVFormer distorts first, which gives other hues and
+    saturations at edges only.
     """
     height, width = transform.scaled_hw
     pixels = np.multiply(image, _FIXED_POINT, dtype=np.uint16)

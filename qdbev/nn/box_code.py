@@ -1,4 +1,4 @@
-"""Box <-> the head's ten numbers.
+"""Converts boxes to the ten numbers that a head predicts (the box code) and back.
 
 A box is (x, y, z, w, l, h, yaw, vx, vy): gravity centre, metres, radians, metres a second, lidar frame, yaw in the SECOND
 convention (yaw = -yaw_nuscenes - pi/2). Its code is (cx, cy, log w, log l, cz, log h, sin yaw, cos yaw, vx, vy).
@@ -13,19 +13,19 @@ from qdbev.schema import Detections
 
 
 def encode(boxes: Tensor) -> Tensor:
-    """(..., 9) boxes as (..., 10) codes. Sizes of zero give -inf, which the criterion leaves out."""
+    """Convert (..., 9) boxes to (..., 10) codes. Sizes of zero become -inf, which the detection loss leaves out."""
     x, y, z, w, l, h, yaw, vx, vy = boxes.unbind(-1)  # noqa: E741
     return torch.stack((x, y, w.log(), l.log(), z, h.log(), yaw.sin(), yaw.cos(), vx, vy), -1)
 
 
 def from_code(code: Tensor) -> Tensor:
-    """(..., 10) codes as (..., 9) boxes."""
+    """Convert (..., 10) codes to (..., 9) boxes."""
     x, y, log_w, log_l, z, log_h, sin, cos, vx, vy = code.unbind(-1)
     return torch.stack((x, y, z, log_w.exp(), log_l.exp(), log_h.exp(), torch.atan2(sin, cos), vx, vy), -1)
 
 
 def decode(cls_logits: Tensor, box_code: Tensor, max_boxes: int, post_center_range: tuple[float, ...]) -> list[Detections]:
-    """Detections of each sample: the best `max_boxes` pairs of query and class, without suppression or threshold.
+    """Decode the detections of each sample: the best `max_boxes` pairs of query and class, without suppression or threshold.
 
     Args:
         cls_logits: (B, Q, classes) of the last decoder layer.

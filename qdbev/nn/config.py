@@ -8,20 +8,22 @@ from qdbev.settings import require
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A bottleneck ResNet; the standard ones are depths (3, 4, 6, 3) and (3, 4, 23, 3) at width 64."""
+    """Settings of a bottleneck ResNet. ResNet-50 has depths (3, 4, 6, 3), ResNet-101 (3, 4, 23, 3), both width 64."""
 
     depths: tuple[int, ...] = (3, 4, 6, 3)
+    """Number of blocks of each stage."""
     width: int = 64
-    """Planes of the first stage; stage k has width * 2**k planes and four times as many outputs."""
+    """Planes of the first stage; stage k has width * 2**k planes and four times as many output channels."""
     style: Literal["pytorch", "caffe"] = "pytorch"
-    """Where the stride of a bottleneck sits: on the 3x3 convolution (pytorch) or on the first 1x1 (caffe)."""
+    """Convolution of a bottleneck that has the stride: the 3x3 (pytorch) or the first 1x1 (caffe)."""
     deformable_stages: tuple[int, ...] = ()
     """Stages (from 0) whose 3x3 convolutions are modulated deformable ones (DCNv2)."""
     out_stages: tuple[int, ...] = (3,)
+    """Stages (from 0) whose outputs the neck reads."""
     frozen_stages: int = 1
-    """Number of stages kept fixed together with the stem; -1 trains everything."""
+    """Number of stages that are not trained, in addition to the stem; -1 trains everything."""
     norm_eval: bool = True
-    """Batch norm uses its stored statistics during training, and its affine is fixed."""
+    """Batch norm uses its stored statistics during training, and its scale and shift are not trained."""
 
     def __post_init__(self) -> None:
         require(bool(self.out_stages), "model.backbone.out_stages is empty")

@@ -1,4 +1,4 @@
-"""Camera images to feature levels: bottleneck ResNet and feature pyramid.
+"""Encodes camera images to feature levels: a bottleneck ResNet and a feature pyramid.
 
 Source: ResNet (arXiv:1512.03385) in the "pytorch" and "caffe" arrangements of mmdet 2.14.0; FPN (arXiv:1612.03144).
 """
@@ -10,10 +10,11 @@ from qdbev.nn.config import BackboneConfig
 from qdbev.ops.deform_conv import DeformConv2d
 
 EXPANSION = 4
+"""Output channels of a bottleneck for each of its planes."""
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with a residual; the stride sits on the 3x3 (pytorch) or on the first 1x1 (caffe)."""
+    """Convolutions 1x1, 3x3, 1x1 with a residual; the 3x3 (pytorch) or the first 1x1 (caffe) has the stride."""
 
     def __init__(self, in_channels: int, planes: int, stride: int, style: str, deformable: bool) -> None:
         super().__init__()
@@ -32,14 +33,14 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, planes * 4, H / stride, W / stride)."""
+        """Map (B, C, H, W) to (B, planes * 4, H / stride, W / stride)."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         return self.relu(self.bn3(self.conv3(out)) + self.downsample(x))
 
 
 class ResNet(nn.Module):
-    """Stages that nothing reads are not built."""
+    """A bottleneck ResNet without classifier, built up to the last stage whose output is read."""
 
     norm_pairs = (("conv1", "bn1"),)
 
@@ -68,11 +69,11 @@ class ResNet(nn.Module):
 
     @property
     def out_channels(self) -> list[int]:
-        """Channels of each output."""
+        """Number of channels of each output."""
         return [self.config.width * 2**stage * EXPANSION for stage in self.config.out_stages]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) to one (B, C, H / 2**(k+2), W / 2**(k+2)) per output stage k."""
+        """Encode images (B, 3, H, W); returns (B, C, H / 2**(k+2), W / 2**(k+2)) for each output stage k."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         outputs = []
         for index, name in enumerate(self.stages):
@@ -82,7 +83,7 @@ class ResNet(nn.Module):
         return outputs
 
     def train(self, mode: bool = True) -> "ResNet":
-        """As usual, except that batch norm keeps its stored statistics under `norm_eval`."""
+        """Set the training mode; with `norm_eval` batch norm stays in evaluation mode and uses its stored statistics."""
         super().train(mode)
         if self.config.norm_eval:
             for module in self.modules():
@@ -102,7 +103,10 @@ class ResNet(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """1x1 laterals, top-down nearest upsampling, 3x3 outputs; no norm, no activation; extra levels by stride-2 convolution."""
+    """A feature pyramid: 1x1 laterals, top-down nearest upsampling and 3x3 outputs, without norm and activation.
+
+    Levels beyond those of the backbone are made by stride-2 convolutions.
+    """
 
     def __init__(self, in_channels: list[int], embed_dim: int, num_levels: int) -> None:
         super().__init__()
@@ -115,7 +119,7 @@ class FeaturePyramid(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """One (B, embed_dim, h, w) per level, finest first."""
+        """Merge the backbone's outputs, finest first; returns (B, embed_dim, h, w) for each level, finest first."""
         merged = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
         for fine in range(len(merged) - 2, -1, -1):
             merged[fine] = merged[fine] + F.interpolate(merged[fine + 1], size=merged[fine].shape[-2:], mode="nearest")

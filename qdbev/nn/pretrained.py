@@ -1,20 +1,23 @@
-"""First weights of a training: the backbone, and the neck where it fits, of a network trained for something else.
+"""Starts a training from a published network: its backbone, and its neck if all of the neck fits.
 
-Three kinds of file, all with the ResNet's usual names (conv1, bn1, layer1.0.conv1, ..., layer1.0.downsample.0): a classifier of
-torchvision (with fc, for `tiny`); a caffe network as mmdet converts it (no fc, no num_batches_tracked; conv1.bias in some, mmdetection's
-logs name it); a whole detector, with backbone, neck and head under img_backbone, img_neck, ... or mmdet's backbone, neck, bbox_head.
-Of the third kind is r101_dcn_fcos3d_pretrain.pth, from which the official `small` and `base` start: DETR3D's fcos3d.pth without its
-optimizer (fundamentalvision/BEVFormer issue 118), an FCOS3D (configs/_base_/models/fcos3d.py of mmdetection3d: an FPN on stages 2 to 4
-with five outputs). Its keys are listed nowhere; a sibling was made by renaming backbone to img_backbone (zehuichen123/BEVDistill issue
-3), so a neck counts only beside a backbone of the same family of names, as it does upstream.
+Three kinds of file are accepted, all with the ResNet's usual names (conv1, bn1, layer1.0.conv1, ..., layer1.0.downsample.0):
 
-Upstream's `load_from` is mmcv's non-strict loading: it warns, and takes tensor by tensor what fits. Here the backbone is taken whole or
-refused, and the neck whole or not at all: `base` takes an FCOS3D's laterals and first four outputs, `small` nothing of that neck, where
-upstream would take one output without its lateral.
+- a classifier of torchvision, which has an `fc` layer (for `tiny`);
+- a caffe network as mmdet converts it, without `fc` and num_batches_tracked, some with a conv1.bias;
+- a whole detector, with backbone, neck and head under img_backbone, img_neck, ... or under mmdet's backbone, neck, bbox_head.
 
-The keys show neither the channel order of the images nor where a bottleneck's stride sits. torchvision's networks see RGB and have the
-stride on the 3x3 convolution, as `tiny`; `small` and `base` are caffe networks, BGR with the stride on the first 1x1. torchvision's
-ResNet-101 fits their keys and is the wrong network for them.
+The third kind includes r101_dcn_fcos3d_pretrain.pth, from which the official `small` and `base` start. It is DETR3D's fcos3d.pth without
+the optimizer (fundamentalvision/BEVFormer issue 118), that is an FCOS3D (configs/_base_/models/fcos3d.py of mmdetection3d: an FPN on
+stages 2 to 4 with five outputs). Its keys are not published. A sibling of it was made by renaming backbone to img_backbone
+(zehuichen123/BEVDistill issue 3), so a neck is loaded only if its prefix belongs to that of the backbone, as it is upstream.
+
+Upstream's `load_from` is mmcv's non-strict loading, which loads each tensor that fits and warns about the others. Here the backbone is
+loaded whole or refused, and the neck whole or not at all. `base` loads an FCOS3D's laterals and first four outputs. `small` loads nothing
+of that neck, where upstream would load one output without its lateral.
+
+The keys show neither the channel order of the images nor which convolution of a bottleneck has the stride. torchvision's networks are
+trained on RGB and have the stride on the 3x3 convolution, as `tiny`. `small` and `base` are caffe networks: BGR, with the stride on the
+first 1x1 convolution. torchvision's ResNet-101 has their keys and is the wrong network for them.
 """
 
 import re
@@ -23,48 +26,56 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.official import BACKBONE, Differences, backbone_prefix, groups, official_shapes, translate
-
-NECK = "img_neck."
+from qdbev.detector import Detector
+from qdbev.nn.state_dict import Differences, OfficialKeys, backbone_prefix, key_groups
 
 
-def load_pretrained(model: BEVFormer, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Start `model` from the backbone of `state_dict`, and from its neck if all of it fits.
+def load_pretrained(model: Detector, state_dict: Mapping[str, Tensor], keys: OfficialKeys) -> list[str]:
+    """Load the backbone of `state_dict` into `model`, and the neck if all of it fits.
 
-    Three things may be absent, and then keep their initialisation: num_batches_tracked, the neck, and, when the file's network has no
-    deformable convolution, the layers that predict offsets. Those start at zero as in mmdet, which is a plain convolution with all
-    nine masks at one half.
+    Three things may be absent from the file and then keep their initialisation: num_batches_tracked; the neck; and, if the file's network
+    has no deformable convolution, the layers that predict offsets. Those start at zero as in mmdet, which makes a deformable convolution
+    a plain one with all nine masks at one half.
+
+    Args:
+        keys: Table of the model's official names.
 
     Returns:
-        What was loaded, what keeps its initialisation and what was ignored, a line each.
+        Lines that say what was loaded, what keeps its initialisation and what was ignored.
 
     Raises:
         ValueError: The file's backbone is not this model's; the message lists the differences and nothing is loaded.
     """
     prefix = backbone_prefix(state_dict)
     if prefix is None:
-        raise ValueError("the file holds no bottleneck ResNet, neither under img_backbone or backbone nor on its own")
+        raise ValueError("the file holds no bottleneck ResNet, neither under img_backbone or backbone nor without a prefix")
     own = model.state_dict()
-    shapes = official_shapes(own)
-    backbone, absent = _backbone(state_dict, shapes, prefix)
-    neck, neck_line = _neck(state_dict, shapes, prefix)
+    shapes = keys.shapes(own)
+    backbone, absent = _backbone(state_dict, shapes, prefix, keys.backbone)
+    neck, neck_line = _neck(state_dict, shapes, prefix, keys.neck)
     for key, source in {**backbone, **neck}.items():
-        own.update(translate(key, state_dict[source], own))
+        own.update(keys.translate(key, state_dict[source], own))
     model.load_state_dict(own)
-    report = [f"backbone: {len(backbone)} tensors loaded", *absent, neck_line, "encoder, decoder, head: keep their initialisation"]
+    report = [f"backbone: {len(backbone)} tensors loaded", *absent, neck_line, "rest of the detector: keeps its initialisation"]
     loaded = {*backbone.values(), *neck.values()}
     rest = [key for key in state_dict if key not in loaded]
-    biases = [key for key in rest if _adds_nothing(key, state_dict[key], prefix)]
+    biases = [key for key in rest if _is_zero_bias(key, state_dict[key], prefix)]
     if biases:
         report.append(f"ignored: {len(biases)} biases of convolutions, all zero ({biases[0]})")
-    others = groups(key for key in rest if key not in biases)
-    return report + [f"ignored: {name} ({len(keys)} tensors)" for name, keys in others.items()]
+    others = key_groups(key for key in rest if key not in biases)
+    return report + [f"ignored: {name} ({len(members)} tensors)" for name, members in others.items()]
 
 
-def _backbone(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str) -> tuple[dict[str, str], list[str]]:
-    """Official key of each backbone tensor to the file's, and a line for each kind of tensor the file may lack."""
-    sources = {key: prefix + key.removeprefix(BACKBONE) for key in shapes if key.startswith(BACKBONE)}
+def _backbone(
+    state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str
+) -> tuple[dict[str, str], list[str]]:
+    """Map the official key of each backbone tensor to the file's, and report each kind of tensor that the file may lack and lacks.
+
+    Args:
+        prefix: Prefix of the backbone's keys in the file.
+        official: Prefix of the backbone's official keys.
+    """
+    sources = {key: prefix + key.removeprefix(official) for key in shapes if key.startswith(official)}
     counters = [key for key, source in sources.items() if key.endswith("num_batches_tracked") and source not in state_dict]
     plain = not any("conv_offset." in key for key in state_dict)
     offsets = [key for key in sources if plain and "conv_offset." in key]
@@ -74,7 +85,7 @@ def _backbone(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]
     found = {
         key: value.shape
         for key, value in state_dict.items()
-        if key.startswith(prefix) and not _is_classifier(key, prefix) and not _adds_nothing(key, value, prefix)
+        if key.startswith(prefix) and not _is_classifier(key, prefix) and not _is_zero_bias(key, value, prefix)
     }
     if differences := Differences(found, expected):
         raise ValueError(f"the file's backbone is not this model's: {differences}")
@@ -90,14 +101,19 @@ def _is_classifier(key: str, prefix: str) -> bool:
     return not prefix and key.startswith("fc.")
 
 
-def _adds_nothing(key: str, value: Tensor, prefix: str) -> bool:
-    """Whether this is the bias of a convolution that has none here, and zero; out of caffe some come so."""
+def _is_zero_bias(key: str, value: Tensor, prefix: str) -> bool:
+    """Return whether a tensor is the all-zero bias of a convolution that has no bias here; some files converted from caffe have these."""
     return key.startswith(prefix) and re.search(r"\b(conv\d|downsample\.0)\.bias$", key) is not None and not value.any()
 
 
-def _neck(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str) -> tuple[dict[str, str], str]:
-    """Official key of each neck tensor to the file's, or none of them where one does not fit; and a line that says which."""
-    sources = {key: prefix.replace("backbone", "neck") + key.removeprefix(NECK) for key in shapes if key.startswith(NECK)}
+def _neck(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str) -> tuple[dict[str, str], str]:
+    """Map the official key of each neck tensor to the file's, or map nothing if one does not fit; and a line that says which.
+
+    Args:
+        prefix: Prefix of the backbone's keys in the file.
+        official: Prefix of the neck's official keys.
+    """
+    sources = {key: prefix.replace("backbone", "neck") + key.removeprefix(official) for key in shapes if key.startswith(official)}
     for key, source in sources.items():
         if not prefix or source not in state_dict:
             return {}, f"neck: keeps its initialisation; the file has no {source if prefix else 'neck'}"

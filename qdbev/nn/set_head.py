@@ -1,4 +1,4 @@
-"""Decoder states to class logits and box codes; every decoder layer has branches of its own.
+"""Predicts class logits and box codes from decoder states; every decoder layer has branches of its own.
 
 Source: bevformer dense_heads/bevformer_head.py at 66b65f3.
 """
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from qdbev.schema import CODE_SIZE
 
 _FOREGROUND_PRIOR = 0.01
+"""Probability of each class that the freshly initialised head predicts."""
 
 
 class Decoded(NamedTuple):
-    """One decoder layer's result.
+    """Result of one decoder layer.
 
-    state: (B, Q, C).
-    regression: (B, Q, 10) of this layer's box branch.
+    state: (B, Q, C) state of the object queries.
+    regression: (B, Q, 10) output of this layer's box branch.
     reference: (B, Q, 3) logits of the (x, y, z) that entered the layer, to which the regression adds.
     """
 
@@ -28,7 +29,7 @@ class Decoded(NamedTuple):
 
 
 class SetHead(nn.Module):
-    """Classification and regression branches, one of each for every decoder layer."""
+    """Classification branches and regression branches, one of each for every decoder layer."""
 
     def __init__(self, embed_dim: int, num_classes: int, num_layers: int, pc_range: tuple[float, ...]) -> None:
         super().__init__()
@@ -47,7 +48,7 @@ class SetHead(nn.Module):
             nn.init.constant_(branch[-1].bias, -math.log((1 - _FOREGROUND_PRIOR) / _FOREGROUND_PRIOR))
 
     def forward(self, decoded: list[Decoded]) -> tuple[Tensor, Tensor]:
-        """(layers, B, Q, classes) logits and (layers, B, Q, 10) box codes in metres."""
+        """Return (layers, B, Q, classes) logits and (layers, B, Q, 10) box codes in metres, lidar frame."""
         logits = [branch(layer.state) for branch, layer in zip(self.cls_branches, decoded, strict=True)]
         return torch.stack(logits), torch.stack([self._box_code(layer) for layer in decoded])
 

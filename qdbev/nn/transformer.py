@@ -1,4 +1,4 @@
-"""Transformer blocks that several detectors share; each adds its input, and leaves normalisation to its caller.
+"""Transformer blocks that several detectors share. Each adds its input to its result; the caller normalises.
 
 Source: Attention Is All You Need (arXiv:1706.03762), section 3.2; mmcv 1.4.0 bricks/transformer.py.
 
@@ -11,7 +11,7 @@ from qdbev.ops.matmul import Matmul
 
 
 def output_projection(embed_dim: int) -> nn.Linear:
-    """A linear layer (..., embed_dim) to (..., embed_dim) with Xavier weights and zero bias."""
+    """Build a linear layer (..., embed_dim) to (..., embed_dim) with Xavier weights and zero bias."""
     layer = nn.Linear(embed_dim, embed_dim)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -19,7 +19,7 @@ def output_projection(embed_dim: int) -> nn.Linear:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention among object queries, as nn.MultiheadAttention, with every product a module of its own."""
+    """Multi-head attention among object queries, as nn.MultiheadAttention; each product is a module, so that it can be quantized."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor) -> Tensor:
-        """query, query_pos (B, Q, C): (B, Q, C), with `query` added."""
+        """Map query and query_pos, both (B, Q, C), to (B, Q, C), with `query` added."""
         B, Q, C = query.shape
         positioned = query + query_pos
         q, k, v = (
@@ -45,7 +45,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with a ReLU between."""
+    """Two linear layers with a ReLU between them."""
 
     def __init__(self, embed_dim: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -57,5 +57,5 @@ class FeedForward(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, Q, C) to (B, Q, C), with `x` added."""
+        """Map (B, Q, C) to (B, Q, C), with `x` added."""
         return self.dropout(self.linear2(self.dropout(self.relu(self.linear1(x))))) + x

@@ -1,1 +1,1 @@
-"""The operators a deployed graph keeps as single nodes, and the leaves that quantization swaps; PyTorch is their truth."""
+"""Operators that a deployed graph keeps as single nodes, and modules that quantization replaces; PyTorch defines their results."""

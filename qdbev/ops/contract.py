@@ -1,7 +1,7 @@
-"""The contract of each custom operator: its name, inputs, attributes and output shape, stated once.
+"""The contract of each custom operator: its name, inputs, attributes and output shape.
 
-PyTorch (`torch.ops.qdbev.<torch_name>`), the ONNX node and its function body, the CUDA kernels and the TensorRT plugins all read it
-from here. What the numbers mean is in the docstrings of qdbev/ops/{msda,sca,deform_conv}.py.
+This is the only place that states them. PyTorch (`torch.ops.qdbev.<torch_name>`), the ONNX node and its function body, the CUDA kernels and
+the TensorRT plugins all read it from here. The meaning of the inputs is described in qdbev/ops/msda.py, sca.py and deform_conv.py.
 
 B batch, N cameras, S keys of all levels, M heads, C channels of a head, Q queries, D pillar points, L levels, P points of a level.
 """
@@ -18,41 +18,44 @@ OPSET = 18
 """ONNX operator set of the deployed graph and of the function bodies."""
 
 Shape = tuple[int, ...]
+"""Shape of a tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """One operator. `name` is the ONNX node type and the TensorRT plugin; `torch_name` names the PyTorch operator."""
+    """Contract of one operator."""
 
     name: str
+    """Type of the ONNX node and name of the TensorRT plugin."""
     torch_name: str
+    """Name of the PyTorch operator in the namespace `DOMAIN`."""
     inputs: tuple[str, ...]
     """Names of the inputs, in order."""
-    attributes: Mapping[str, Literal["int", "ints"]]
+    attributes: Mapping[str, Literal["int", "ints"]] = field(hash=False)
     """The node's own attributes and their types."""
     output_shape: Callable[[Mapping[str, Sequence[int]]], Shape] = field(repr=False)
-    """Shape of the only output from the shapes of the inputs by name."""
+    """Function that gives the shape of the only output from the shapes of the inputs, which it takes by name."""
 
     @property
     def has_integer_value(self) -> bool:
-        """True for the form that reads an int8 value and its scale."""
+        """True for an operator that reads an int8 value and its scale."""
         return "value_scale" in self.inputs
 
     @property
     def value_inputs(self) -> tuple[str, ...]:
-        """The first inputs, which carry features and may be float16 or int8. All others are coordinates and logits in float32."""
+        """Names of the leading inputs, which are features and may be float16 or int8. All others are coordinates and logits in float32."""
         return self.inputs[:2] if self.has_integer_value else self.inputs[:1]
 
 
 def _attended(shapes: Mapping[str, Sequence[int]]) -> Shape:
-    """(B, Q, M * C)."""
+    """Output shape of both attentions, (B, Q, M * C)."""
     batch, num_query = shapes["attention_logits"][:2]
     heads, channels = shapes["value"][-2:]
     return batch, num_query, heads * channels
 
 
 def _columns(shapes: Mapping[str, Sequence[int]]) -> Shape:
-    """(B, C * 9, h, w)."""
+    """Output shape of the gather, (B, C * 9, h, w)."""
     batch, channels = shapes["x"][:2]
     taps, height, width = shapes["mask"][1:]
     return batch, channels * taps, height, width
@@ -65,7 +68,7 @@ MSDA = Operator(
     attributes={"level_hw": "ints"},
     output_shape=_attended,
 )
-"""Deformable attention; `level_hw` is h0, w0, h1, w1, ..."""
+"""Deformable attention to one set of feature levels; the attribute `level_hw` is the list h0, w0, h1, w1, ..."""
 SCA = Operator(
     name="SpatialCrossAttention",
     torch_name="spatial_cross_attention",
@@ -81,22 +84,24 @@ IM2COL = Operator(
     attributes={"stride": "int"},
     output_shape=_columns,
 )
-"""The gather of a modulated deformable convolution."""
+"""Gather of the columns of a modulated deformable convolution; the matrix product follows as an ordinary node."""
 
 
 def with_integer_value(operator: Operator) -> Operator:
-    """The form of an attention whose `value` is int8, followed by the input `value_scale` (): one int8 step in units of the value."""
+    """The variant of an attention whose `value` is int8, followed by an input `value_scale` (), the size of one int8 step."""
     first, *others = operator.inputs
     return replace(operator, name=f"{operator.name}Int8", inputs=(first, "value_scale", *others))
 
 
 MSDA_INT8 = with_integer_value(MSDA)
+"""`MSDA` with an int8 value."""
 SCA_INT8 = with_integer_value(SCA)
+"""`SCA` with an int8 value."""
 
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (MSDA, SCA, IM2COL, MSDA_INT8, SCA_INT8)}
 """All operators by ONNX name."""
 INTEGER_FORMS: dict[str, Operator] = {MSDA.name: MSDA_INT8, SCA.name: SCA_INT8}
-"""The integer form of each operator that has one, by the name of its float form."""
+"""Variants with an int8 value, by the ONNX name of the float operator."""
 
 PLUGIN_ATTRIBUTES = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
-"""Attributes of every node by which TensorRT finds the registered plugin; it takes that before the node's function body."""
+"""Node attributes by which TensorRT finds the registered plugin, which it prefers to the function body of the node."""

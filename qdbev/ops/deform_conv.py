@@ -1,7 +1,7 @@
-"""Modulated deformable convolution (DCNv2) as a gather of columns and an ordinary matrix product that quantizes like any other.
+"""Modulated deformable convolution (DCNv2), split into a gather of columns and a 1x1 convolution that is quantized like any other.
 
-The gather is an operator: one node of domain `qdbev` in the exported graph, with a local function of the same name as its body
-(export/functions.py). With the product behind it, it can be exchanged for ONNX's own DeformConv (export/deform_conv.py).
+The gather is a custom operator: one node of domain `qdbev` in the exported graph, with an ONNX local function of the same name as its body
+(export/bodies/im2col.py). export/deform_conv.py can replace the gather and the product after it by ONNX's own DeformConv.
 Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
 """
 
@@ -11,12 +11,13 @@ from torch import Tensor, library, nn
 
 
 class DeformConv2d(nn.Module):
-    """3x3 modulated deformable convolution, padding 1, one deform group, no bias, with the layer that predicts its offsets.
+    """3x3 modulated deformable convolution with padding 1, one deform group and no bias, and the layer that predicts its offsets.
 
-    `offset` gives 27 channels: (dy, dx) for each of the nine kernel positions, row-major, then nine mask logits.
+    The layer `offset` has 27 output channels: (dy, dx) for each of the nine kernel positions, row-major, then nine mask logits.
     """
 
     TAPS = 9
+    """Number of kernel positions."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -27,21 +28,25 @@ class DeformConv2d(nn.Module):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, out_channels, H / stride, W / stride)."""
+        """Convolve `x` (B, C, H, W); returns (B, out_channels, H / stride, W / stride)."""
         offsets, mask = self.offset(x).split((2 * self.TAPS, self.TAPS), dim=1)
         return self.product(modulated_deformable_im2col(x, offsets, mask.sigmoid(), self.stride))
 
 
 def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
-    """The 3x3 neighbourhood of each output position, read at shifted places.
+    """Read the nine kernel positions around each output position, each shifted by its offset and multiplied by its mask.
+
+    Samples are interpolated bilinearly, and are zero outside the map. While a model is exported, this function calls the custom operator,
+    which becomes one ONNX node.
 
     Args:
-        x: (B, C, H, W).
-        offsets: (B, 18, h, w) pixels, (dy, dx) for each kernel position.
+        x: (B, C, H, W) features.
+        offsets: (B, 18, h, w) pixels, (dy, dx) for each kernel position, row-major.
         mask: (B, 9, h, w) factor of each kernel position.
+        stride: Distance in pixels between the centres of neighbouring output positions.
 
     Returns:
-        (B, C * 9, h, w) with the kernel position as the fast axis; samples outside read zero.
+        (B, C * 9, h, w) with the kernel position as the fast axis.
     """
     if torch.compiler.is_exporting():
         return torch.ops.qdbev.modulated_deformable_im2col(x, offsets, mask, stride)

@@ -1,13 +1,14 @@
-"""Multi-scale deformable attention: one contract, several implementations that must agree.
+"""Multi-scale deformable attention: one contract, and several implementations that must give the same results.
 
-    here       PyTorch; trains, runs anywhere, and is what every other implementation is compared with
-    CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
-    TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
+    here       PyTorch; can be trained, runs on any device, and is the reference for all other implementations
+    CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/msda.py)
+    TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
 
-Softmax and reference + offset arithmetic belong to the operator. Source: Deformable DETR (arXiv:2010.04159), equation 3.
+The softmax over the logits and the sum of reference points and offsets are part of the operator. Source: Deformable DETR
+(arXiv:2010.04159), equation 3.
 
-B batch, S keys of all levels, M heads, C channels a head, Q queries, L levels, P points.
+B batch, S keys of all levels, M heads, C channels of a head, Q queries, L levels, P points of a level.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from torch import Tensor, library, nn
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """The operator as a module, so that quantization can put a quantizer on `value`."""
+    """The operator as a module, so that quantization can put a quantizer on its argument `value`."""
 
     quantized_inputs = (0,)
+    """Indices of the arguments that quantization puts quantizers on."""
 
     def forward(
         self,
@@ -30,24 +32,31 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_logits: Tensor,
         level_hw: Sequence[tuple[int, int]],
     ) -> Tensor:
-        """Args and result as `multi_scale_deformable_attention`."""
+        """Arguments and result are those of `multi_scale_deformable_attention`."""
         return multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, level_hw)
 
 
 def multi_scale_deformable_attention(
     value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Attend to a few points around each query's reference.
+    """Attend to a few points around the reference point of each query.
+
+    Nothing at the call says which implementation runs; it depends on the situation:
+    - While a model is exported, this function calls the custom operator `torch.ops.qdbev.multi_scale_deformable_attention`, which becomes
+      one ONNX node.
+    - For CUDA tensors of which none needs a gradient (`evaluated_on_gpu`), it calls the same operator. The operator runs the CUDA kernel
+      if `plugins.torch_ops.install()` was called in this process, and the PyTorch code of this file otherwise.
+    - In all other cases, training on a GPU included, it runs the PyTorch code of this file.
 
     Args:
-        value: (B, S, M, C) projected keys, levels concatenated in the order of `level_hw`.
+        value: (B, S, M, C) projected keys, with the levels concatenated in the order of `level_hw`.
         reference_points: (B, Q, 2) as (x, y) in 0..1; (0, 0) and (1, 1) are the outer corners of the corner cells.
         sampling_offsets: (B, Q, M, L, P, 2) as (x, y), in cells of each level.
-        attention_logits: (B, Q, M, L, P), softmaxed over (L, P) together.
-        level_hw: Height and width of each level; static, so the exported graph is too.
+        attention_logits: (B, Q, M, L, P); the softmax runs over L and P together.
+        level_hw: Height and width of each level in cells; constants of an exported graph.
 
     Returns:
-        (B, Q, M * C). Samples outside a level read zero.
+        (B, Q, M * C). Samples are interpolated bilinearly, and are zero outside a level.
 
     Raises:
         ValueError: `level_hw` does not add up to S.
@@ -60,27 +69,37 @@ def multi_scale_deformable_attention(
 
 
 def evaluated_on_gpu(*tensors: Tensor) -> bool:
-    """Whether these are CUDA tensors and no gradient is asked for: the operator is called, which may have a kernel."""
+    """True for CUDA tensors of which none needs a gradient now. Attention then calls the custom operator, which may have a CUDA kernel."""
     return tensors[0].is_cuda and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _sampled(
     value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """The equation."""
+    """The PyTorch implementation; arguments and result are those of `multi_scale_deformable_attention`."""
     locations = reference_points[:, :, None, None, None] + sampling_offsets / level_wh(level_hw, sampling_offsets)
     return weighted_samples(value, level_hw, locations, joint_softmax(attention_logits))
 
 
 def weighted_samples(value: Tensor, level_hw: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Read `value` (B, S, M, C) at `locations` (B, Q, M, L, P, 2) bilinearly and sum with `weights` (B, Q, M, L, P): (B, Q, M * C)."""
+    """Weighted sum of bilinear samples.
+
+    Args:
+        value: (B, S, M, C), with the levels concatenated in the order of `level_hw`.
+        level_hw: Height and width of each level in cells.
+        locations: (B, Q, M, L, P, 2) as (x, y) in 0..1.
+        weights: (B, Q, M, L, P).
+
+    Returns:
+        (B, Q, M * C).
+    """
     B, _, M, C = value.shape
     Q = locations.shape[1]
     sizes = [h * w for h, w in level_hw]
     grid = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
     weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, B*M, 1, Q, P)
     out = value.new_zeros(B * M, C, Q)
-    # Level by level: what all levels read, side by side, would be the largest tensor of the network.
+    # One level after the other, because the samples of all levels together would be the largest tensor of the network.
     for (h, w), level, points, weight in zip(level_hw, value.split(sizes, dim=1), grid, weights, strict=True):
         image = level.permute(0, 2, 3, 1).reshape(B * M, C, h, w)
         out = out + (F.grid_sample(image, points, align_corners=False) * weight).sum(-1)  # (B*M, C, Q, P) summed over P
@@ -88,7 +107,7 @@ def weighted_samples(value: Tensor, level_hw: Sequence[tuple[int, int]], locatio
 
 
 def joint_softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last two axes (L, P) together."""
+    """Softmax of `logits` (..., L, P) over the last two axes together."""
     return logits.flatten(-2).softmax(-1).view_as(logits)
 
 
@@ -98,10 +117,14 @@ def level_wh(level_hw: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
 
 
 def check_levels(num_keys: int, level_hw: Sequence[tuple[int, int]]) -> None:
-    """Raise ValueError unless the levels hold `num_keys` keys."""
+    """Check that levels of these sizes have `num_keys` keys in all.
+
+    Raises:
+        ValueError: They have another number of keys.
+    """
     total = sum(h * w for h, w in level_hw)
     if total != num_keys:
-        raise ValueError(f"level_hw {list(level_hw)} covers {total} keys, value has {num_keys}")
+        raise ValueError(f"level_hw {list(level_hw)} covers {total} keys, value has {num_keys}; give the level sizes of the keys")
 
 
 @library.custom_op("qdbev::multi_scale_deformable_attention", mutates_args=())

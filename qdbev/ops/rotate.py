@@ -1,7 +1,7 @@
-"""Rotation of a BEV map by the ego's yaw: nearest cell, zero fill, fixed centre.
+"""Rotation of a BEV map by the change of the ego's yaw, with nearest-cell sampling around a fixed centre.
 
-Source: torchvision 0.10.1 `rotate`, as BEVFormer calls it (bevformer modules/transformer.py at 66b65f3). Written as a gather of rows,
-so that it exports as plain ONNX.
+Source: torchvision 0.10.1 `rotate`, as BEVFormer calls it (bevformer modules/transformer.py at 66b65f3). It is written as a gather of rows,
+so that it is exported as standard ONNX nodes.
 """
 
 import torch
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 def rotate_bev(bev: Tensor, angle_deg: Tensor, bev_hw: tuple[int, int], center: tuple[float, float]) -> Tensor:
-    """BEV features as they lie after the ego has turned.
+    """Rotate the BEV features of an earlier frame into the orientation of the ego now.
 
     Args:
         bev: (B, H * W, C), row-major.
-        angle_deg: (B,) counter-clockwise turn of the ego since `bev` was made.
-        bev_hw: H and W.
-        center: Centre of rotation (x, y) in cells; may lie outside the map.
+        angle_deg: (B,) degrees by which the ego has turned counter-clockwise since `bev` was computed.
+        bev_hw: Height H and width W of the map in cells.
+        center: Centre of rotation (x, y) in cells; may be outside the map.
 
     Returns:
-        (B, H * W, C); cells whose source lies outside the map are zero.
+        (B, H * W, C); cells whose source is outside the map are zero.
     """
     H, W = bev_hw
     B = bev.shape[0]

@@ -1,15 +1,17 @@
-"""Spatial cross-attention: BEV queries read from the cameras that see them. One contract, several implementations that must agree.
+"""Spatial cross-attention: BEV queries read features of the cameras that see them.
 
-    here       PyTorch, gathering only the queries each camera sees; trains, runs anywhere
-    sca_dense  PyTorch, every camera reading every query: what the ONNX body computes; results/attention_cpu.json says what each costs
-    CUDA       a kernel, in evaluation, once plugins/torch_ops.py has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/functions.py)
-    TensorRT   a plugin of the same name, or the function body where there is none (plugins/README.md)
+There is one contract, and several implementations that must give the same results:
 
-Offsets and logits depend on the query only, so they are given once and not once a camera; which cameras see a query, the sum over
-them and the division by their number belong to the operator. Source: BEVFormer (arXiv:2203.17270), equation 3.
+    here       PyTorch; each camera computes only the queries that it sees; can be trained and runs on any device
+    sca_dense  PyTorch; each camera computes every query, as the ONNX body does; results/attention_cpu.json has the costs of both
+    CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/sca.py)
+    TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
 
-B batch, N cameras, S keys of all levels, M heads, C channels a head, Q queries, D pillar points, L levels, P points.
+Offsets and logits depend only on the query, so all cameras share one set of them. The mask of the cameras that see a query, the sum over
+these cameras and the division by their number are part of the operator. Source: BEVFormer (arXiv:2203.17270), equation 3.
+
+B batch, N cameras, S keys of all levels, M heads, C channels of a head, Q queries, D pillar points, L levels, P points of a level.
 """
 
 from collections.abc import Sequence
@@ -21,9 +23,10 @@ from qdbev.ops.msda import check_levels, evaluated_on_gpu, joint_softmax, level_
 
 
 class SpatialCrossAttention(nn.Module):
-    """The operator as a module, so that quantization can put a quantizer on `value`."""
+    """The operator as a module, so that quantization can put a quantizer on its argument `value`."""
 
     quantized_inputs = (0,)
+    """Indices of the arguments that quantization puts quantizers on."""
 
     def forward(
         self,
@@ -34,7 +37,7 @@ class SpatialCrossAttention(nn.Module):
         attention_logits: Tensor,
         level_hw: Sequence[tuple[int, int]],
     ) -> Tensor:
-        """Args and result as `spatial_cross_attention`."""
+        """Arguments and result are those of `spatial_cross_attention`."""
         return spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, level_hw)
 
 
@@ -46,15 +49,19 @@ def spatial_cross_attention(
     attention_logits: Tensor,
     level_hw: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Average over the cameras that see a query of what it reads there.
+    """Deformable attention of each query to all cameras that see it, averaged over these cameras.
+
+    The implementation is chosen as in `qdbev.ops.msda.multi_scale_deformable_attention`. During export, and for CUDA tensors that need no
+    gradient, it is the custom operator, which runs the CUDA kernel if `plugins.torch_ops.install()` was called in this process. Otherwise
+    it is the PyTorch code of this file.
 
     Args:
-        value: (B, N, S, M, C) projected keys of each camera, levels concatenated in the order of `level_hw`.
-        reference_points: (B, N, Q, D, 2) where the query's pillar points appear, as (u, v) in 0..1 of the padded image.
+        value: (B, N, S, M, C) projected keys of each camera, with the levels concatenated in the order of `level_hw`.
+        reference_points: (B, N, Q, D, 2) projections of the pillar points of a query, as (u, v) in 0..1 of the padded image.
         visible: (B, N, Q), one where the camera sees any of the pillar points, else zero.
-        sampling_offsets: (B, Q, M, L, P, 2) as (x, y), in cells of each level; point p belongs to pillar point p modulo D.
-        attention_logits: (B, Q, M, L, P), softmaxed over (L, P) together.
-        level_hw: Height and width of each level.
+        sampling_offsets: (B, Q, M, L, P, 2) as (x, y), in cells of each level; point p is added to pillar point p modulo D.
+        attention_logits: (B, Q, M, L, P); the softmax runs over L and P together.
+        level_hw: Height and width of each level in cells; constants of an exported graph.
 
     Returns:
         (B, Q, M * C); zero where no camera sees the query.
@@ -65,7 +72,7 @@ def spatial_cross_attention(
     check_levels(value.shape[2], level_hw)
     num_points, num_pillar_points = sampling_offsets.shape[-2], reference_points.shape[-2]
     if num_points % num_pillar_points:
-        raise ValueError(f"{num_points} sampling points cannot be shared among {num_pillar_points} pillar points")
+        raise ValueError(f"{num_points} sampling points cannot be shared among {num_pillar_points} pillar points; use a multiple")
     if torch.compiler.is_exporting() or evaluated_on_gpu(value, reference_points, visible, sampling_offsets, attention_logits):
         flat = [size for hw in level_hw for size in hw]
         return torch.ops.qdbev.spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, flat)
@@ -80,7 +87,10 @@ def gathered_spatial_cross_attention(
     attention_logits: Tensor,
     level_hw: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Args and result as `spatial_cross_attention`; each camera computes only the queries it sees, padded to the most that one sees (K)."""
+    """The PyTorch implementation, in which each camera computes only the queries that it sees.
+
+    Arguments and result are those of `spatial_cross_attention`. All cameras are padded to K queries, the most that any of them sees.
+    """
     B, N, _, M, C = value.shape
     Q, L, P = sampling_offsets.shape[1], sampling_offsets.shape[3], sampling_offsets.shape[4]
     D = reference_points.shape[-2]

@@ -1,8 +1,9 @@
-"""Spatial cross-attention with static shapes: every camera reads every query, and what it does not see is masked.
+"""Spatial cross-attention with static shapes: each camera computes every query, and queries that it does not see are masked.
 
-The form that ONNX and TensorRT run (export/functions.py), in PyTorch. The network runs the gathered form of qdbev/ops/sca.py, which is
-several times cheaper; this one is compared with it in the tests and by bench/attention_cost.py. Source: BEVFormer (arXiv:2203.17270),
-equation 3. Letters as in qdbev/ops/sca.py.
+This is the form that the ONNX function body computes (export/bodies/sca.py), written in PyTorch. The network uses the gathered form of
+qdbev/ops/sca.py, which is several times cheaper. The tests and bench/attention_cost.py compare the two, and gradients of the CUDA kernel
+are computed through this form (plugins/torch_ops.py). Source: BEVFormer (arXiv:2203.17270), equation 3. Shape letters are those of
+qdbev/ops/sca.py.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ def dense_spatial_cross_attention(
     attention_logits: Tensor,
     level_hw: Sequence[tuple[int, int]],
 ) -> Tensor:
-    """Args and result as `spatial_cross_attention`; one camera after the other, so that the reads of one lie in memory at a time."""
+    """Compute one camera after the other, so that the samples of only one camera are in memory at a time.
+
+    Arguments and result are those of `qdbev.ops.sca.spatial_cross_attention`.
+    """
     B, N, _, M, C = value.shape
     Q, L, P = sampling_offsets.shape[1], sampling_offsets.shape[3], sampling_offsets.shape[4]
     D = reference_points.shape[-2]

@@ -1,1 +1,1 @@
-"""Quantization of leaf modules: fake quantizers, swapping by policy, calibration, export form and size. Knows no network."""
+"""Quantization of any network: fake quantizers, quantized layers chosen by a policy, calibration, export, packing and sizes."""

@@ -1,8 +1,8 @@
-"""Bit operations of one forward: weight bits times activation bits times multiply-accumulates, layer by layer.
+"""Bit operations of one forward: weight bits times activation bits times multiply-accumulates, summed over the layers.
 
 Source: the definition of HAWQ-V3 (arXiv:2011.10680), where a float layer counts 32 * 32. Convolutions, linear layers and products of two
-activations count, with the shapes they really see, each time they run. The samples of deformable operators, whose weights are float,
-are left out, as are norms, softmax and sums: beside the products they are few.
+activations are counted each time they run, with the shapes of their actual inputs. The sampling of deformable operators, whose weights are
+float, is not counted, and neither are norms, softmax and sums, which are few in comparison.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, quant_layers
 from qdbev.quant.quantizer import Quantizer
 
 FLOAT_BITS = 32
+"""Bits of a float value."""
 _PRODUCT_OPERANDS = 2
-"""An op with two quantized inputs is their matrix product; one with a single one samples it."""
+"""Number of quantized inputs by which a matrix product is recognised; an op with one quantized input samples it."""
 
 
 class Cost(NamedTuple):
-    """One layer of one forward; bits are those in use, 32 where it runs in float."""
+    """Multiply-accumulates of one run of one layer, and the bits of its operands: 32 where they are float."""
 
     name: str
     macs: int
@@ -29,22 +30,26 @@ class Cost(NamedTuple):
 
     @property
     def bops(self) -> int:
-        """Bit operations."""
+        """Bit operations of this run of the layer."""
         return self.macs * self.weight_bits * self.activation_bits
 
 
 def costs(model: nn.Module, run: Callable[[], object]) -> list[Cost]:
-    """What every layer costs while `run` drives one frame through the float or quantized `model`; in the order they run."""
+    """Costs of all layers of a float or quantized model, in the order in which they run.
+
+    Args:
+        run: Runs one frame through `model`.
+    """
     found: list[Cost] = []
     hooks = []
-    inside = {layer.op for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
+    wrapped = {layer.op for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
     for name, module in model.named_modules():
-        if module not in inside and _counts(module):
+        if module not in wrapped and _counts(module):
 
-            def note(layer: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
                 found.append(Cost(name, _macs(layer, args, output), *_bits(layer)))
 
-            hooks.append(module.register_forward_hook(note))
+            hooks.append(module.register_forward_hook(record))
     try:
         with torch.no_grad():
             run()
@@ -55,12 +60,12 @@ def costs(model: nn.Module, run: Callable[[], object]) -> list[Cost]:
 
 
 def bops(found: list[Cost]) -> int:
-    """Bit operations of all layers."""
+    """Sum of the bit operations of `found`."""
     return sum(cost.bops for cost in found)
 
 
 def float_bops(found: list[Cost]) -> int:
-    """Bit operations of the same layers in float."""
+    """Bit operations that the layers of `found` would have in float."""
     return sum(cost.macs for cost in found) * FLOAT_BITS**2
 
 

@@ -1,55 +1,51 @@
-"""Ranges from data: a histogram of bounded size for activations, an exhaustive search for weights."""
+"""Ranges from data: a histogram of bounded size for an activation, a search over ranges for a weight."""
 
-from typing import Literal
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from qdbev.quant.quantizer import fake_quantize, row_amax
-
-Method = Literal["max", "mse"]
-"""How a range is found: the largest magnitude, or the range with the smallest squared error."""
+from qdbev.quant.config import CalibrationMethod
+from qdbev.quant.quantizer import fake_quantize
+from qdbev.quant.range_mode import row_amax
 
 NUM_BINS = 2048
 """Bins of an activation's histogram."""
 NUM_RANGES = 512
-"""Ranges of an activation tried in the search for the smallest squared error: equal parts of the largest value."""
+"""Ranges of an activation that are tried for the smallest squared error: multiples of the largest value divided by this number."""
 NUM_WEIGHT_RANGES = 100
-"""The same for a weight."""
+"""Ranges of a weight that are tried, in the same way."""
 
 
 class RangeCalibrator:
-    """Histogram of |x| over everything collected, with the exact largest magnitude and minimum.
+    """Histogram of |x| over all collected values of one activation, with their exact minimum and largest magnitude.
 
-    The bins span 0 to `top`. A larger value doubles `top` until it fits, merging neighbouring bins, so memory stays the same and at
-    least half of the bins are in use.
+    The bins divide 0 to `top`. A larger value doubles `top` until it fits, and each doubling merges neighbouring bins, so that the memory
+    stays the same and at least half of the bins are in use.
+
+    Args:
+        name: Name of the quantizer, for messages.
     """
 
-    def __init__(self, name: str, bits: int) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.bits = bits
         self.amax = 0.0
         self.minimum = float("inf")
         self.top = 0.0
         self.counts: Tensor | None = None
-
-    @property
-    def empty(self) -> bool:
-        """True until something was collected."""
-        return self.minimum == float("inf")
 
     @torch.no_grad()
     def collect(self, x: Tensor) -> None:
         """Add one activation of any shape.
 
         Raises:
-            ValueError: It holds an infinity or a NaN.
+            ValueError: It contains an infinity or a NaN.
         """
         x = x.detach().float()
         low, high = (float(v) for v in x.aminmax())
         amax = max(-low, high)
         if not amax < float("inf"):
-            raise ValueError(f"{self.name} saw values from {low} to {high} during calibration; the float model must be finite")
+            raise ValueError(f"{self.name} saw values from {low} to {high} during calibration; the float model must give finite values")
         self.minimum = min(self.minimum, low)
         self.amax = max(self.amax, amax)
         if self.counts is None:
@@ -62,26 +58,28 @@ class RangeCalibrator:
             self.top *= 2
         self.counts += torch.histc(x.abs(), bins=NUM_BINS, min=0, max=self.top)
 
-    def compute_amax(self, method: Method) -> Tensor:
-        """(1,) end of the range.
+    def compute_amax(self, method: CalibrationMethod, qmax: int) -> Tensor:
+        """(1,) end of the range for a quantizer whose largest integer is `qmax`.
 
         Raises:
             ValueError: Nothing was collected, or nothing but zeros.
         """
         if self.counts is None:
-            seen = "no data" if self.empty else "only zeros"
+            seen = "no data" if self.minimum == float("inf") else "only zeros"
             raise ValueError(
-                f"{self.name} saw {seen} during calibration; run frames that reach the layer, or name it in quant.float_layers"
+                f"{self.name} saw {seen} during calibration; use frames that reach the layer, or add the layer to quant.float_layers"
             )
-        if method == "max":
-            return torch.tensor([self.amax])
-        return self._least_squared_error()
+        match method:
+            case "max":
+                return torch.tensor([self.amax])
+            case "mse":
+                return self._least_squared_error(qmax)
+            case _:
+                assert_never(method)
 
-    def _least_squared_error(self) -> Tensor:
+    def _least_squared_error(self, qmax: int) -> Tensor:
         width = self.top / NUM_BINS
         centers = (torch.arange(NUM_BINS, device=self.counts.device) + 0.5) * width  # (NUM_BINS,)
-        unsigned = self.minimum >= 0 and self.bits < 8
-        qmax = 2 ** (self.bits - (0 if unsigned else 1)) - 1
         amaxes = torch.arange(1, NUM_RANGES + 1, device=centers.device) / NUM_RANGES * self.amax
         steps = (amaxes / qmax)[:, None]  # (NUM_RANGES, 1)
         error = fake_quantize(centers.expand(NUM_RANGES, -1), steps, -qmax, qmax) - centers
@@ -90,16 +88,20 @@ class RangeCalibrator:
 
 
 @torch.no_grad()
-def weight_amax(rows: Tensor, bits: int, method: Method) -> Tensor:
-    """(G,) end of the range of each row of (G, N) weights."""
+def weight_amax(rows: Tensor, method: CalibrationMethod, qmax: int) -> Tensor:
+    """(G,) end of the range of each row of (G, N) weights, for a quantizer with integers from -qmax to qmax."""
     amax = row_amax(rows)
-    if method == "mse":
-        return amax * _least_squared_shrink(rows.detach().float(), amax, 2 ** (bits - 1) - 1)
-    return amax
+    match method:
+        case "max":
+            return amax
+        case "mse":
+            return amax * _least_squared_shrink(rows.detach().float(), amax, qmax)
+        case _:
+            assert_never(method)
 
 
 def _least_squared_shrink(rows: Tensor, amax: Tensor, qmax: int) -> Tensor:
-    """(G,) share of `amax` (G,) with the smallest squared error of the weights (G, N)."""
+    """(G,) share of `amax` (G,) at which the weights (G, N) have the smallest squared error."""
     best = torch.ones_like(amax)
     least = torch.full_like(amax, float("inf"))
     for part in range(NUM_WEIGHT_RANGES, 0, -1):

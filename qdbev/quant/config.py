@@ -5,10 +5,15 @@ from typing import Literal
 
 from qdbev.settings import require
 
+CalibrationMethod = Literal["max", "mse"]
+"""How calibration finds a range: the largest magnitude, or the range with the smallest squared error."""
+RangeMode = Literal["fixed", "clip", "step"]
+"""How training treats a calibrated range; qdbev/quant/range_mode.py has a class for each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bits:
-    """Bit width of a layer's weights and of its input activations."""
+    """Bit widths of the weights of a layer and of its input activations, 2 to 8 each."""
 
     weight: int = 8
     activation: int = 8
@@ -23,32 +28,35 @@ class GroupBits:
     """Bit widths of one group, which is a top-level child of the network."""
 
     group: str
+    """Name of the child."""
     bits: Bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerBits:
-    """Bit widths of the layers whose names match a shell glob."""
+    """Bit widths of the layers whose names match a pattern."""
 
     layers: str
+    """Shell glob for names as `named_modules` gives them."""
     bits: Bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """View-guided distillation (QD-BEV, arXiv:2308.10515, section 4) and the forms it is compared with; equations in train/distill.py."""
+    """View-guided distillation (QD-BEV, arXiv:2308.10515, section 4) and the other forms it is compared with; train/distill.py has the
+    equations."""
 
     form: Literal["image", "bev", "product", "guided"] = "product"
-    """Which divergence from the teacher is minimised. image: that of each camera's features. bev: that of each BEV cell. product: the
-    paper's product of both, summed over cameras and cells. guided: that of the BEV cells, weighted by the image divergence of the cameras
-    that see them (docs/distillation.md)."""
+    """Divergence between teacher and student that training minimises. image: of the features of each camera. bev: of the features of each
+    BEV cell. product: the paper's product of both, summed over cameras and cells. guided: of the BEV cells, each weighted by the image
+    divergence of the cameras that see it (docs/distillation.md)."""
     temperature: float = 1.0
     """Temperature of the softmax over channels."""
     weight: float = 0.5
-    """Weight of the feature loss, in multiples of the detection loss at the first step: each loss is scaled once, so that it begins at
-    its weight times the detection loss."""
+    """Weight of the feature-distillation loss, relative to the detection loss: at the first step the loss is scaled, once, to its weight
+    times the detection loss."""
     head: float = 0.0
-    """Weight of the divergence between the heads' outputs, query by query, in the same unit."""
+    """Weight of the divergence between the outputs of the two heads, query by query; relative to the detection loss as `weight` is."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"distill.temperature is {self.temperature}, must be positive")
@@ -58,15 +66,16 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of quantization-aware training: which groups are quantized, for how long, and whether it distills."""
+    """One stage of quantization-aware training: which groups are quantized, how long it lasts, and whether it distills."""
 
     groups: tuple[str, ...] | None = None
     """Groups that are quantized in this stage; None quantizes all groups of the network."""
     epochs: float = 1.0
     """Length in epochs; fractions are allowed."""
     learning_rate: float = 2e-5
+    """Largest learning rate of the stage."""
     distill: bool = False
-    """Learn from the float teacher as well, as `QuantConfig.distill` says."""
+    """True adds the distillation losses of `QuantConfig.distill` to the detection loss."""
 
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"stage epochs are {self.epochs}, must be positive")
@@ -77,36 +86,37 @@ class Stage:
 class QuantConfig:
     """Which layers are quantized to how many bits, and how their ranges are found.
 
-    Layer names are those of `named_modules`; patterns are shell globs. The first of float_layers, layer_bits, edge_layers, group_bits
-    and bits that matches a layer decides.
+    Layers are named as by `named_modules`; patterns are shell globs. The first of float_layers, layer_bits, edge_layers and group_bits
+    that matches a layer decides; `bits` applies to all other layers.
     """
 
     bits: Bits = field(default_factory=Bits)
-    """Bit widths of all layers that nothing below names."""
+    """Bit widths of all layers that no other setting names."""
     group_bits: tuple[GroupBits, ...] = ()
-    """Groups with bit widths of their own."""
+    """Bit widths of whole groups."""
     edge: Bits = field(default_factory=Bits)
     """Bit widths of `edge_layers`."""
     edge_layers: tuple[str, ...] = ()
-    """Layers at the edges of the network that keep more bits: the first convolution and the last linear layers."""
+    """Patterns of the layers at the edges of the network that keep more bits, usually the first convolution and the last linear layers."""
     layer_bits: tuple[LayerBits, ...] = ()
-    """Layers with bit widths of their own, as `python -m train.sensitivity` chooses them."""
+    """Bit widths of single layers; `python -m train.sensitivity` chooses such widths."""
     float_layers: tuple[str, ...] = ()
-    """Layers that stay float, for example because they compute geometry."""
-    calibration: Literal["max", "mse"] = "mse"
-    """How a range is found: the largest magnitude, or the range with the smallest squared error."""
+    """Patterns of the layers that stay float, for example because they compute geometry."""
+    calibration: CalibrationMethod = "mse"
+    """How calibration finds a range. max: the largest magnitude. mse: the range with the smallest squared error."""
     calibration_samples: int = 32
     """Number of frames that calibration runs."""
-    range_mode: Literal["fixed", "clip", "step"] = "step"
-    """How training treats the calibrated ranges. fixed: activations keep theirs, weights follow their largest value (QD-BEV). clip: the
-    end of the range is learned (PACT). step: the step is learned (LSQ)."""
+    range_mode: RangeMode = "step"
+    """How training treats the calibrated ranges. fixed: an activation keeps its range, the range of a weight moves with its largest value
+    (QD-BEV). clip: the end of the range is learned (PACT). step: the step is learned (LSQ)."""
     per_channel: bool = True
-    """Weights have one step for each output channel; False gives the whole weight one step."""
+    """True gives each output channel of a weight a step of its own; False gives the whole weight one step."""
     embedding_bits: int | None = None
-    """Bit width of the embedding tables, which always have one step for each row; None leaves them float."""
+    """Bit width of embedding tables that no pattern names; None leaves them float. Tables always have one step for each row."""
     distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation losses of the stages with `distill`."""
     stages: tuple[Stage, ...] = ()
-    """Stages of training, one after the other; without any the student is calibrated only."""
+    """Stages of quantization-aware training in their order; without stages the student is only calibrated."""
 
     def __post_init__(self) -> None:
         require(self.calibration_samples >= 1, f"quant.calibration_samples is {self.calibration_samples}, must be at least 1")

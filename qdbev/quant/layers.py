@@ -1,6 +1,6 @@
-"""Quantized forms of the leaf modules: convolution, linear layer, embedding, and any op that declares `quantized_inputs`.
+"""Quantized layers in place of a convolution, a linear layer, an embedding, or any op that declares `quantized_inputs`.
 
-They keep the float layer's name, parameters and state-dict keys; only the quantizers are new.
+A quantized layer keeps the name, the parameters and the state-dict keys of the float layer; only the quantizers are added.
 """
 
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev.quant.config import Bits
-from qdbev.quant.quantizer import Quantizer, RangeMode
+from qdbev.quant.config import Bits, RangeMode
+from qdbev.quant.quantizer import Quantizer
 
 
 @dataclass(frozen=True)
@@ -20,31 +20,30 @@ class LayerSpec:
     bits: Bits
     range_mode: RangeMode = "step"
     per_channel: bool = True
-    """The weight has a step for each channel; False gives it one."""
+    """True gives each channel of the weight a step of its own; False gives the whole weight one step."""
 
     def activation(self) -> Quantizer:
-        """A quantizer for an input."""
+        """A new quantizer for an input of the layer."""
         return Quantizer(self.bits.activation, range_mode=self.range_mode)
 
     def weight(self, weight: Tensor) -> Quantizer:
-        """A quantizer for a weight (C, ...)."""
-        return Quantizer(self.bits.weight, weight_steps=weight.shape[0] if self.per_channel else 1, range_mode=self.range_mode).to(
-            weight.device
-        )
+        """A new quantizer for the weight (C, ...), on the same device."""
+        num_steps = weight.shape[0] if self.per_channel else 1
+        return Quantizer(self.bits.weight, weight_steps=num_steps, range_mode=self.range_mode).to(weight.device)
 
 
 class QuantConv2d(nn.Conv2d):
-    """Convolution of a quantized input (one step) with a quantized weight (a step per output channel, or one); the bias stays float."""
+    """Convolution of a quantized input (one step) and a quantized weight (a step per output channel, or one); the bias stays float."""
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, spec: LayerSpec) -> Self:
-        """Quantized layer around the parameters of `conv`."""
+        """Quantized layer that uses the parameters of `conv`."""
         shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         layer = cls(*shape, conv.bias is not None, conv.padding_mode, device="meta")
-        _adopt(layer, conv, spec)
+        _take_over(layer, conv, spec)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,9 +58,9 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_float(cls, linear: nn.Linear, spec: LayerSpec) -> Self:
-        """Quantized layer around the parameters of `linear`."""
+        """Quantized layer that uses the parameters of `linear`."""
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _adopt(layer, linear, spec)
+        _take_over(layer, linear, spec)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,19 +68,19 @@ class QuantLinear(nn.Linear):
 
 
 class QuantEmbedding(nn.Module):
-    """Embedding table with a step for each row. `weight` reads as quantized, for networks that use the whole table."""
+    """Embedding table (V, C) with a step for each row. Its attribute `weight` is the quantized table, for networks that read it whole."""
 
     weight_quantizer: Quantizer
 
     @classmethod
     def from_float(cls, embedding: nn.Embedding, spec: LayerSpec) -> Self:
-        """Quantized table around the parameter of `embedding`.
+        """Quantized table that uses the parameter of `embedding`.
 
         Raises:
-            ValueError: The embedding pads or renormalises, which reading the whole table does not.
+            ValueError: The embedding has a padding index or a largest norm, which have no effect where the whole table is read.
         """
         if embedding.padding_idx is not None or embedding.max_norm is not None:
-            raise ValueError(f"{embedding} pads or renormalises its rows; name it in quant.float_layers")
+            raise ValueError(f"{embedding} has padding_idx or max_norm, which cannot be quantized; add its name to quant.float_layers")
         layer = cls()
         layer._parameters["weight"] = embedding.weight  # register_parameter refuses the name of a property
         layer.weight_quantizer = spec.weight(embedding.weight)
@@ -89,26 +88,21 @@ class QuantEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(V, C) table on its grid."""
+        """(V, C) quantized table."""
         return self.weight_quantizer(weight_of(self))
 
     @property
     def num_embeddings(self) -> int:
-        """V."""
+        """Number of rows V."""
         return weight_of(self).shape[0]
 
-    @property
-    def embedding_dim(self) -> int:
-        """C."""
-        return weight_of(self).shape[1]
-
     def forward(self, indices: Tensor) -> Tensor:
-        """(...) rows to (..., C)."""
+        """Rows (..., C) of the quantized table at `indices` (...)."""
         return F.embedding(indices, self.weight)
 
 
 class QuantOp(nn.Module):
-    """An op whose arguments at `op.quantized_inputs` are quantized, one step each. The op should hold no parameters of its own."""
+    """An op whose positional arguments at `op.quantized_inputs` are quantized, with one step each. The op should have no parameters."""
 
     def __init__(self, op: nn.Module, input_quantizers: list[Quantizer]) -> None:
         super().__init__()
@@ -117,13 +111,13 @@ class QuantOp(nn.Module):
 
     @classmethod
     def from_float(cls, op: nn.Module, spec: LayerSpec) -> Self:
-        """Wrapper around `op` itself."""
+        """Wrapper around `op` itself, not a copy."""
         device = next((p.device for p in op.parameters()), None)
         layer = cls(op, [spec.activation().to(device) for _ in op.quantized_inputs])
         return layer.train(op.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The op's own signature; the quantized arguments are positional."""
+        """Takes and returns what the op does; the quantized arguments must be positional."""
         inputs = list(args)
         for index, quantizer in zip(self.op.quantized_inputs, self.input_quantizers, strict=True):
             inputs[index] = quantizer(inputs[index])
@@ -135,34 +129,35 @@ QuantLayer = WeightLayer | QuantOp
 
 
 def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
-    """Name and module of every quantized layer, in the model's order."""
+    """Name and module of every quantized layer, in the order of `named_modules`."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
 
 
 def activation_quantizers(layer: QuantLayer) -> list[Quantizer]:
-    """Quantizers of a layer's inputs; an embedding has none."""
+    """Quantizers of the inputs of a layer; an embedding has none."""
     if isinstance(layer, QuantOp):
         return list(layer.input_quantizers)
     return [] if isinstance(layer, QuantEmbedding) else [layer.input_quantizer]
 
 
 def quantizers(layer: QuantLayer) -> list[Quantizer]:
-    """Input quantizers, then the weight quantizer where there is a weight."""
+    """Input quantizers of a layer, then its weight quantizer where it has a weight."""
     weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
     return activation_quantizers(layer) + weight
 
 
 def weight_of(layer: WeightLayer) -> nn.Parameter:
-    """The parameter that is trained, before it is quantized."""
+    """The weight that training changes, before it is quantized."""
     return layer._parameters["weight"]
 
 
 def step_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every learned step, switched on or not. They want an optimizer group of their own, without weight decay."""
+    """Every learned step, whether its quantizer is on or off. They need an optimizer group of their own, without weight decay."""
     return [module.log_step for module in model.modules() if isinstance(module, Quantizer) and module.learn]
 
 
-def _adopt(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, spec: LayerSpec) -> None:
+def _take_over(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, spec: LayerSpec) -> None:
+    """Give `layer` the parameters of `source` and new quantizers."""
     layer.weight, layer.bias = source.weight, source.bias
     layer.input_quantizer = spec.activation().to(source.weight.device)
     layer.weight_quantizer = spec.weight(source.weight)

@@ -1,13 +1,15 @@
-"""A student as few bytes: integers at their own bits, steps in a byte, and every other number in the shortest form that holds it.
+"""The packed form of a quantized model: as few bytes as possible that still give exactly the same outputs.
 
-`unpack` gives back the same forward to the bit, since fake-quantized weights are integers times steps, and nothing else is changed:
-what float16 cannot hold stays float32. `settle` rounds a trained student's biases and norms, so that float16 can.
+Weights are stored as integers with their own number of bits, steps in one byte each, and every other array in the shortest of a few float
+formats that represents it exactly. A fake-quantized weight is an integer times a step, so `unpack` restores a forward that is identical to
+the last bit. Values that are not exact in 16 bits stay float32; `round_floats_to_half` rounds the biases and norms of a trained student
+beforehand, so that they are exact in float16.
 
-Layout, of a model whose structure the reader knows from its config: version; a byte of flags for each quantizer; all input steps; the
-steps and then the values of each weight; the other parameters and buffers. A float array begins with its form. All of it is deflated:
-the values of 4 bits are not equally frequent.
+Layout, for a reader that knows the structure of the model from its config: version; one byte of flags for each quantizer; the steps of all
+inputs; for each weight its steps and its values; the other parameters and buffers. A float array begins with a byte for its format. The
+whole is compressed by zlib, which gains because the 4-bit values are not equally frequent.
 
-C channels of a weight, G steps.
+C channels of a weight; G steps of a quantizer, which is C or 1.
 """
 
 import struct
@@ -23,21 +25,27 @@ from qdbev.quant.layers import QuantEmbedding, WeightLayer, activation_quantizer
 from qdbev.quant.quantizer import STEP_BITS, Quantizer
 
 Part = Literal["flags", "steps", "weights", "embeddings", "floats"]
+"""Kind of content of a piece of the packed form."""
 
 _VERSION = 1
+"""Version of the layout; the first byte."""
 _NUM_FLAGS = 3
+"""Flags of a quantizer (`Quantizer.get_extra_state`)."""
 _BYTE_STEPS, _FLOAT16, _BFLOAT16, _FLOAT32 = range(4)
+"""First byte of a float array: the format of its values."""
 _OCTAVES = 2 ** (8 - STEP_BITS + 1)
-"""A step has its leading one, which is not stored, three more bits, and five bits of exponent above the array's smallest."""
+"""Number of exponents that the byte of a step can express, counted from the smallest in the array. The byte has three bits of mantissa (the
+leading one is not stored) and five bits of exponent."""
 _LEADING = 2 ** (STEP_BITS - 1)
+"""Value of the leading bit of a mantissa of `STEP_BITS` bits."""
 
 
 class PackError(ValueError):
-    """Bytes that are not a packed form of this model."""
+    """The bytes are not a packed form of this model."""
 
 
 def pack(model: nn.Module) -> bytes:
-    """The packed form of a prepared model.
+    """The packed form of a prepared model, compressed.
 
     Raises:
         ValueError: The model has no quantizers.
@@ -47,9 +55,14 @@ def pack(model: nn.Module) -> bytes:
 
 @torch.no_grad()
 def unpack(data: bytes, model: nn.Module) -> None:
-    """Fill a prepared model, of the config that `data` was packed under, in place.
+    """Set the parameters, buffers and ranges of a prepared model in place.
 
-    The weights come back on their grid, and learned steps as the ones in use, so that the forward is the same and training may go on.
+    Weights become multiples of their steps, and learned steps those that were in use, so that the forward is identical and training can
+    continue.
+
+    Args:
+        data: Result of `pack`.
+        model: Prepared from the same config as the packed model.
 
     Raises:
         PackError: `data` is damaged or belongs to another model or another version.
@@ -59,7 +72,7 @@ def unpack(data: bytes, model: nn.Module) -> None:
     except zlib.error as error:
         raise PackError(f"the packed form is damaged ({error}); pack the student again") from error
     if (version := reader.take(1)[0]) != _VERSION:
-        raise PackError(f"packed form of version {version}, this code reads {_VERSION}; pack the student again")
+        raise PackError(f"the packed form has version {version}, this code reads {_VERSION}; pack the student again")
     layers = [layer for _, layer in quant_layers(model)]
     for layer in layers:
         for quantizer in quantizers(layer):
@@ -78,8 +91,8 @@ def unpack(data: bytes, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def settle(model: nn.Module) -> None:
-    """Round what is not quantized to float16, in place: biases, norms, float layers. Values beyond its range stay."""
+def round_floats_to_half(model: nn.Module) -> None:
+    """Round all values that are not quantized (biases, norms, float layers) to float16, in place; values beyond its range stay."""
     for value in _floats(model):
         half = value.half().to(value.dtype)
         value.copy_(torch.where(half.isfinite(), half, value))
@@ -87,15 +100,15 @@ def settle(model: nn.Module) -> None:
 
 @torch.no_grad()
 def parts(model: nn.Module) -> list[tuple[Part, bytes]]:
-    """The packed form in order before it is deflated, each piece with what it holds."""
+    """Pieces of the packed form in their order, before compression, each with its kind of content."""
     layers = [layer for _, layer in quant_layers(model)]
     if not layers:
-        raise ValueError("the model has no quantizers; pack a student")
+        raise ValueError("the model has no quantizers; pack a student, which is a quantized model")
     flags = [quantizer.get_extra_state().tolist() for layer in layers for quantizer in quantizers(layer)]
     inputs = [quantizer for layer in layers for quantizer in activation_quantizers(layer)]
     pieces: list[tuple[Part, bytes]] = [
         ("flags", bytes([_VERSION, *(sum(flag << bit for bit, flag in enumerate(one)) for one in flags)])),
-        ("steps", _float_bytes(torch.stack([quantizer.step(quantizer.log_step) for quantizer in inputs]))),
+        ("steps", _float_bytes(torch.stack([quantizer.step() for quantizer in inputs]))),
     ]
     for layer in layers:
         if isinstance(layer, WeightLayer):
@@ -105,7 +118,7 @@ def parts(model: nn.Module) -> list[tuple[Part, bytes]]:
 
 
 def _pack_weight(layer: WeightLayer) -> tuple[bytes, bytes]:
-    """Steps and values; a layer that is switched off keeps its float weights."""
+    """Bytes of the steps and of the values; a layer that is switched off keeps float weights."""
     quantizer, weight = layer.weight_quantizer, weight_of(layer)
     step = quantizer.step(weight).flatten()  # (G,)
     if not quantizer.enabled:
@@ -125,12 +138,13 @@ def _unpack_weight(reader: "_Reader", layer: WeightLayer) -> None:
 
 
 def _integer_bytes(integers: Tensor, quantizer: Quantizer) -> bytes:
-    """Each value above the smallest as `num_bits` bits, without gaps."""
+    """Each integer, counted from the smallest one of the quantizer, as `num_bits` bits without gaps."""
     codes = (integers.flatten() - quantizer.qrange[0]).to(torch.uint8).cpu().numpy()
     return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, -quantizer.num_bits :]).tobytes()
 
 
 def _integers(reader: "_Reader", count: int, quantizer: Quantizer) -> Tensor:
+    """(count,) float32 integers, inverse of `_integer_bytes`."""
     bits = quantizer.num_bits
     stored = np.frombuffer(reader.take(-(-count * bits // 8)), np.uint8)
     codes = np.unpackbits(stored, count=count * bits).reshape(count, bits) @ (1 << np.arange(bits)[::-1])
@@ -138,7 +152,7 @@ def _integers(reader: "_Reader", count: int, quantizer: Quantizer) -> Tensor:
 
 
 def _float_bytes(values: Tensor) -> bytes:
-    """The form, then the values in the first of the forms that holds them exactly."""
+    """One byte for the format, then the values in the first format that represents all of them exactly."""
     values = values.detach().float().flatten().cpu()
     mantissa, exponent = torch.frexp(values)
     lowest = int(exponent.min())
@@ -154,7 +168,7 @@ def _float_bytes(values: Tensor) -> bytes:
 
 
 class _Reader:
-    """Bytes, read from the front."""
+    """Reads bytes one piece after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -162,7 +176,7 @@ class _Reader:
 
     @property
     def left(self) -> int:
-        """Bytes not yet read."""
+        """Number of bytes that are not read yet."""
         return len(self._data) - self._position
 
     def take(self, count: int) -> bytes:
@@ -174,22 +188,22 @@ class _Reader:
 
     def floats(self, count: int) -> Tensor:
         """(count,) float32, inverse of `_float_bytes`."""
-        form = self.take(1)[0]
-        if form == _BYTE_STEPS:
+        encoding = self.take(1)[0]
+        if encoding == _BYTE_STEPS:
             (lowest,) = struct.unpack("<h", self.take(2))
             codes = np.frombuffer(self.take(count), np.uint8).astype(np.int32)
             return torch.from_numpy(np.ldexp(np.float32(_LEADING + codes % _LEADING) / (2 * _LEADING), codes // _LEADING + lowest))
-        if form == _FLOAT16:
+        if encoding == _FLOAT16:
             return torch.from_numpy(np.frombuffer(self.take(2 * count), "<f2").astype(np.float32))
-        if form == _BFLOAT16:
+        if encoding == _BFLOAT16:
             return torch.from_numpy((np.frombuffer(self.take(2 * count), "<u2").astype("<u4") << 16).view("<f4").astype(np.float32))
-        if form == _FLOAT32:
+        if encoding == _FLOAT32:
             return torch.from_numpy(np.frombuffer(self.take(4 * count), "<f4").astype(np.float32))
-        raise PackError(f"a float array of unknown form {form}; the packed form belongs to another model")
+        raise PackError(f"a float array has the unknown format {encoding}; the packed form belongs to another model")
 
 
 def _floats(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and persistent buffers that are no quantized layer's weight and no quantizer's."""
+    """Parameters and persistent buffers, except the weights of quantized layers and everything in quantizers."""
     weights = {id(weight_of(layer)) for _, layer in quant_layers(model) if isinstance(layer, WeightLayer)}
     for module in model.modules():
         if not isinstance(module, Quantizer):

@@ -1,11 +1,11 @@
-"""From a float model to one with quantizers: fold batch norms, swap leaf modules by policy, switch groups on and off.
+"""From a float model to one with quantizers: fold batch norms, replace layers by quantized ones, switch groups on and off.
 
-This file knows no network: leaves are found by type, and the policy names them as `named_modules` does. A group is a top-level child
-of the network. A module that follows convolutions by batch norms lists the pairs in an attribute `norm_pairs` of (convolution, norm)
-child names.
+Nothing here knows a particular network. Layers that can be quantized, called leaves, are recognised by their type, and the policy names
+them as `named_modules` does. A group is a top-level child of the network. A module in which batch norms follow convolutions lists them in
+an attribute `norm_pairs`, as pairs of child names (convolution, norm).
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ from qdbev.quant.layers import (
 
 
 class LeafReport(NamedTuple):
-    """One leaf of the model. Bits are None where there is no weight or no quantized input, and both where the layer stays float."""
+    """How one leaf of a model is quantized.
+
+    A bit width is None where there is no weight or no quantized input; for a float layer both are None.
+    """
 
     name: str
     kind: str
@@ -40,12 +43,13 @@ class LeafReport(NamedTuple):
 
 @torch.no_grad()
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """Fold every batch norm's stored statistics and affine into the convolution before it, in place; exact in eval mode.
+    """Fold the stored statistics and the affine of every batch norm into the convolution before it, in place; exact in eval mode.
 
-    Pairs come from `norm_pairs` and from Conv2d followed by BatchNorm2d in an nn.Sequential. The norm becomes an Identity.
+    Pairs of convolution and norm are read from `norm_pairs`, and from nn.Sequential where a BatchNorm2d follows a Conv2d. The norm becomes
+    an Identity.
 
     Raises:
-        ValueError: A batch norm belongs to no declared pair, or keeps no statistics.
+        ValueError: A batch norm belongs to no such pair, or has no running statistics.
     """
     for module in list(model.modules()):
         for conv_name, norm_name in _norm_pairs(module):
@@ -55,14 +59,14 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
                 module.set_submodule(norm_name, nn.Identity())
     left = [name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if left:
-        raise ValueError(f"batch norms that follow no known convolution: {', '.join(left)}; declare them in norm_pairs of their module")
+        raise ValueError(f"batch norms whose convolution is not known: {', '.join(left)}; list them in norm_pairs of their module")
     return model
 
 
 def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
-    """Swap the leaves that `policy` quantizes for their quantized forms, in place; parameters and their names stay.
+    """Replace the leaves that `policy` quantizes by quantized layers, in place; parameters and their names stay.
 
-    The quantizers let everything through until `calibrate` gave them a range.
+    The quantizers return their inputs unchanged until `calibrate` gives them ranges.
 
     Raises:
         ValueError: The model is already prepared, or a pattern or group of the policy matches no leaf.
@@ -71,8 +75,8 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
         raise ValueError("the model is already prepared; start from the float model")
     leaves = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_leaf(module)}
     own = [chosen.layers for chosen in policy.layer_bits]
-    _refuse_unmatched("quant.float_layers, layer_bits and edge_layers", (*policy.float_layers, *own, *policy.edge_layers), leaves)
-    _refuse_unmatched("quant.group_bits", (f"{entry.group}.*" for entry in policy.group_bits), leaves)
+    _refuse_unmatched((*policy.float_layers, *own, *policy.edge_layers), leaves)
+    _refuse_unknown_groups([entry.group for entry in policy.group_bits], dict.fromkeys(map(_group_of, leaves)))
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
         spec = _spec(name, leaf, policy)
@@ -85,7 +89,10 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
 
 
 def bits_of(name: str, policy: QuantConfig) -> Bits | None:
-    """Bits of the leaf `name`, None if it stays float: the first of float_layers, layer_bits, edge_layers, group_bits and bits."""
+    """Bit widths of the leaf `name` under `policy`, None if it stays float.
+
+    The first of float_layers, layer_bits, edge_layers, group_bits and bits that matches the name decides.
+    """
     if _matches(name, policy.float_layers):
         return None
     for chosen in policy.layer_bits:
@@ -93,37 +100,34 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
             return chosen.bits
     if _matches(name, policy.edge_layers):
         return policy.edge
-    return next((entry.bits for entry in policy.group_bits if name.startswith(f"{entry.group}.")), policy.bits)
+    return next((entry.bits for entry in policy.group_bits if entry.group == _group_of(name)), policy.bits)
 
 
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
-    """Quantize exactly these groups, which are top-level children of `model`; the others run in float with their ranges kept.
+    """Quantize exactly these groups, which are top-level children of `model`; the others run in float and keep their ranges.
 
-    A quantizer that layers of several groups share (sharing.py) is on while one of them is.
+    A quantizer that layers of several groups share (sharing.py) is on if one of these groups is.
 
     Raises:
         ValueError: A group does not exist, or its layers have no range yet.
     """
     groups = tuple(groups)
-    known = [name for name, _ in model.named_children()]
-    unknown = [group for group in groups if group not in known]
-    if unknown:
-        raise ValueError(f"no such group: {', '.join(unknown)}; there are {', '.join(known)}")
+    _refuse_unknown_groups(groups, [name for name, _ in model.named_children()])
     layers = dict(quant_layers(model))
-    _switch(layers, {name for name in layers if name.partition(".")[0] in groups})
+    _switch(layers, {name for name in layers if _group_of(name) in groups})
 
 
 def describe(model: nn.Module) -> list[LeafReport]:
-    """One row for every leaf, float or quantized, in the model's order."""
-    inside = {id(layer.op) for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
-    return [_row(name, module) for name, module in model.named_modules() if _is_leaf(module) and id(module) not in inside]
+    """A report of every leaf, float or quantized, in the order of `named_modules`."""
+    wrapped = {id(layer.op) for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
+    return [_report(name, module) for name, module in model.named_modules() if _is_leaf(module) and id(module) not in wrapped]
 
 
-def table(rows: list[LeafReport]) -> str:
-    """The rows as aligned text."""
+def table(reports: list[LeafReport]) -> str:
+    """The reports as aligned text with one line for each leaf; W and A are the bits of weight and activation."""
     cells = [("layer", "kind", "W", "A", "state")]
-    for row in rows:
-        cells.append((row.name, row.kind, str(row.weight_bits or "-"), str(row.activation_bits or "-"), _state(row)))
+    for report in reports:
+        cells.append((report.name, report.kind, str(report.weight_bits or "-"), str(report.activation_bits or "-"), _state(report)))
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
@@ -140,7 +144,7 @@ def _norm_pairs(module: nn.Module) -> list[tuple[str, str]]:
 
 def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError("a batch norm without running statistics cannot be folded")
+        raise ValueError("a batch norm without running statistics cannot be folded; create it with track_running_stats=True")
     factor = (norm.running_var.double() + norm.eps).rsqrt()
     shift = -norm.running_mean.double() * factor
     if norm.affine:
@@ -152,13 +156,13 @@ def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """A layer that is, or may be, quantized. Exact types: a subclass of Conv2d or Linear may compute something else."""
+    """True for a layer that is quantized or can be. Types must match exactly: a subclass of Conv2d or Linear may compute something else."""
     plain = type(module) in (nn.Conv2d, nn.Linear, nn.Embedding)
     return plain or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
 
 
 def _spec(name: str, leaf: nn.Module, policy: QuantConfig) -> LayerSpec | None:
-    """How the leaf is quantized, None if it stays float. A table that no pattern names has `embedding_bits`."""
+    """How `policy` quantizes the leaf, None if it stays float. An embedding that no pattern names has `embedding_bits`."""
     bits = bits_of(name, policy)
     if bits is None or not isinstance(leaf, nn.Embedding):
         return None if bits is None else LayerSpec(bits, policy.range_mode, policy.per_channel)
@@ -178,7 +182,7 @@ def _quantized(leaf: nn.Module, spec: LayerSpec) -> QuantLayer:
     return QuantOp.from_float(leaf, spec)
 
 
-def _row(name: str, module: nn.Module) -> LeafReport:
+def _report(name: str, module: nn.Module) -> LeafReport:
     if not isinstance(module, QuantLayer):
         return LeafReport(name, type(module).__name__, None, None, False, False)
     parts, inputs = quantizers(module), activation_quantizers(module)
@@ -188,16 +192,16 @@ def _row(name: str, module: nn.Module) -> LeafReport:
     return LeafReport(name, kind, weight_bits, input_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
 
 
-def _state(row: LeafReport) -> str:
-    if row.weight_bits is None and row.activation_bits is None:
+def _state(report: LeafReport) -> str:
+    if report.weight_bits is None and report.activation_bits is None:
         return "float"
-    if not row.calibrated:
+    if not report.calibrated:
         return "not calibrated"
-    return "on" if row.enabled else "off"
+    return "on" if report.enabled else "off"
 
 
 def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:
-    """Switch on the quantizers of the layers named in `on`, and all others off."""
+    """Switch on the quantizers of the layers whose names are in `on`, and switch off all others."""
     for name in sorted(on):
         if not all(quantizer.calibrated for quantizer in quantizers(layers[name])):
             raise ValueError(f"layer {name!r} has no range yet; calibrate the model before switching it on")
@@ -207,12 +211,23 @@ def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:
             quantizer.enable_quant() if quantizer in wanted else quantizer.disable_quant()
 
 
+def _group_of(name: str) -> str:
+    """Name of the top-level child of the network that is, or contains, the leaf `name`."""
+    return name.partition(".")[0]
+
+
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _refuse_unmatched(what: str, patterns: Iterable[str], names: Iterable[str]) -> None:
-    names = list(names)
+def _refuse_unmatched(patterns: Iterable[str], names: Collection[str]) -> None:
     unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]
     if unmatched:
-        raise ValueError(f"{what}: {', '.join(map(repr, unmatched))} match no layer; the layers are {', '.join(names)}")
+        settings = "quant.float_layers, layer_bits and edge_layers"
+        raise ValueError(f"{settings}: {', '.join(map(repr, unmatched))} match no layer; the layers are {', '.join(names)}")
+
+
+def _refuse_unknown_groups(groups: Iterable[str], known: Collection[str]) -> None:
+    unknown = [group for group in groups if group not in known]
+    if unknown:
+        raise ValueError(f"no such group: {', '.join(unknown)}; the groups are {', '.join(known)}")

@@ -1,1 +1,1 @@
-"""BEVFormer in plain PyTorch; whatever may be quantized is a leaf module."""
+"""BEVFormer in plain PyTorch; every operation that can be quantized is a leaf module."""

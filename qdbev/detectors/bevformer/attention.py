@@ -1,7 +1,7 @@
-"""The deformable attention blocks of BEVFormer; each adds its input, and leaves normalisation to its caller.
+"""The deformable attention blocks of BEVFormer. Each adds its input to its result; the caller normalises.
 
 Source: BEVFormer (arXiv:2203.17270), equations 2-5; bevformer modules/{temporal_self_attention,spatial_cross_attention,decoder}.py
-at 66b65f3. Linear layers that give sampling offsets are initialised to rays, one direction a head (Deformable DETR).
+at 66b65f3. The biases of sampling offsets are initialised to rays, one direction for each head (Deformable DETR).
 
 B batch, N cameras, C width, M heads, L levels, P points, K BEV cells, Q queries.
 """
@@ -19,7 +19,10 @@ from qdbev.ops.sca import SpatialCrossAttention
 
 
 def _ray_bias(num_heads: int, num_maps: int, num_points: int) -> Tensor:
-    """(num_heads * num_maps * num_points * 2,): head k looks along angle 2 pi k / num_heads, point p at distance p + 1 cells."""
+    """Return (num_heads * num_maps * num_points * 2,) offsets: those of head k point along angle 2 pi k / num_heads.
+
+    Point p is at a distance of p + 1 cells.
+    """
     angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
     ray = torch.stack((angle.cos(), angle.sin()), -1)
     ray = ray / ray.abs().amax(-1, keepdim=True)
@@ -28,7 +31,7 @@ def _ray_bias(num_heads: int, num_maps: int, num_points: int) -> Tensor:
 
 
 class _DeformableProjections(nn.Module):
-    """The linear layers that every deformable attention has: offsets, logits and values."""
+    """The linear layers that every deformable attention has, for offsets, logits and values."""
 
     def __init__(self, query_dim: int, embed_dim: int, num_heads: int, num_maps: int, num_points: int) -> None:
         super().__init__()
@@ -47,7 +50,7 @@ class _DeformableProjections(nn.Module):
 
 
 class TemporalSelfAttention(_DeformableProjections):
-    """Each BEV cell reads the previous BEV and the current one, and averages the two."""
+    """Attention of each BEV cell to the previous and to the current BEV; the two results are averaged."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__(2 * config.embed_dim, config.embed_dim, config.num_heads, 2, config.num_points)
@@ -56,12 +59,13 @@ class TemporalSelfAttention(_DeformableProjections):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
-        """
+        """Attend to the previous and the current BEV.
+
         Args:
-            query: (B, K, C).
-            query_pos: (B, K, C).
-            queue: (B, 2, K, C) values: previous BEV, then current.
-            reference_points: (B, 2, K, 2) in 0..1 of the BEV, one set for each entry of the queue.
+            query: (B, K, C) BEV features.
+            query_pos: (B, K, C) positional embedding.
+            queue: (B, 2, K, C) values: previous BEV, then current BEV.
+            reference_points: (B, 2, K, 2) positions from 0 to 1 over the BEV, for the previous and the current BEV.
 
         Returns:
             (B, K, C), with `query` added.
@@ -82,7 +86,10 @@ class TemporalSelfAttention(_DeformableProjections):
 
 
 class CameraCrossAttention(nn.Module):
-    """Each BEV cell reads the cameras that see its pillar. The projections sit one level down, as in the official keys."""
+    """Attention of each BEV cell to the cameras that see its pillar.
+
+    The linear layers are in `deformable_attention`, as in the official keys.
+    """
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
@@ -97,11 +104,14 @@ class CameraCrossAttention(nn.Module):
     def forward(
         self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """
+        """Attend to the cameras.
+
         Args:
-            query: (B, K, C).
+            query: (B, K, C) BEV features.
             tokens: (B, N, S, C) image tokens of all levels.
-            reference_points: (B, N, K, D, 2) and visible (B, N, K) as in qdbev/ops/sca.py.
+            reference_points: (B, N, K, D, 2) projected pillar points, as in qdbev/ops/sca.py.
+            visible: (B, N, K) one where the camera sees the cell, else zero, as in qdbev/ops/sca.py.
+            level_hw: Height and width of each feature level.
 
         Returns:
             (B, K, C), with `query` added.
@@ -121,7 +131,7 @@ class CameraCrossAttention(nn.Module):
 
 
 class BevCrossAttention(_DeformableProjections):
-    """Each object query reads the BEV around its reference point."""
+    """Attention of each object query to the BEV around its reference point."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__(config.embed_dim, config.embed_dim, config.num_heads, 1, config.num_points)
@@ -130,7 +140,17 @@ class BevCrossAttention(_DeformableProjections):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
-        """query, query_pos (B, Q, C), bev (B, K, C), reference_points (B, Q, 2) in 0..1 of the BEV: (B, Q, C), with `query` added."""
+        """Attend to the BEV.
+
+        Args:
+            query: (B, Q, C) object queries.
+            query_pos: (B, Q, C) positional embedding.
+            bev: (B, K, C) BEV features.
+            reference_points: (B, Q, 2) positions from 0 to 1 over the BEV.
+
+        Returns:
+            (B, Q, C), with `query` added.
+        """
         B, Q, C = query.shape
         M, P = self.num_heads, self.num_points
         positioned = query + query_pos

@@ -1,4 +1,4 @@
-"""Object queries read the BEV and refine their reference points layer by layer.
+"""The decoder: object queries attend to the BEV and refine their reference points from layer to layer.
 
 Source: Deformable DETR (arXiv:2010.04159), box refinement; bevformer modules/decoder.py at 66b65f3.
 
@@ -14,16 +14,17 @@ from qdbev.nn.set_head import Decoded
 from qdbev.nn.transformer import FeedForward, SelfAttention
 
 _EPS = 1e-5
+"""Distance from 0 and 1 that keeps logits finite."""
 
 
 def inverse_sigmoid(x: Tensor) -> Tensor:
-    """Logit of `x`, clamped to finite values."""
+    """Return the logit of `x`, limited to finite values."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=_EPS) / (1 - x).clamp(min=_EPS))
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention, BEV cross-attention, feed-forward; each followed by a LayerNorm."""
+    """Self-attention, attention to the BEV, and feed-forward, each followed by a LayerNorm."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
@@ -34,14 +35,14 @@ class DecoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.embed_dim) for _ in range(3))
 
     def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor) -> Tensor:
-        """query, query_pos (B, Q, C), bev (B, K, C), reference_points (B, Q, 2): (B, Q, C)."""
+        """Map query and query_pos (B, Q, C), bev (B, K, C) and reference_points (B, Q, 2) to the refined query (B, Q, C)."""
         query = self.norms[0](self.self_attention(query, query_pos))
         query = self.norms[1](self.cross_attention(query, query_pos, bev, reference_points, self.bev_hw))
         return self.norms[2](self.ffn(query))
 
 
 class Decoder(nn.Module):
-    """Query embeddings, their first reference points, and the decoder layers."""
+    """Query embeddings, a linear layer for their first reference points, and the decoder layers."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, bev: Tensor, reg_branches: nn.ModuleList) -> list[Decoded]:
-        """(B, K, C) BEV to one result a layer. The reference of every layer but the first carries no gradient."""
+        """Decode a BEV (B, K, C) to one result for each layer. The reference of every layer but the first has no gradient."""
         query_pos, query = self.query_embedding.weight.chunk(2, -1)  # (Q, C) each
         B = bev.shape[0]
         query_pos, query = query_pos.expand(B, -1, -1), query.expand(B, -1, -1)

@@ -1,4 +1,4 @@
-"""Image features and the previous BEV to the current BEV.
+"""The encoder: computes the current BEV from image features and the previous BEV.
 
 Source: BEVFormer (arXiv:2203.17270), section 3; bevformer modules/{transformer,encoder}.py at 66b65f3.
 
@@ -19,11 +19,17 @@ from qdbev.nn.transformer import FeedForward
 from qdbev.ops.rotate import rotate_bev
 
 _LEVEL_EMBEDDINGS = 4
-"""Rows of the official table in every model, however many levels are used."""
+"""Rows of the table of level embeddings, which is the same in all official models, whatever their number of levels."""
 
 
 class Views(NamedTuple):
-    """What cameras see: tokens (B, N, S, C) and their level_hw; of each BEV cell reference_points (B, N, K, D, 2), visible (B, N, K)."""
+    """Image tokens of all cameras, and the positions of the BEV cells in them.
+
+    tokens: (B, N, S, C) features of all levels.
+    level_hw: Height and width of each level.
+    reference_points: (B, N, K, D, 2) normalised (u, v) of D pillar points of each cell.
+    visible: (B, N, K) one where the camera sees the cell, else zero.
+    """
 
     tokens: Tensor
     level_hw: Sequence[tuple[int, int]]
@@ -32,7 +38,7 @@ class Views(NamedTuple):
 
 
 class EncoderLayer(nn.Module):
-    """Temporal self-attention, camera cross-attention, feed-forward; each followed by a LayerNorm."""
+    """Temporal self-attention, attention to the cameras, and feed-forward, each followed by a LayerNorm."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
@@ -43,14 +49,14 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(config.embed_dim) for _ in range(3))
 
     def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, views: Views) -> Tensor:
-        """Shapes as in attention.py; (B, K, C) to (B, K, C)."""
+        """Map the BEV query (B, K, C) to (B, K, C); the other arguments are as in attention.py."""
         query = self.norms[0](self.temporal(query, query_pos, queue, reference_points, self.bev_hw))
         query = self.norms[1](self.spatial(query, views.tokens, views.reference_points, views.visible, views.level_hw))
         return self.norms[2](self.ffn(query))
 
 
 class Encoder(nn.Module):
-    """BEV queries, the geometry between them and the cameras, and the encoder layers."""
+    """BEV queries, their projection into the cameras, and the encoder layers."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
@@ -79,16 +85,18 @@ class Encoder(nn.Module):
         prev_bev: Tensor,
         has_prev: Tensor,
     ) -> Tensor:
-        """
+        """Compute the BEV.
+
         Args:
-            features: Per level (B, N, C, h, w).
-            lidar2img: (B, N, 4, 4) to pixels of the padded image.
+            features: For each level (B, N, C, h, w).
+            lidar2img: (B, N, 4, 4) from lidar metres to pixels of the padded image.
             can_bus: (B, 18), relative to the previous frame.
             image_hw: Padded height and width.
-            prev_bev: (B, K, C) as the previous frame gave it; read only where `has_prev` (B,) is one.
+            prev_bev: (B, K, C) BEV of the previous frame.
+            has_prev: (B,) one where `prev_bev` is read, zero where it is ignored.
 
         Returns:
-            (B, K, C).
+            (B, K, C) BEV features.
         """
         B = can_bus.shape[0]
         initial = self.bev_embedding.weight + self.can_bus_norm(self.can_bus_mlp(self._motion(can_bus)))[:, None]  # (B, K, C)
@@ -99,13 +107,13 @@ class Encoder(nn.Module):
         known = has_prev.view(B, 1, 1) > 0
         query = initial
         for layer in self.layers:
-            # Chosen before they are stacked: an engine does that while it quantizes, and needs no kernel for the stacks.
+            # Selected before stacking: an engine selects while it quantizes, and then needs no kernel for the stacks.
             queue = torch.stack((torch.where(known, rotated, query), torch.where(known, initial, query)), 1)  # (B, 2, K, C)
             query = layer(query, query_pos, queue, reference_points, views)
         return query
 
     def _motion(self, can_bus: Tensor) -> Tensor:
-        """(B, 18): what the network reads of `can_bus`; see `BEVFormerConfig.absolute_yaw`."""
+        """Return the (B, 18) numbers of `can_bus` that the network reads; see `BEVFormerConfig.absolute_yaw`."""
         if self.config.absolute_yaw:
             return can_bus
         turn = can_bus[:, YAW_DEG:]  # (B, 1)
@@ -113,7 +121,7 @@ class Encoder(nn.Module):
         return torch.cat((can_bus[:, :YAW_RAD], turn.deg2rad(), turn), 1)
 
     def _positions(self) -> Tensor:
-        """(K, C): the column's embedding, then the row's."""
+        """Return (K, C) positional embeddings: the column's embedding, then the row's."""
         rows, columns = self.config.bev_hw
         x = self.col_embed.weight.expand(rows, -1, -1)  # (H, W, C/2)
         y = self.row_embed.weight[:, None].expand(-1, columns, -1)
@@ -129,7 +137,7 @@ class Encoder(nn.Module):
         return Views(torch.cat(tokens, 2), level_hw, reference_points, hit.any(-1).to(reference_points.dtype))
 
     def _temporal_references(self, can_bus: Tensor, has_prev: Tensor) -> Tensor:
-        """(B, 2, K, 2): where a cell lay in the previous BEV, and where it lies now."""
+        """Return (B, 2, K, 2) normalised positions of each cell in the previous BEV and in the current one."""
         x_min, y_min, _, x_max, y_max, _ = self.config.pc_range
         dx, dy, yaw = can_bus[:, 0], can_bus[:, 1], can_bus[:, YAW_RAD]
         forward = dx * yaw.cos() + dy * yaw.sin()

@@ -1,4 +1,4 @@
-"""BEVFormer: from images to boxes. Training, evaluation, quantization and export all run this one forward.
+"""The network of BEVFormer, from images to boxes. Training, evaluation, quantization and export all run this one forward.
 
 Source: BEVFormer (arXiv:2203.17270); fundamentalvision/BEVFormer at 66b65f3.
 
@@ -18,7 +18,7 @@ from qdbev.schema import Batch
 
 
 class BEVFormer(Detector):
-    """The network. Its state is the BEV (B, K, C), which the next frame's temporal attention reads."""
+    """The network of BEVFormer. Its state is the BEV (B, K, C), which the next frame's temporal attention reads."""
 
     groups = BEVFormerConfig.groups
 
@@ -32,12 +32,12 @@ class BEVFormer(Detector):
         self.head = SetHead(config.embed_dim, config.num_classes, config.decoder_layers, config.pc_range)
 
     def forward(self, batch: Batch, state: Tensor | None = None) -> tuple[Output, Tensor]:
-        """One frame of each sample: the output, and the BEV (B, K, C) as the next frame's state.
+        """Compute one frame of each sample; returns the output, and the BEV (B, K, C) as the state for the next frame.
 
         Args:
             batch: `images` (B, N, 3, H, W) normalised and padded, `lidar2img` (B, N, 4, 4) from lidar metres to pixels of the padded
-                image, `can_bus` (B, 18) relative to the previous frame, `has_prev` (B,) one where the state counts.
-            state: (B, K, C) BEV of the previous frame, or None for first frames.
+                image, `can_bus` (B, 18) relative to the previous frame, `has_prev` (B,) one where the state is read, else zero.
+            state: (B, K, C) BEV of the previous frame, or None if all samples are first frames.
 
         Raises:
             ValueError: Shapes do not fit each other or the config.
@@ -47,26 +47,26 @@ class BEVFormer(Detector):
         return Output(features, bev, cls_logits, box_code), bev
 
     def advance(self, batch: Batch, state: Tensor | None = None) -> Tensor:
-        """The BEV (B, K, C) for the next frame; the decoder does not run."""
+        """Compute only the BEV (B, K, C) for the next frame, without running the decoder."""
         return self._encode(batch.images, batch.lidar2img, batch.can_bus, state, batch.has_prev)[1]
 
     def deployed(
         self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor, has_prev: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (1, Q, classes) and box code (1, Q, 10) of the last decoder layer, and the BEV (1, K, C)."""
+        """Compute logits (1, Q, classes) and box code (1, Q, 10) of the last decoder layer, and the BEV (1, K, C)."""
         _, bev = self._encode(images, lidar2img, can_bus, prev_bev, has_prev)
         cls_logits, box_code = self.head(self.decoder(bev, self.head.reg_branches))
         return cls_logits[-1], box_code[-1], bev
 
     def visibility(self, batch: Batch) -> Tensor:
-        """(B, N, K) bool: the camera sees some point of the BEV cell's pillar, as spatial cross-attention counts it."""
+        """Return (B, N, K) bool, true where the camera sees some point of the BEV cell's pillar, as spatial cross-attention does."""
         image_hw = (batch.images.shape[-2], batch.images.shape[-1])
         return project(self.encoder.pillars, batch.lidar2img, image_hw)[1].any(-1)
 
     def _encode(
         self, images: Tensor, lidar2img: Tensor, can_bus: Tensor, prev_bev: Tensor | None, has_prev: Tensor
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Image features per level (B, N, C, h, w), and the BEV (B, K, C)."""
+        """Compute image features (B, N, C, h, w) of each level, and the BEV (B, K, C)."""
         self._check(images, lidar2img, can_bus, prev_bev)
         B, N = images.shape[:2]
         if prev_bev is None:

@@ -1,4 +1,4 @@
-"""BEVFormer's recipes: functions that return a `Config`; the docstrings say what to expect."""
+"""Recipes of BEVFormer: functions that return a `Config`; their docstrings give the expected results."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,16 +10,21 @@ from qdbev.nn.config import BackboneConfig
 from qdbev.quant.config import QuantConfig, Stage
 
 _CAFFE_MEAN = (103.53, 116.28, 123.675)
+"""Mean of each image channel, in the order BGR, with which the caffe backbones were trained."""
 
 
 def progressive(epochs: Sequence[float], learning_rate: float) -> tuple[Stage, ...]:
-    """QD-BEV's first phase: backbone, neck, encoder, then decoder with head, each quantized on top of those before, with so many epochs."""
+    """Return the stages of QD-BEV's first phase, which quantize backbone, neck, encoder, and decoder with head, one after the other.
+
+    Args:
+        epochs: Length of each of the four stages.
+    """
     parts = (("backbone",), ("backbone", "neck"), ("backbone", "neck", "encoder"), None)
     return tuple(Stage(groups=groups, epochs=count, learning_rate=learning_rate) for groups, count in zip(parts, epochs, strict=True))
 
 
 def _method(progressive_epochs: Sequence[float], distill_epochs: float, learning_rate: float) -> tuple[Stage, ...]:
-    """QD-BEV whole (arXiv:2308.10515, Algorithm 1): the progressive stages, then view-guided distillation with everything quantized."""
+    """Return all stages of QD-BEV (arXiv:2308.10515, Algorithm 1): the progressive ones, then distillation with everything quantized."""
     return *progressive(progressive_epochs, learning_rate), Stage(epochs=distill_epochs, learning_rate=learning_rate, distill=True)
 
 
@@ -27,18 +32,20 @@ POLICY = QuantConfig(
     edge_layers=("backbone.conv1", "head.cls_branches.*.6", "head.reg_branches.*.4"),
     float_layers=("encoder.can_bus_mlp.*", "decoder.reference_points"),
 )
-"""Quantization policy of all recipes. Edges: the first convolution and the last linear layers. Float: the layers that read `can_bus`,
-eighteen numbers of mixed units, and the reference points, which are constant."""
+"""Quantization policy of all recipes. `edge_layers` are the first convolution and the last linear layers. `float_layers` are the layers
+that read `can_bus`, eighteen numbers of mixed units, and the one that computes the reference points, which are constant."""
 _PAPER = dataclasses.replace(POLICY, stages=_method((24, 11, 16, 9), 25, learning_rate=5e-5))
-"""Lengths read off the paper's Figure 3 (tiny); it gives no learning rate."""
+"""The paper's stages. Their lengths are read off its Figure 3 (tiny); it gives no learning rate."""
 _PAPER_DEFORMABLE = dataclasses.replace(_PAPER, edge_layers=(*_PAPER.edge_layers, "backbone.*.conv2.offset"))
-"""Convolutions that say where others read keep 8 bits: untrained ones err by 0.23 pixels at W4A6, by 0.02 at W8A8."""
+"""The paper's stages for backbones with DCNv2, whose offset convolutions stay at 8 bits. At W4A6 their sampling offsets were wrong by 0.23
+pixels before training, at W8A8 by 0.02 pixels."""
 
 
 def micro() -> Config:
     """A detector that trains in minutes on two cores, on the synthetic `micro` world.
 
-    Command: make demo; about 9 minutes on two cores. Seen: NDS 0.444 to 0.474, mAP 0.397 to 0.442 (results/demo_micro_cpu.json: one run).
+    Command: make demo; about 9 minutes on two cores. Results of several runs: NDS 0.444 to 0.474, mAP 0.397 to 0.442
+    (results/demo_micro_cpu.json has one of them).
     """
     return Config(
         name="micro",
@@ -107,3 +114,4 @@ def base() -> Config:
 
 
 RECIPES = {"micro": micro, "tiny": tiny, "small": small, "base": base}
+"""BEVFormer's recipes by name."""

@@ -1,7 +1,7 @@
-"""BEVFormer on the host: the previous BEV, the motion since the previous frame, and scene changes.
+"""BEVFormer's work on the host: the previous BEV, the motion since the previous frame, and scene changes.
 
-Nothing is remembered between calls except what the caller passes back in. The history is kept whatever time has passed between two
-frames of a scene, as upstream does.
+The functions have no state: the caller passes the memory of the previous frame. As upstream, the memory is used however much time has
+passed between two frames of a scene.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from qdbev.schema import Detections, Frame
 
 
 class Memory(NamedTuple):
-    """What a frame leaves for the next one: its scene, time, absolute can_bus (18,) and BEV features (1, BEV cells, C)."""
+    """The values of one frame that the next one needs: scene, time, absolute can_bus (18,) and BEV features (1, BEV cells, C)."""
 
     scene_token: str
     timestamp_us: int
@@ -27,13 +27,13 @@ class Memory(NamedTuple):
 
 
 class BEVFormerStream:
-    """`detector.FrameStream` of BEVFormer."""
+    """The `detector.FrameStream` of BEVFormer."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         self._config = config
 
     def inputs(self, frame: Frame, memory: Memory | None) -> Arrays:
-        """Inputs of the deployed graph; at the start of a scene `has_prev` is 0 and `prev_bev` is zero.
+        """Return the inputs of the deployed graph; at the start of a scene `has_prev` and `prev_bev` are zero.
 
         Raises:
             FrameOrderError: The memory is of the same scene but not of an earlier frame.
@@ -49,18 +49,18 @@ class BEVFormerStream:
         }
 
     def remember(self, frame: Frame, outputs: Mapping[str, np.ndarray]) -> Memory:
-        """The memory that `frame` leaves for the next one."""
+        """Return the memory for the frame after `frame`."""
         return Memory(frame.scene_token, frame.timestamp_us, frame.can_bus, outputs["bev"])
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Detections:
-        """The best `max_boxes` pairs of query and class, in the lidar frame."""
+        """Decode the best `max_boxes` pairs of query and class, in the lidar frame."""
         config = self._config
         logits, code = torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"])
         return decode(logits, code, config.max_boxes, config.post_center_range)[0]
 
 
 def previous(frame: Frame, memory: Memory | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Relative can_bus (18,), and the previous BEV of the same scene or None at the start of a scene.
+    """Return the relative can_bus (18,), and the previous BEV of the same scene or None at the start of a scene.
 
     Raises:
         FrameOrderError: The memory is of the same scene but not of an earlier frame.

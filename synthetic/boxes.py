@@ -1,44 +1,43 @@
-"""Rotations about the vertical and the corners of boxes. N boxes; `wlh` is width, length, height."""
+"""Corners and ground outlines of boxes that are rotated about the vertical axis.
+
+N is the number of boxes; `wlh` is width, length and height in metres.
+"""
 
 import numpy as np
 
+from qdbev.geometry import rotation_z
+
 CUBE = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)])
+"""(8, 3) corners of a cube of side one around the origin."""
 CUBE_FACES = np.array([[4, 6, 7, 5], [0, 1, 3, 2], [2, 3, 7, 6], [0, 4, 5, 1], [1, 5, 7, 3], [0, 2, 6, 4]])
-
-
-def rotation_z(yaw: np.ndarray | float) -> np.ndarray:
-    """(..., 3, 3) rotations by `yaw` (...) about the z axis."""
-    yaw = np.asarray(yaw, dtype=np.float64)
-    cos, sin, zero, one = np.cos(yaw), np.sin(yaw), np.zeros_like(yaw), np.ones_like(yaw)
-    rows = [np.stack(row, -1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, one))]
-    return np.stack(rows, -2)
+"""(6, 4) indices into `CUBE` of the corners of each face, counter-clockwise seen from outside."""
 
 
 def footprints(centres: np.ndarray, yaws: np.ndarray, wlh: np.ndarray) -> np.ndarray:
-    """Ground outline of boxes.
+    """Outlines of boxes on the ground.
 
     Args:
-        centres: (..., 2 or 3) box centres; only x and y are read.
-        yaws: (...) headings.
-        wlh: (..., 3) sizes.
+        centres: (..., 2 or 3) box centres in metres; only x and y are used.
+        yaws: (...) headings in radians.
+        wlh: (..., 3) sizes in metres.
 
     Returns:
-        (..., 4, 2) corners in order around the box, in the frame of `centres`.
+        (..., 4, 2) corners in order around the box, in the coordinate frame of `centres`.
     """
     signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
     local = signs * np.asarray(wlh)[..., None, [1, 0]]  # (..., 4, 2)
-    turn = rotation_z(yaws)[..., :2, :2]
-    return np.einsum("...ij,...kj->...ki", turn, local) + np.asarray(centres)[..., None, :2]
+    rotation = rotation_z(yaws)[..., :2, :2]
+    return np.einsum("...ij,...kj->...ki", rotation, local) + np.asarray(centres)[..., None, :2]
 
 
 def box_corners(centres: np.ndarray, yaws: np.ndarray, wlh: np.ndarray) -> np.ndarray:
-    """(N, 8, 3) corners of boxes, in the order of `CUBE`, from centres (N, 3), yaws (N,) and sizes (N, 3)."""
+    """(N, 8, 3) corners of boxes, in the order of `CUBE`, from centres (N, 3), headings (N,) in radians and sizes (N, 3)."""
     local = CUBE * np.asarray(wlh)[:, None, [1, 0, 2]]  # (N, 8, 3)
     return np.einsum("nij,nkj->nki", rotation_z(yaws), local) + np.asarray(centres)[:, None]
 
 
 def outlines_overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Whether rectangles overlap, by separating axes; outlines (..., 4, 2) broadcast, the result is (...)."""
+    """Whether two rectangles overlap, by the separating axis test. Outlines (..., 4, 2) are broadcast; the result is (...)."""
     apart = np.zeros(np.broadcast_shapes(first.shape[:-2], second.shape[:-2]), dtype=bool)
     for outline in (first, second):
         for corner in (1, 3):

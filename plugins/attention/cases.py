@@ -1,30 +1,34 @@
-"""What every build of the kernels is checked on: random problems and all edges of plugins/README.md, with the PyTorch truth's answer.
+"""Test cases for the attention kernels: random problems and all edge cases of plugins/README.md, with the result of PyTorch.
 
-The host build runs them in tests/test_plugins_kernels.py, the device build in bench/kernels.py. Letters as in qdbev/ops/sca.py.
+tests/test_plugins_kernels.py runs them on kernels compiled for the host, bench/kernels.py on a GPU. Letters as in qdbev/ops/sca.py.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from plugins.variant import Number, Out, Variant
+from plugins.attention.variant import Variant
+from plugins.kernel import Types, ValueType
+from qdbev.ops.contract import MSDA, SCA
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
 
 FLOAT32_ATOL = 1e-5
+"""Largest permitted absolute error with a float32 value."""
 FLOAT16_ATOL = 2e-3
+"""Largest permitted absolute error with a float16 value."""
 INT8_ATOL = 1.0
-"""In steps of the value's scale, on top of the rounding of an output in float16."""
+"""Largest permitted error with an int8 value, in steps of its scale; the rounding of a float16 output is permitted in addition."""
 _SAMPLES = 8
-"""Random problems that share a launch, as samples of a batch."""
+"""Batch size of the random cases, so that one launch computes several problems."""
 
 
-def _sizes(heads: int, channels: int, points: int, pillars: int | None, *level_hw: tuple[int, int]) -> Variant:
+def _variant(heads: int, channels: int, points: int, pillars: int | None, *level_hw: tuple[int, int]) -> Variant:
     return Variant(
-        op="spatial_cross_attention" if pillars else "multi_scale_deformable_attention",
+        operator=SCA if pillars else MSDA,
         value="float32",
         out="float32",
         num_heads=heads,
@@ -36,52 +40,74 @@ def _sizes(heads: int, channels: int, points: int, pillars: int | None, *level_h
 
 
 SIZES = (
-    _sizes(2, 32, 8, 4, (5, 7), (3, 4)),
-    _sizes(1, 16, 4, 4, (6, 9)),  # one level, P = D
-    _sizes(2, 8, 8, 4, (8, 12), (4, 6), (2, 3), (1, 2)),  # four levels, P = 2 D
-    _sizes(2, 32, 3, 3, (4, 1), (1, 5)),  # levels one cell wide and one cell high
-    _sizes(8, 32, 4, None, (9, 11)),
-    _sizes(3, 4, 5, None, (5, 7), (1, 1)),
+    _variant(2, 32, 8, 4, (5, 7), (3, 4)),
+    _variant(1, 16, 4, 4, (6, 9)),  # one level, P = D
+    _variant(2, 8, 8, 4, (8, 12), (4, 6), (2, 3), (1, 2)),  # four levels, P = 2 D
+    _variant(2, 32, 3, 3, (4, 1), (1, 5)),  # levels one cell wide and one cell high
+    _variant(8, 32, 4, None, (9, 11)),
+    _variant(3, 4, 5, None, (5, 7), (1, 1)),
 )
-"""Few, so that few kernels have to be compiled."""
+"""Sizes of all cases, as float32 kernels. There are few, because each takes time to compile."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A problem. `variant` holds its sizes, with float32 numbers."""
+    """Inputs of one attention in float32."""
 
     name: str
+    """Description of the case for error messages."""
     variant: Variant
+    """The float32 kernel of these sizes."""
     value: Tensor
-    """(B, N, S, M, C), or (B, S, M, C) without `visible`; float32."""
+    """(B, N, S, M, C) in spatial cross-attention, (B, S, M, C) in multi-scale deformable attention."""
     reference_points: Tensor
+    """(B, N, Q, D, 2) in spatial cross-attention, (B, Q, 2) in multi-scale deformable attention."""
     visible: Tensor | None
+    """(B, N, Q) in spatial cross-attention, None in multi-scale deformable attention."""
     sampling_offsets: Tensor
+    """(B, Q, M, L, P, 2)"""
     attention_logits: Tensor
+    """(B, Q, M, L, P)"""
     row_length: int = 0
+    """The kernel's argument `row_length` when it runs on the host."""
 
-    def inputs(self, number: Number, out: Out) -> tuple[Variant, Tensor, float]:
-        """The variant for `value` in `number`, `value` so, and what one step of it is worth (1 for floats), exact in float16."""
+    def in_types(self, types: Types) -> tuple[Variant, Tensor, float]:
+        """Return the kernel for these number types, `value` in its type, and the scale of `value` (1 if it is not int8).
+
+        The scale is exact in float16. Values below -128 steps are clipped.
+        """
+        number, out = types
         variant = dataclasses.replace(self.variant, value=number, out=out)
         if number != "int8":
             return variant, self.value.to(getattr(torch, number)), 1.0
-        scale = float((self.value.max().clamp(min=1e-3) / 127).half())  # what lies below -128 steps saturates
+        scale = float((self.value.max().clamp(min=1e-3) / 127).half())
         return variant, (self.value / scale).round().clamp(-128, 127).to(torch.int8), scale
 
     def truth(self, value: Tensor, scale: float) -> Tensor:
-        """What the PyTorch operator gives in float64 for `value` as `inputs` gives it."""
+        """Return the result (B, Q, M * C) of the PyTorch operator in float64, for `value` and `scale` as `in_types` returns them."""
         rest = [tensor.double() for tensor in self.others()]
         operator = spatial_cross_attention if self.visible is not None else multi_scale_deformable_attention
         return operator(value.double() * scale, *rest, self.variant.level_hw)
 
     def others(self) -> list[Tensor]:
-        """Inputs behind `value`, in the operator's order."""
+        """Return the inputs after `value`, in the operator's order and without `value_scale`."""
         rest = [self.reference_points, self.visible, self.sampling_offsets, self.attention_logits]
         return [tensor for tensor in rest if tensor is not None]
 
 
-def excess(number: Number, scale: float, out: Tensor, truth: Tensor) -> float:
-    """Largest error of a kernel's output as a share of what is tolerated; infinite where it is no number."""
+def operator_inputs(variant: Variant, value: Tensor, scale: float, others: Sequence[Tensor]) -> list[Tensor]:
+    """Return all inputs of the operator that `variant` computes, in its order: with `value_scale` if `value` is int8."""
+    value_scale = torch.tensor(scale, dtype=getattr(torch, variant.out), device=value.device)
+    return [value, *[value_scale] * variant.form.has_integer_value, *others]
+
+
+def level_attribute(variant: Variant) -> dict[str, list[int]]:
+    """Return the operator's attribute `level_hw`: h0, w0, h1, w1, ..."""
+    return {"level_hw": [size for hw in variant.level_hw for size in hw]}
+
+
+def error_ratio(number: ValueType, scale: float, out: Tensor, truth: Tensor) -> float:
+    """Return the largest error of a kernel's output divided by the permitted error; infinite if the output is not a number."""
     error = (out.double() - truth).abs()
     if number == "float32":
         share = error / FLOAT32_ATOL
@@ -93,7 +119,7 @@ def excess(number: Number, scale: float, out: Tensor, truth: Tensor) -> float:
 
 
 def random_cases(count: int) -> Iterator[Case]:
-    """`count` random problems or a few more, several in a case, over all SIZES; a third of the points lie outside."""
+    """Yield cases with at least `count` random problems in all, over all SIZES. A third of the sampling points are outside the levels."""
     for seed in range(-(-count // _SAMPLES)):
         generator = Generator().manual_seed(seed)
         num_query = int(torch.randint(1, 12, (), generator=generator))
@@ -102,12 +128,12 @@ def random_cases(count: int) -> Iterator[Case]:
 
 
 def draw(name: str, sizes: Variant, generator: Generator, batch: int = 2, num_query: int = 6, num_cameras: int = 3) -> Case:
-    """A random problem; in its first sample no camera sees the first query and all cameras see the last."""
+    """Return a random case. In its first sample, no camera sees the first query and all cameras see the last one."""
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     uniform = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     B, N, Q, M, L, P = batch, num_cameras, num_query, sizes.num_heads, len(sizes.level_hw), sizes.num_points
     offsets, logits = 3 * normal(B, Q, M, L, P, 2), 2 * normal(B, Q, M, L, P)
-    if sizes.op == "multi_scale_deformable_attention":
+    if not sizes.spatial:
         value, points = normal(B, sizes.num_keys, M, sizes.channels), uniform(B, Q, 2) * 1.4 - 0.2
         return Case(name, sizes, value, points, None, offsets, logits)
     visible = (uniform(B, N, Q) < 0.4).float()
@@ -117,7 +143,7 @@ def draw(name: str, sizes: Variant, generator: Generator, batch: int = 2, num_qu
 
 
 def edge_cases() -> Iterator[Case]:
-    """Every edge on every one of SIZES that has it."""
+    """Yield every edge case for every entry of SIZES to which it applies."""
     for index, sizes in enumerate(SIZES):
         generator = Generator().manual_seed(1000 + index)
         for name, change in _EDGES.items():
@@ -125,7 +151,7 @@ def edge_cases() -> Iterator[Case]:
         for num_query, row_length in ((1, 0), (1, 1), (67, 0), (300, 0), (36, 6), (289, 17), (110, 11)):
             case = draw(f"{num_query} queries, rows of {row_length}, sizes {index}", sizes, generator, 1, num_query)
             yield dataclasses.replace(case, row_length=row_length)
-        if sizes.op == "spatial_cross_attention":
+        if sizes.spatial:
             yield draw(f"one camera, sizes {index}", sizes, generator, num_cameras=1)
             yield draw(f"32 cameras, sizes {index}", sizes, generator, batch=1, num_query=3, num_cameras=32)
             for name, visible in _VISIBILITIES.items():
@@ -134,7 +160,7 @@ def edge_cases() -> Iterator[Case]:
 
 
 def _points_at(cell: Callable[[int], float]) -> Callable[[Case], Case]:
-    """Every point of every level at column cell(width) and row cell(height), 0 being the middle of the first cell."""
+    """Put every sampling point of every level at column cell(width) and row cell(height); 0 is the center of the first cell."""
 
     def change(case: Case) -> Case:
         offsets = torch.empty_like(case.sampling_offsets)
@@ -146,7 +172,7 @@ def _points_at(cell: Callable[[int], float]) -> Callable[[Case], Case]:
 
 
 def _far(reference: float, offset: float) -> Callable[[Case], Case]:
-    """References and offsets times so much."""
+    """Multiply reference points and sampling offsets by these factors."""
 
     def change(case: Case) -> Case:
         points, offsets = case.reference_points * reference, case.sampling_offsets * offset
@@ -156,7 +182,7 @@ def _far(reference: float, offset: float) -> Callable[[Case], Case]:
 
 
 def _some_far(case: Case) -> Case:
-    """Every other point at +-1e30, its neighbours inside."""
+    """Move every other sampling point to +-1e30 and leave its neighbours near the center of the image."""
     offsets = case.sampling_offsets.clone()
     offsets[..., ::2, :] = offsets[..., ::2, :].sign() * 1e30
     return dataclasses.replace(case, sampling_offsets=offsets, reference_points=torch.full_like(case.reference_points, 0.5))
@@ -175,8 +201,8 @@ _EDGES: dict[str, Callable[[Case], Case]] = {
     "points one cell before the first": _points_at(lambda size: -1.0),
     "points on the first cell": _points_at(lambda size: 0.0),
     "points on the last cell": _points_at(lambda size: size - 1.0),
-    "points half a cell behind the last": _points_at(lambda size: size - 0.5),
-    "points one cell behind the last": _points_at(lambda size: float(size)),
+    "points half a cell after the last": _points_at(lambda size: size - 0.5),
+    "points one cell after the last": _points_at(lambda size: float(size)),
     "points between cells": _points_at(lambda size: size / 2 - 0.25),
     "all inside": _far(0.0, 0.0),
     "references at a million": _far(1e6, 1.0),
@@ -190,9 +216,11 @@ _EDGES: dict[str, Callable[[Case], Case]] = {
     "huge logits": _with_logits(lambda logits: logits * 1e4),
     "logits far below zero": _with_logits(lambda logits: logits - 1e4),
 }
+"""Changes to a random case that turn it into an edge case, by description."""
 _VISIBILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "seen by none": torch.zeros_like,
     "seen by all": torch.ones_like,
     "seen in part": lambda visible: visible * 0.3,
     "seen more than once": lambda visible: visible * 2.5,
 }
+"""Changes to `visible` that turn a random case of spatial cross-attention into an edge case, by description."""

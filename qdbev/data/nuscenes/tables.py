@@ -1,7 +1,7 @@
-"""nuScenes' tables, read through the devkit, become `Infos`.
+"""Reads the tables of a dataset in nuScenes format through the devkit and returns them as `Infos`.
 
-Numbers follow BEVFormer 66b65f3 (tools/data_converter/nuscenes_converter.py) and mmdet3d 0.17.1: boxes in the SECOND convention,
-velocity from neighbouring annotations, the ego motion between the shutters of camera and lidar inside `lidar2img`.
+Numbers are computed as in BEVFormer 66b65f3 (tools/data_converter/nuscenes_converter.py) and mmdet3d 0.17.1: boxes are in the SECOND
+convention, velocities come from neighbouring annotations, and `lidar2img` includes the ego motion between the times of camera and lidar.
 """
 
 import gc
@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from qdbev import can_bus as layout
 from qdbev import geometry
-from qdbev.data.completeness import scenes_without_can_signals
 from qdbev.data.infos import DatasetError, Infos
+from qdbev.data.nuscenes.completeness import scenes_without_can_signals
 from qdbev.schema import CAMERAS, CLASSES
 
 _LIDAR = "LIDAR_TOP"
@@ -29,46 +29,50 @@ _OFFICIAL_SPLITS = {
     "mini": ("mini_train", "mini_val"),
     "test": ("test",),
 }
-"""By the ending of the version's name, as the official evaluation demands."""
+"""Official splits of each version; the key is the ending of the version's name, which the official evaluation checks too."""
 
-Row = dict[str, Any]
+Record = dict[str, Any]
+"""One record of a nuScenes table, as the devkit returns it."""
+SampleFields = dict[str, Any]
+"""The values of one sample for the fields of `Infos`."""
 
 
 def read(root: Path, version: str, workers: int) -> Infos:
-    """All samples of `root/version`, scenes shared out over `workers` processes (0: read in this one).
+    """Infos of all samples of `root/version`, read scene by scene in `workers` processes, or in this process if `workers` is 0.
 
     Raises:
-        DatasetError: Tables or CAN signals are damaged or contradict each other, or cameras differ in image size.
+        DatasetError: Tables or CAN signals are damaged or contradict each other, or the camera images differ in size.
     """
     with tqdm(desc=f"reading {version}", unit="scene", disable=None) as bar:
         reader = SceneReader(root, _open(root, version))
         bar.reset(total=len(reader.nuscenes.scene))
-        rows = []
-        for scene_rows in _over_scenes(reader, workers):
-            rows += scene_rows
+        samples = []
+        for of_scene in _read_scenes(reader, workers):
+            samples += of_scene
             bar.update()
-    if not rows:
-        raise DatasetError(f"{root / version} has no samples")
-    rows.sort(key=lambda row: row["timestamp_us"])
-    return _stack(rows, _splits(root, version))
+    if not samples:
+        raise DatasetError(f"{root / version} has no samples; unpack the metadata archive again")
+    samples.sort(key=lambda sample: sample["timestamp_us"])
+    return _stack(samples, _splits(root, version))
 
 
 def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """(18,) absolute can_bus as the published checkpoints know it.
+    """The (18,) vector `can_bus` of one frame in the global frame, with the error of the code that trained the published checkpoints.
 
     Args:
-        signals: (9,) acceleration (m/s^2), rotation rate (rad/s), velocity (m/s), each x, y, z.
+        signals: (9,) acceleration (m/s^2), rotation rate (rad/s) and velocity (m/s), each as x, y, z.
         rotation: (4,) unit quaternion (w, x, y, z) of the ego in the global frame.
-        translation: (3,) metres, global frame.
+        translation: (3,) position of the ego in metres, global frame.
 
     Returns:
-        [0:3] position; [3:7] the quaternion's w, four times; [7:16] signals; [16] yaw in [0, 2 pi); [17] the same in degrees.
+        [0:3] position; [3:7] w of the quaternion, four times (see `DataConfig.full_quaternion`); [7:16] signals; [16] yaw in [0, 2 pi);
+        [17] the yaw in degrees.
     """
-    heading = rotation_matrix(rotation)[:, 0]
+    heading = _rotation_matrices(rotation)[:, 0]
     yaw_deg = np.rad2deg(np.arctan2(heading[1], heading[0]))
     if yaw_deg < 0:
         yaw_deg += 360
-    vector = np.empty(18)
+    vector = np.empty(layout.SIZE)
     vector[layout.POSITION] = translation
     vector[layout.ROTATION] = rotation[0]
     vector[7:16] = signals
@@ -77,41 +81,30 @@ def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) 
     return vector
 
 
-def rotation_matrix(quaternion: np.ndarray) -> np.ndarray:
-    """(..., 3, 3) rotations from (..., 4) quaternions (w, x, y, z), which need not be of unit length."""
-    q = np.asarray(quaternion, dtype=np.float64)
-    w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
-    rows = (
-        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
-        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
-    )
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
 class SceneReader:
-    """Reads one scene at a time; G boxes of a sample, N cameras."""
+    """Reads the samples of one scene at a time. G is the number of boxes of a sample, N the number of cameras."""
 
     def __init__(self, root: Path, nuscenes: NuScenes) -> None:
         self.nuscenes = nuscenes
         self._can_folder = root / "can_bus"
         self._without_can = scenes_without_can_signals(root)
 
-    def read(self, scene: Row) -> list[Row]:
-        """One row per sample with the fields of `Infos`, plus the scene's name."""
+    def read(self, scene: Record) -> list[SampleFields]:
+        """The scene's samples in order of time, each with the fields of `Infos` and the scene's name as `scene_name`."""
         times, signals = self._can_signals(scene["name"])
-        rows, token = [], scene["first_sample_token"]
+        samples, token = [], scene["first_sample_token"]
         while token:
             sample = self.nuscenes.get("sample", token)
             after = np.searchsorted(times, sample["timestamp"], side="right").clip(max=len(times) - 1)
-            rows.append({"scene_name": scene["name"], **self._row(sample, signals[after])})
+            samples.append({"scene_name": scene["name"], **self._sample_fields(sample, signals[after])})
             token = sample["next"]
-        return rows
+        return samples
 
     def _can_signals(self, scene_name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) microseconds and (M, 9) signals of the scene's pose messages; one message of zeros where nuScenes has none.
+        """(M,) times in microseconds and (M, 9) signals of the scene's pose messages; one message of zeros if the scene has none.
 
-        Upstream takes the signals from the message after the sample and nothing else from it.
+        As in BEVFormer's converter, a sample gets the signals of the first message after it, and its position and rotation from the
+        ego pose.
         """
         if scene_name in self._without_can:
             return np.zeros(1), np.zeros((1, 9))
@@ -124,7 +117,7 @@ class SceneReader:
             raise DatasetError(f"{path} is damaged ({error!r}); unpack the CAN bus expansion again") from error
         return (times, signals) if len(times) else (np.zeros(1), np.zeros((1, 9)))
 
-    def _row(self, sample: Row, signals: np.ndarray) -> Row:
+    def _sample_fields(self, sample: Record, signals: np.ndarray) -> SampleFields:
         absent = [channel for channel in (_LIDAR, *CAMERAS) if channel not in sample["data"]]
         if absent:
             raise DatasetError(f"sample {sample['token']} has no key frame of {', '.join(absent)}; the tables are incomplete")
@@ -135,8 +128,6 @@ class SceneReader:
         return {
             "token": sample["token"],
             "scene_token": sample["scene_token"],
-            "prev": sample["prev"],
-            "next": sample["next"],
             "timestamp_us": sample["timestamp"],
             "image_files": [image["filename"] for image, _ in cameras],
             "image_hw": [(image["height"], image["width"]) for image, _ in cameras],
@@ -148,22 +139,22 @@ class SceneReader:
             **self._boxes(sample, lidar_from_global),
         }
 
-    def _sensor(self, sample: Row, channel: str) -> tuple[Row, np.ndarray, Row]:
-        """The sample_data record, (4, 4) ego_from_sensor, and the ego_pose record at the sensor's own time."""
+    def _sensor(self, sample: Record, channel: str) -> tuple[Record, np.ndarray, Record]:
+        """The sample_data record, the (4, 4) ego_from_sensor, and the ego_pose record at the time of this sensor's measurement."""
         data = self.nuscenes.get("sample_data", sample["data"][channel])
         calibration = self.nuscenes.get("calibrated_sensor", data["calibrated_sensor_token"])
         return data, _pose(calibration), self.nuscenes.get("ego_pose", data["ego_pose_token"])
 
-    def _camera(self, sample: Row, channel: str, lidar_from_global: np.ndarray) -> tuple[Row, np.ndarray]:
-        """The sample_data record and (4, 4) lidar2img."""
+    def _camera(self, sample: Record, channel: str, lidar_from_global: np.ndarray) -> tuple[Record, np.ndarray]:
+        """The sample_data record and the (4, 4) lidar2img of one camera."""
         image, ego_from_cam, ego_pose = self._sensor(sample, channel)
         cam_from_lidar = geometry.inverse(lidar_from_global @ _pose(ego_pose) @ ego_from_cam)
         intrinsic = self.nuscenes.get("calibrated_sensor", image["calibrated_sensor_token"])["camera_intrinsic"]
         img_from_cam = geometry.rigid(np.array(intrinsic), np.zeros(3))
         return image, img_from_cam @ cam_from_lidar
 
-    def _boxes(self, sample: Row, lidar_from_global: np.ndarray) -> Row:
-        """boxes (G, 9), labels (G,), num_points (G,) of the ten classes."""
+    def _boxes(self, sample: Record, lidar_from_global: np.ndarray) -> SampleFields:
+        """boxes (G, 9), labels (G,) and num_points (G,) of the objects of the ten classes."""
         found = [self.nuscenes.get("sample_annotation", token) for token in sample["anns"]]
         names = [category_to_detection_name(annotation["category_name"]) for annotation in found]
         kept = [(annotation, name) for annotation, name in zip(found, names, strict=True) if name in CLASSES]
@@ -172,12 +163,12 @@ class SceneReader:
             annotations = [annotation for annotation, _ in kept]
             rotation = lidar_from_global[:3, :3]
             centers = np.array([a["translation"] for a in annotations])
-            turned = rotation @ rotation_matrix(np.array([a["rotation"] for a in annotations]))  # (G, 3, 3)
+            lidar_from_box = rotation @ _rotation_matrices(np.array([a["rotation"] for a in annotations]))  # (G, 3, 3)
             velocity = np.array([self.nuscenes.box_velocity(a["token"]) for a in annotations])
-            velocity[:, 2] = 0  # upstream turns the horizontal part only
+            velocity[:, 2] = 0  # as in BEVFormer's converter, which rotates the horizontal part only
             boxes[:, :3] = centers @ rotation.T + lidar_from_global[:3, 3]
             boxes[:, 3:6] = [a["size"] for a in annotations]
-            boxes[:, 6] = -np.arctan2(-turned[:, 0, 1], turned[:, 0, 0]) - np.pi / 2
+            boxes[:, 6] = -np.arctan2(-lidar_from_box[:, 0, 1], lidar_from_box[:, 0, 0]) - np.pi / 2
             boxes[:, 7:] = np.nan_to_num(velocity @ rotation.T, nan=0.0)[:, :2]
         return {
             "boxes": boxes,
@@ -187,16 +178,16 @@ class SceneReader:
 
 
 class _KeyFrames(NuScenes):
-    """The devkit's tables without what lies between key frames, which is nine tenths of nuScenes' sensor files and poses."""
+    """The devkit's tables with key frames only. The rest, nine tenths of nuScenes' sensor files and ego poses, is dropped on reading."""
 
-    def __load_table__(self, table_name: str) -> list[Row]:
-        if table_name == "ego_pose":  # comes before sample_data, which tells whose poses are needed
+    def __load_table__(self, table_name: str) -> list[Record]:
+        if table_name == "ego_pose":  # the devkit loads it before sample_data, which names the poses that are needed
             self._key_data = self._load("sample_data", lambda record: record["is_key_frame"])
             used = {record["ego_pose_token"] for record in self._key_data}
             return self._load("ego_pose", lambda record: record["token"] in used)
         return self._key_data if table_name == "sample_data" else super().__load_table__(table_name)
 
-    def _load(self, table_name: str, keep: Callable[[Row], bool]) -> list[Row]:
+    def _load(self, table_name: str, keep: Callable[[Record], bool]) -> list[Record]:
         text = (Path(self.table_root) / f"{table_name}.json").read_text()
         return [record for record in json.loads(text, object_hook=lambda record: record if keep(record) else None) if record]
 
@@ -208,41 +199,58 @@ def _open(root: Path, version: str) -> NuScenes:
         raise DatasetError(f"the tables in {root / version} cannot be read ({error!r}); unpack the metadata archive again") from error
 
 
-def _pose(record: Row) -> np.ndarray:
-    """(4, 4) transform of a calibrated_sensor (ego_from_sensor) or ego_pose (global_from_ego) record."""
-    return geometry.rigid(rotation_matrix(np.array(record["rotation"])), np.array(record["translation"]))
+def _rotation_matrices(quaternions: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) rotation matrices of quaternions (..., 4) in the order w, x, y, z, which need not be of unit length.
+
+    The formula is written out because scipy's differs in the last bits. Positions of a kilometre and more multiply them, so `lidar2img`
+    would differ in float32, and with it every network trained on these numbers.
+    """
+    q = np.asarray(quaternions, dtype=np.float64)
+    w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
+    rows = (
+        (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    )
+    return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+def _pose(record: Record) -> np.ndarray:
+    """(4, 4) transform of a calibrated_sensor record (ego_from_sensor) or an ego_pose record (global_from_ego)."""
+    return geometry.rigid(_rotation_matrices(np.array(record["rotation"])), np.array(record["translation"]))
 
 
 _forked_reader: SceneReader | None = None
-"""In a worker process: the parent's reader. Copying the tables (gigabytes) into each worker instead is what this avoids."""
+"""In a worker process, the reader of the parent process. Workers inherit it by forking, so that gigabytes of tables are not copied."""
 
 
-def _over_scenes(reader: SceneReader, workers: int) -> Iterator[list[Row]]:
+def _read_scenes(reader: SceneReader, workers: int) -> Iterator[list[SampleFields]]:
+    """The samples of one scene after the other."""
     scenes = reader.nuscenes.scene
     workers = min(workers, len(scenes))
     if workers <= 1:
         yield from map(reader.read, scenes)
         return
-    gc.freeze()  # a collection in a worker would touch, and so copy, all the gigabytes it shares with this process
+    gc.freeze()  # a garbage collection in a worker would write to, and so copy, all the memory that it shares with this process
     try:
-        with multiprocessing.get_context("fork").Pool(workers, _adopt, (reader,)) as pool:
+        with multiprocessing.get_context("fork").Pool(workers, _set_forked_reader, (reader,)) as pool:
             yield from pool.imap(_read_scene, range(len(scenes)), chunksize=1)
     finally:
         gc.unfreeze()
 
 
-def _adopt(reader: SceneReader) -> None:
+def _set_forked_reader(reader: SceneReader) -> None:
     global _forked_reader
     _forked_reader = reader
 
 
-def _read_scene(index: int) -> list[Row]:
+def _read_scene(index: int) -> list[SampleFields]:
     assert _forked_reader is not None
     return _forked_reader.read(_forked_reader.nuscenes.scene[index])
 
 
 def _splits(root: Path, version: str) -> dict[str, set[str]]:
-    """Scene names of the official splits that belong to the version, and of the user's own in `splits.json`."""
+    """Scene names of each official split of the version, and of each split in the user's own `splits.json`."""
     official = create_splits_scenes()
     ending = next((ending for ending in _OFFICIAL_SPLITS if version.endswith(ending)), None)
     splits = {name: set(official[name]) for name in _OFFICIAL_SPLITS.get(ending or "", ())}
@@ -255,26 +263,30 @@ def _splits(root: Path, version: str) -> dict[str, set[str]]:
     return splits
 
 
-def _stack(rows: list[Row], splits: dict[str, set[str]]) -> Infos:
-    sizes, first = np.unique([hw for row in rows for hw in row["image_hw"]], axis=0, return_index=True)
+def _stack(samples: list[SampleFields], splits: dict[str, set[str]]) -> Infos:
+    """Infos from the samples in order of time and the scene names of each split; splits without a sample are left out."""
+    sizes, first = np.unique([hw for sample in samples for hw in sample["image_hw"]], axis=0, return_index=True)
     if len(sizes) > 1:
-        odd = rows[first[1] // len(CAMERAS)]["token"]
-        raise DatasetError(f"camera images differ in size (height, width): {sizes.tolist()}, see sample {odd}; the network needs one size")
-    scene_names = [row["scene_name"] for row in rows]
+        token = samples[first[1] // len(CAMERAS)]["token"]
+        raise DatasetError(
+            f"camera images differ in size (height, width): {sizes.tolist()}, for example in sample {token}; the network needs one size, "
+            "so rescale the images and their intrinsics"
+        )
+    scene_names = [sample["scene_name"] for sample in samples]
     inside = {name: [scene in scenes for scene in scene_names] for name, scenes in splits.items()}
     inside = {name: members for name, members in inside.items() if any(members)}
-    text = {name: np.array([row[name].encode() for row in rows]) for name in ("token", "scene_token", "prev", "next")}
+    text = {name: np.array([sample[name].encode() for sample in samples]) for name in ("token", "scene_token")}
     numbers = ("lidar2img", "ego_from_lidar", "global_from_ego", "quaternion", "can_bus")
     return Infos(
         **text,
-        **{name: np.stack([row[name] for row in rows]) for name in numbers},
-        timestamp_us=np.array([row["timestamp_us"] for row in rows], dtype=np.int64),
-        image_files=np.array([[name.encode() for name in row["image_files"]] for row in rows]),
+        **{name: np.stack([sample[name] for sample in samples]) for name in numbers},
+        timestamp_us=np.array([sample["timestamp_us"] for sample in samples], dtype=np.int64),
+        image_files=np.array([[name.encode() for name in sample["image_files"]] for sample in samples]),
         image_hw=sizes[0],
-        box_start=np.cumsum([0, *(len(row["labels"]) for row in rows)]),
-        boxes=np.concatenate([row["boxes"] for row in rows]).astype(np.float32),
-        labels=np.concatenate([row["labels"] for row in rows]).astype(np.int64),
-        num_points=np.concatenate([row["num_points"] for row in rows]).astype(np.int64),
+        box_start=np.cumsum([0, *(len(sample["labels"]) for sample in samples)]),
+        boxes=np.concatenate([sample["boxes"] for sample in samples]).astype(np.float32),
+        labels=np.concatenate([sample["labels"] for sample in samples]).astype(np.int64),
+        num_points=np.concatenate([sample["num_points"] for sample in samples]).astype(np.int64),
         split_names=np.array([name.encode() for name in inside], dtype=bytes),
-        in_split=np.array(list(inside.values()), dtype=bool).reshape(len(inside), len(rows)),
+        in_split=np.array(list(inside.values()), dtype=bool).reshape(len(inside), len(samples)),
     )

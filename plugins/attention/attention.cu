@@ -1,21 +1,27 @@
 // Deformable attention in one kernel: softmax, sampling positions, bilinear reads, and the mean over the cameras that see a query.
 //
-// Contract: plugins/README.md. Truth: qdbev/ops/msda.py and qdbev/ops/sca.py. plugins/variant.py puts plugins/numbers.cuh before this text
-// and before that #defines of SPATIAL (1: SpatialCrossAttention; 0: MultiScaleDeformableAttention, the same with one camera that sees
-// everything), HEADS, CHANNELS, LEVELS, POINTS, PILLARS, LEVEL_HW as {h0, w0}, {h1, w1}, ..., KEYS of all levels together, VALUE and OUT as
-// FLOAT, HALF or INT8, and THREADS of a block. The tests compile the same text as host C++; tests/kernel_on_host.h then stands for the
-// sections of __CUDACC__.
+// plugins/README.md describes the inputs and the output; qdbev/ops/msda.py and qdbev/ops/sca.py are the reference. variant.py puts
+// numbers.cuh before this text, and before that #defines of
+//   SPATIAL      1: SpatialCrossAttention; 0: MultiScaleDeformableAttention, which is the same with one camera that sees every query
+//   HEADS, CHANNELS (per head), LEVELS, POINTS (per level), PILLARS (reference points per query and camera)
+//   LEVEL_HW     sizes of the levels in cells, as {h0, w0}, {h1, w1}, ...
+//   KEYS         number of keys of all levels together, per camera
+//   VALUE, OUT   number types of `value` and of the output: FLOAT, HALF or INT8
+//   THREADS      threads per block
+// The tests compile the same text as host C++, where tests/kernel_on_host.h replaces the sections under __CUDACC__.
 //
-// A team of LANES threads computes one query and head, each the WIDTH channels that one load of up to 128 bits brings. Of every level
-// each lane prepares OWN points once: position, softmax weight, weights of the four corners. Then all lanes read all points and take
-// what another lane prepared by warp shuffle. A warp never diverges: what it skips, it skips by vote.
+// A team is a group of LANES threads of one warp (its lanes) that computes one query and head. Each lane sums the WIDTH channels that
+// one load of up to 128 bits reads. For each level, each lane first prepares OWN sampling points: position, softmax weight and the
+// weights of the four corners. Then all lanes read all points of the team and get what another lane prepared by warp shuffle. All
+// threads of a warp take the same branches: they skip work only if a vote shows that no thread of the warp needs it.
 
 constexpr int OWN = (POINTS + LANES - 1) / LANES;
-constexpr int BATCH = 2;  // points whose corners are all asked for before the first is used
-constexpr int BAND = 8;   // rows of the query grid that are walked together
+constexpr int BATCH = 2;  // number of points whose corners are all loaded before the first is used
+constexpr int BAND = 8;   // number of rows of the query grid that are walked together
 constexpr float LOWEST = -3.402823466e38f, LOG2_E = 1.44269504f;
 
-// Blocks that a multiprocessor holds at least, which bounds the registers of a thread: as many as leave nothing to spill.
+// Smallest number of blocks that must fit on a multiprocessor, which limits the registers per thread. It is the largest number with
+// which the compiler spills no register.
 constexpr int BLOCKS = OWN > 4 ? 1 : OWN > 2 || VALUE == INT8 ? 2 : 3;
 
 static_assert(POINTS <= 32 && POINTS % PILLARS == 0, "a level's points are bits of a word, shared out evenly among the pillar points");
@@ -23,7 +29,7 @@ static_assert(1ll * KEYS * STEP * VALUE_BYTES < 1ll << 31, "a camera's keys are 
 
 #ifdef __CUDACC__
 
-// A thread is one lane of a team, so it holds one; a call on the host holds a whole team.
+// On a GPU a thread holds the state of one lane of a team. On the host one call holds the state of all lanes of a team.
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define FROM_LANE(lanes, owner, member) __shfl_sync(0xffffffffu, lanes[0].member, owner, LANES)
 
@@ -31,9 +37,9 @@ constexpr int HELD = 1;
 
 INLINE int lane_at(int) { return threadIdx.x % LANES; }
 
-INLINE bool any_team(bool ours) { return __any_sync(0xffffffffu, ours); }  // of the warp
+INLINE bool any_team(bool ours) { return __any_sync(0xffffffffu, ours); }  // true for any team of the warp
 
-INLINE bool any_lane(const unsigned (&bits)[HELD]) { return __any_sync(0xffffffffu, bits[0] != 0); }  // of the warp
+INLINE bool any_lane(const unsigned (&bits)[HELD]) { return __any_sync(0xffffffffu, bits[0] != 0); }  // true for any lane of the warp
 
 INLINE float largest_of_team(const float (&mine)[HELD]) {
     float all = mine[0];
@@ -52,23 +58,23 @@ INLINE float sum_of_team(const float (&mine)[HELD]) {
 __constant__ int LEVEL_SIZES[LEVELS][2] = {LEVEL_HW};
 
 struct Point {
-    int offset;  // of the corner (y, x), in numbers from the head's first key; may lie outside
+    int offset;  // index of the corner (y, x), counted in numbers from the head's first key; may be outside the level
     Weights weights;
 };
 
 struct Lane {
-    int index;              // in its team
-    float2 reference[OWN];  // of its points, in the camera at hand
-    Point point[OWN];       // prepared for the level at hand
-    unsigned outside;       // bit p: it owns point p, and a corner lies outside the level
-    unsigned touched;       // bit p: it owns point p, and a corner lies inside
-    Sum sum[WIDTH];         // of its channels
+    int index;              // position in its team
+    float2 reference[OWN];  // reference of each of its points, in the current camera
+    Point point[OWN];       // its points, prepared for the current level
+    unsigned outside;       // bit p: point p is its own and has a corner outside the level
+    unsigned touched;       // bit p: point p is its own and has a corner inside the level
+    Sum sum[WIDTH];         // the sums of its channels
 };
 
 struct Inputs {
     const void* value;              // (B, N, S, M, C)
     const float* reference_points;  // (B, N, Q, D, 2)
-    const float* visible;           // (B, N, Q), or null where the one camera sees every query
+    const float* visible;           // (B, N, Q), or null if there is one camera that sees every query
     const float* sampling_offsets;  // (B, Q, M, L, P, 2)
     const float* attention_logits;  // (B, Q, M, L, P)
     int num_query, num_cameras, row_length;
@@ -83,7 +89,7 @@ INLINE Weights weights_from_lane(const Lane (&lanes)[HELD], int owner, int k) {
 #endif
 }
 
-// EACH numbers of each point of a level that a lane owns; `missing` where the level has no such point.
+// Load EACH numbers for each of a lane's points of a level. A point beyond the last one of the level gets `missing`.
 template <int EACH>
 INLINE void load_own(const float* level, int lane, float missing, float (&to)[EACH * OWN]) {
     const float* from = level + lane * OWN * EACH;
@@ -96,20 +102,20 @@ INLINE void load_own(const float* level, int lane, float missing, float (&to)[EA
     }
 }
 
-// Where a point lies along one axis of `size` cells: the cell before it, -1 to size - 1, and its share of the way to the next one.
-// False if it touches no cell, or is no number.
+// Position of a point along one axis of `size` cells: `cell` is the last cell center before it, -1 to size - 1, and `share` the
+// distance from there in cells, 0 to 1. Returns false if neither neighboring cell exists, or the position is not a number.
 INLINE bool place(float reference, float offset, int size, int& cell, float& share) {
     const float shift = offset - 0.5f, at = fmaf(reference, float(size), shift);
     const bool touched = at > -1 && at < size;
     const float low = floorf(touched ? at : -1.0f);
     cell = int(low);
-    // Rounded at the size of the share, not at that of the position.
+    // Computed this way, the rounding error is that of a number below 1 and not that of a number as large as the position.
     share = touched ? __saturatef(fmaf(reference, float(size), -low) + shift) : 0.0f;
     return touched;
 }
 
-// Positions and weights of a lane's points in one level. `scale` is what the camera's softmax weights are multiplied by, 0 for a team
-// that only waits for others of its warp.
+// Compute positions and corner weights of a lane's points in one level. `scale` is the factor of the camera's softmax weights; it is 0
+// for a team that has no camera left and only takes part in the votes of its warp.
 INLINE void prepare(Lane& lane, const float* offsets, const float* logits, int level, int first_key, float scale, float largest) {
     const int height = LEVEL_SIZES[level][0], width = LEVEL_SIZES[level][1];
     float offset[2 * OWN], logit[OWN];
@@ -133,8 +139,8 @@ INLINE void prepare(Lane& lane, const float* offsets, const float* logits, int l
     }
 }
 
-// Add up to BATCH points to the sums. INSIDE: all their corners lie in the level, for all teams of the warp. Else a corner without
-// weight is not read, be it outside or not, so that nothing outside is ever touched.
+// Add up to BATCH points to the sums. INSIDE states that all their corners are inside the level, for all teams of the warp. If not
+// INSIDE, only corners with a weight are read, so that nothing outside a level is ever read: corners outside have no weight.
 template <bool INSIDE>
 INLINE void read_batch(Lane (&lanes)[HELD], int first, const char* head, int row_bytes) {
     for (int held = 0; held < HELD; ++held) {
@@ -178,7 +184,7 @@ INLINE void read_level(Lane (&lanes)[HELD], const char* head, int row_bytes) {
     }
 }
 
-// One camera's part, added to the sums. `head` is the head's first key there.
+// Add one camera's contribution to the sums. `head` points to the first key of this head and camera.
 INLINE void read_camera(Lane (&lanes)[HELD], const char* head, const float* offsets, const float* logits, float scale, float largest) {
     int first_key = 0;
 #pragma unroll 1
@@ -192,7 +198,7 @@ INLINE void read_camera(Lane (&lanes)[HELD], const char* head, const float* offs
     }
 }
 
-// Largest logit over all levels and points, and the sum of exponentials of what the others lie below it.
+// Compute the largest logit over all levels and points, and `total`, the sum of exp(logit - largest).
 INLINE void softmax(const Lane (&lanes)[HELD], const float* logits, float& largest, float& total) {
     float read[HELD][LEVELS][OWN], mine[HELD];
     for (int held = 0; held < HELD; ++held) {
@@ -212,8 +218,8 @@ INLINE void softmax(const Lane (&lanes)[HELD], const float* logits, float& large
     total = sum_of_team(mine);
 }
 
-// The query that comes `order`-th. Where queries are the cells of a grid, rows of `row_length`, the grid is walked in bands of BAND rows
-// and a band column by column, so that the queries of a block are neighbours and find in the L1 cache what others have read.
+// Index of the query that is computed at position `order`. If the queries are the cells of a grid with rows of `row_length`, the grid is
+// walked in bands of BAND rows, and each band column by column. The queries of a block are then neighbors and share the L1 cache.
 INLINE int query_at(int order, int num_query, int row_length) {
     if (row_length == 0) return order;
     const int first_row = order / (BAND * row_length) * BAND, rows = min(BAND, num_query / row_length - first_row);
@@ -221,7 +227,7 @@ INLINE int query_at(int order, int num_query, int row_length) {
     return (first_row + within % rows) * row_length + within / rows;
 }
 
-// Bit n: camera n sees the query; `views` is the sum of all its visibilities.
+// Return the cameras that see the query, bit n for camera n. `views` is the sum of the query's visibility over all cameras.
 INLINE unsigned cameras_of(const Inputs& in, size_t sample, int query, float& views) {
     unsigned cameras = 0;
     views = 0;
@@ -244,7 +250,7 @@ INLINE void write(const Lane& lane, float scale, char* to) {
     store(to + lane.index * sizeof(words), words);
 }
 
-// All that a team does: one query, one head, one sample of the batch.
+// Compute one query of one head and one sample of the batch, by one team.
 INLINE void attend(const Inputs& in, float value_scale, int order, int head, size_t sample, void* out) {
     const bool active = order < in.num_query;
     const int query = active ? query_at(order, in.num_query, in.row_length) : 0;
@@ -275,8 +281,8 @@ INLINE void attend(const Inputs& in, float value_scale, int order, int head, siz
     for (int held = 0; held < HELD && active; ++held) write(lanes[held], value_scale, to);
 }
 
-// The grid: x over blocks of THREADS / LANES queries, y over heads, z over the batch. Heads come one after the other, so that what is
-// read at a time is the HEADS-th part of `value` and stays in the L2 cache. row_length divides num_query, or is 0; see `query_at`.
+// The grid is x: groups of THREADS / LANES queries, y: heads, z: batch. Blocks of one head run together, so that only one head's part of
+// `value` is read at a time, which can stay in the L2 cache. row_length divides num_query, or is 0; see `query_at`.
 #if SPATIAL
 KERNEL spatial_cross_attention(const void* value,
 #else

@@ -1,16 +1,16 @@
-// What a lane loads of `value`, how it weighs and sums that, and what it stores. Goes before plugins/attention.cu, which says what the
-// constants are.
+// How a lane loads numbers of `value`, multiplies them by weights, sums them and stores the result, for each number type. This text is
+// compiled before attention.cu, which describes the constants and what a lane is.
 
 #define FLOAT 0
 #define HALF 1
 #define INT8 2
 
-constexpr int STEP = HEADS * CHANNELS;  // numbers from one key to the next
+constexpr int STEP = HEADS * CHANNELS;  // distance from one key to the next, in numbers
 constexpr int VALUE_BYTES = VALUE == FLOAT ? 4 : VALUE == HALF ? 2 : 1;
 constexpr int OUT_BYTES = OUT == FLOAT ? 4 : 2;
-constexpr int WIDTH = CHANNELS * VALUE_BYTES < 16 ? CHANNELS : 16 / VALUE_BYTES;  // channels a lane
-constexpr int WORDS = WIDTH * VALUE_BYTES / 4;                                    // of 32 bits, a load
-constexpr int LANES = CHANNELS / WIDTH;                                           // a team
+constexpr int WIDTH = CHANNELS * VALUE_BYTES < 16 ? CHANNELS : 16 / VALUE_BYTES;  // channels per lane
+constexpr int WORDS = WIDTH * VALUE_BYTES / 4;                                    // 32-bit words per load
+constexpr int LANES = CHANNELS / WIDTH;                                           // lanes per team
 
 static_assert(CHANNELS % WIDTH == 0 && (LANES & (LANES - 1)) == 0 && LANES <= 32, "a team is 1, 2, 4, 8, 16 or 32 lanes");
 static_assert(WIDTH % 4 == 0, "a lane reads whole words");
@@ -33,7 +33,7 @@ INLINE unsigned halves_of_floats(float low, float high) {
     return word;
 }
 
-INLINE int dot_of_bytes(unsigned weights, unsigned numbers, int sum) {  // weights 0 to 255, numbers -128 to 127
+INLINE int dot_of_bytes(unsigned weights, unsigned numbers, int sum) {  // weights are 0 to 255, numbers -128 to 127
     asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(weights), "r"(numbers));
     return sum;
 }
@@ -41,7 +41,7 @@ INLINE int dot_of_bytes(unsigned weights, unsigned numbers, int sum) {  // weigh
 #endif
 
 #if OUT == HALF
-using OutNumber = unsigned short;  // the bits
+using OutNumber = unsigned short;  // the bits of a float16
 #else
 using OutNumber = float;
 #endif
@@ -75,18 +75,19 @@ INLINE void store(void* to, const unsigned (&from)[COUNT]) {
     }
 }
 
-// Weights of the corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1) of a point, zero where outside, and sums of weighted numbers.
-// For INT8 a weight is a multiple of 1 / 65535, so that sums are integers: one instruction multiplies four corners with the upper or
-// the lower bytes of their weights, where floats need eight instructions to convert and multiply.
+// Weights holds the weights of a point's corners (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1), which are zero outside the level. Sum is
+// the weighted sum of one channel. For INT8, weights are rounded to multiples of 1 / 65535 and split into an upper and a lower byte, so
+// that sums are integers: one instruction multiplies four corners by the upper or the lower bytes of their weights. Floats need eight
+// instructions to convert and multiply four corners.
 #if VALUE == INT8
 constexpr float WEIGHT_ONE = 65535.0f;
 struct Weights {
-    unsigned upper, lower;  // a byte each corner
+    unsigned upper, lower;  // one byte per corner
 };
 struct Sum {
     int upper, lower;
 };
-INLINE unsigned rounded_weight(float weight) {  // in the low 16 bits, where the addition of 2^23 leaves it
+INLINE unsigned rounded_weight(float weight) {  // in the low 16 bits: adding 2^23 rounds to an integer and puts it there
     return __float_as_uint(fmaf(weight, WEIGHT_ONE, 8388608.0f));
 }
 #else
@@ -96,7 +97,7 @@ struct Weights {
 using Sum = float;
 #endif
 
-// From the shares of a point's weight that fall to low and high x and y.
+// Multiply the weights along x by those along y, which include the point's softmax weight.
 INLINE Weights corner_weights(float x_low, float x_high, float y_low, float y_high) {
 #if VALUE == INT8
     const unsigned a = rounded_weight(y_low * x_low), b = rounded_weight(y_low * x_high);
@@ -116,7 +117,7 @@ INLINE bool has_weight(const Weights& weights, int corner) {
 #endif
 }
 
-// Add a point's corners, weighted, to the sums of WIDTH channels.
+// Add a point's corners, multiplied by their weights, to the sums of WIDTH channels.
 INLINE void add(const unsigned (&corner)[4][WORDS], const Weights& weights, Sum (&sum)[WIDTH]) {
 #if VALUE == INT8
     for (int w = 0; w < WORDS; ++w) {

@@ -1,0 +1,92 @@
+"""Compile the kernels of every recipe without a GPU and report what they use: `python -m bench.kernel_build --report FILE`.
+
+The report lists registers, shared memory, stack and spills of each attention kernel for each GPU architecture.
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from plugins import nvrtc
+from plugins.attention.variant import TYPES, Variant
+from qdbev import artifact
+from qdbev.command import entry_point
+from qdbev.config import Config
+from qdbev.data.image_transform import image_transform
+from qdbev.ops.contract import MSDA, SCA
+from qdbev.recipes import RECIPES
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+"""GPU architectures of the report, from compute capability 8.0 to 12.0."""
+_log = logging.getLogger(__name__)
+
+
+def variants(config: Config) -> Iterator[Variant]:
+    """Yield the kernels of both attentions of a recipe's network, for all combinations of number types.
+
+    The images have the size of nuScenes images or, for the recipe `micro`, of the synthetic world of that name.
+    """
+    model = config.model
+    for value, out in TYPES:
+        shared = {"value": value, "out": out, "num_heads": model.num_heads, "channels": model.embed_dim // model.num_heads}
+        yield Variant(
+            operator=SCA,
+            num_points=model.num_spatial_points,
+            num_pillar_points=model.num_pillar_points,
+            level_hw=camera_levels(config),
+            **shared,
+        )
+        yield Variant(operator=MSDA, num_points=model.num_points, num_pillar_points=1, level_hw=(model.bev_hw,), **shared)
+
+
+def camera_levels(config: Config) -> tuple[tuple[int, int], ...]:
+    """Return height and width of each level of the recipe's image features, in cells."""
+    return tuple(config.model.level_hw(image_transform(config.data, config.data.stored_hw).padded_hw))
+
+
+def report(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, Any]:
+    """Compile every kernel of these recipes for every architecture and return the figures as the report's content.
+
+    Raises:
+        CompileError: NVRTC is not installed or does not know an architecture.
+    """
+    rows = []
+    for recipe in recipes:
+        for variant in variants(RECIPES[recipe]()):
+            for architecture in architectures:
+                code, usage = nvrtc.build(variant.source(), architecture)
+                row = {"recipe": recipe, **_constants(variant), "architecture": architecture}
+                rows.append({**row, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
+            _log.info("%s %s %s to %s", recipe, variant.entry, variant.value, variant.out)
+    spilled = sum(row["spill_store_bytes"] + row["spill_load_bytes"] for row in rows)
+    version = ".".join(map(str, nvrtc.version()))
+    return {"threads": Variant.threads, "nvrtc": version, "spill_bytes": spilled, "rows": rows, "made": artifact.provenance()}
+
+
+def _constants(variant: Variant) -> dict[str, Any]:
+    """Return the kernel's compile-time constants, with the operator by its name in PyTorch."""
+    fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
+    return {"op": fields.pop("operator").torch_name, **fields}
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Compile the kernels of the recipes for every architecture and report what they use."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_build", description=main.__doc__)
+    parser.add_argument("--report", type=Path, required=True, help="JSON file for the figures")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
+    args = parser.parse_args(argv)
+    figures = report(args.recipes, args.architectures)
+    with artifact.atomic(args.report) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.stdout.write(f"{len(figures['rows'])} kernels, {figures['spill_bytes']} bytes spilled; {args.report}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Attaches ONNX local functions: the bodies of the custom operators, for every runtime that has no kernel for them.
+
+A body takes `level_hw` or `stride` from the attributes of the node. Only the numbers of levels and points are fixed when it is made.
+"""
+
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
+
+from export.bodies import im2col, msda, sca
+from export.bodies.nodes import BodyNodes, Sizes
+from export.graph import infer_shapes
+from qdbev.ops import contract
+
+Body = Callable[..., ir.Value]
+"""Takes BodyNodes and the operator's inputs by name, creates the nodes and returns the output."""
+_BODIES: dict[str, Body] = {contract.MSDA.name: msda.body, contract.SCA.name: sca.body, contract.IM2COL.name: im2col.body}
+_BODIES |= {integer.name: _BODIES[name] for name, integer in contract.INTEGER_FORMS.items()}
+
+
+def attach(model: ir.Model) -> None:
+    """Give `model` a body for each custom operator that it uses, and no other function.
+
+    Raises:
+        ValueError: A node of the domain is no operator of the contract, the shape of an attention's sampling offsets is unknown, or one
+            operator is used with different numbers of levels or points.
+    """
+    sizes: dict[str, set[Sizes]] = {}
+    model.functions.clear()
+    infer_shapes(model)
+    for node in model.graph:
+        if node.domain == contract.DOMAIN:
+            sizes.setdefault(node.op_type, set()).add(_sizes(node))
+    if sizes:
+        model.opset_imports.setdefault(contract.DOMAIN, contract.VERSION)
+    for name, found in sizes.items():
+        if len(found) > 1:
+            levels, points = (sorted(set(counts)) for counts in zip(*found, strict=True))
+            raise ValueError(f"{name} is used with {levels} levels and {points} points; one ONNX function has one number of each")
+        operator = contract.OPERATORS[name]
+        made = function(name, operator.inputs, operator.attributes, _BODIES[name], found.pop())
+        model.functions[made.identifier()] = made
+
+
+def function(name: str, inputs: Iterable[str], attributes: Iterable[str], body: Body, sizes: Sizes) -> ir.Function:
+    """The local function of an operator; every function also declares the attributes by which TensorRT finds a plugin."""
+    nodes, values = BodyNodes(sizes), {given: ir.Value(name=given) for given in inputs}
+    output = body(nodes, **values)
+    output.name = "output"
+    graph = ir.Graph(list(values.values()), [output], nodes=nodes.nodes, opset_imports={"": contract.OPSET}, name=name)
+    declared = [ir.Attr(given, ir.AttributeType.UNDEFINED, None) for given in (*attributes, *contract.PLUGIN_ATTRIBUTES)]
+    return ir.Function(contract.DOMAIN, name, graph=graph, attributes=declared)
+
+
+def _sizes(node: ir.Node) -> Sizes:
+    """Numbers of levels and points of a custom node, from the shape of its sampling offsets."""
+    if node.op_type not in _BODIES:
+        raise ValueError(f"node {node.name} is a {node.domain}::{node.op_type}; bodies exist for {', '.join(_BODIES)}")
+    offsets = dict(zip(contract.OPERATORS[node.op_type].inputs, node.inputs, strict=True)).get("sampling_offsets")
+    if offsets is None:
+        return Sizes()
+    if offsets.shape is None or not offsets.shape.is_static():
+        raise ValueError(f"the shape of {offsets.name}, the sampling offsets of node {node.name}, does not follow from the graph")
+    levels, points, _ = offsets.shape.numpy()[-3:]
+    return Sizes(levels, points)

@@ -1,0 +1,1 @@
+"""The CUDA kernels of the two attention operators, MultiScaleDeformableAttention and SpatialCrossAttention."""

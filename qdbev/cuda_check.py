@@ -1,0 +1,26 @@
+"""Check the status that every cuda-python call returns. This module imports neither torch nor cuda-python."""
+
+from typing import Any
+
+
+class CudaError(ValueError):
+    """A call of the CUDA driver, the CUDA runtime or NVRTC failed."""
+
+
+def check(result: tuple[Any, ...], error: type[ValueError] = CudaError) -> Any:
+    """Return the values of a cuda-python call, which returns the tuple (status, values...).
+
+    Args:
+        result: The tuple that the call returned.
+        error: Class of the error to raise.
+
+    Returns:
+        The value if there is exactly one, else a tuple of all values.
+
+    Raises:
+        CudaError: The call failed; or the class passed as `error`.
+    """
+    status, *values = result
+    if int(status) != 0:
+        raise error(f"a CUDA call failed with {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,1 @@
+"""Reads datasets in the nuScenes v1.0 format: which files they consist of, whether all are there, and their content as `Infos`."""

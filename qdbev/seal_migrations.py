@@ -1,0 +1,69 @@
+"""Seals written by earlier versions of this project, brought to the present format.
+
+A seal carries its format version. Whoever renames, moves or removes a field of a seal or of its facts raises `FORMAT` by one and appends
+a function that turns a seal of the format before into one of the new format. Seals without a version are of format 1. The config inside
+a seal has a format of its own (qdbev/config_migrations.py).
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from qdbev.config import from_dict
+from qdbev.settings import ConfigError
+
+FORMAT = 2
+"""Version of the seals that this code writes."""
+
+
+def migrate(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the saved seal `values` in the present format.
+
+    Raises:
+        ConfigError: The seal is of a later format than this code knows, or lacks what its format has.
+    """
+    values = copy.deepcopy(values)
+    found = values.get("format", 1)
+    if not isinstance(found, int) or not 1 <= found <= FORMAT:
+        raise ConfigError(
+            f"the seal is of format {found!r}, this version of qdbev reads formats 1 to {FORMAT}; "
+            "the file was made by a later version: update qdbev to open it"
+        )
+    for step in _MIGRATIONS[found - 1 :]:
+        values = step(values)
+    return values | {"format": FORMAT}
+
+
+def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """`made` becomes `provenance`; ONNX files and engines get an interface; facts get one shape for each kind."""
+    values["provenance"] = values.pop("made", {})
+    facts = values.get("facts", {})
+    if values.get("kind") == "onnx":
+        values["facts"] = _onnx_facts(values["config"], facts)
+    elif values.get("kind") == "engine":
+        values["facts"] = _engine_facts(values["config"], facts)
+    return values
+
+
+def _interface(config: dict[str, Any], image_hw: Any) -> dict[str, Any]:
+    if image_hw is None or len(image_hw) != 2:
+        raise ConfigError(f"the seal does not say the image size of the graph (found {image_hw!r}); export the ONNX again")
+    return asdict(from_dict(config).model.interface((int(image_hw[0]), int(image_hw[1]))))
+
+
+def _onnx_facts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    parity = {name.removeprefix("parity_"): facts.pop(name) for name in list(facts) if name.startswith("parity_")}
+    return facts | {"interface": _interface(config, facts.pop("image_hw", None)), "parity": parity}
+
+
+def _engine_facts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    images = facts.pop("inputs", {}).get("images", ())
+    target = facts.get("target", {})
+    if target.get("compute_capabilities") == "portable":
+        target["compute_capabilities"] = None
+    return facts | {"interface": _interface(config, images[-2:])}
+
+
+_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_to_format_2,)
+"""Step k leads from format k + 1 to format k + 2."""
