@@ -1,24 +1,21 @@
-"""What camera cross-attention costs on a CPU: `python -m bench.attention_cost --out runs/demo/attention.json`.
+"""Measures time and memory of camera cross-attention on a CPU: `python -m bench.attention_cost --out runs/demo/attention.json`.
 
-The operator gathered (qdbev/ops/sca.py) and dense (qdbev/ops/sca_dense.py), and the network beside one with the official code's padded
-attention (bench/padded_attention.py). Each form runs in a process of its own, so that peak memory is its own; the two of a pair take
-turns, so that ratios hold on a busy machine. The rig is the synthetic one, close to that of nuScenes. Peak memory as Linux counts it.
+Compares two forms of the operator, gathered (qdbev/ops/sca.py) and dense (qdbev/ops/sca_dense.py), and two forms of BEVFormer, ours and one
+whose attention is padded as in the official code (bench/padded_attention.py). Each form runs in a process of its own, so that its peak
+memory is its own. The two forms of a pair take turns, so that their ratio is also right on a busy machine. The cameras are those of the
+synthetic rig, which is close to that of nuScenes. Peak memory is the resident memory that Linux reports.
 """
 
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.padded_attention import pad_attention
+from bench.worker import Worker, WorkerError, status_kib
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
@@ -39,24 +37,23 @@ from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS, Batch
 
 ATOL = 1e-4
-"""Of outputs and gradients, in float32."""
+"""Largest allowed difference between the outputs and gradients of two forms, in float32."""
 SHARE_OF_MEMORY = 0.75
-"""Of the machine's memory, which the process of one form may take; one that takes more is ended and reported as such."""
+"""Share of the machine's memory that the process of one form may take; a process that takes more is ended and reported as failed."""
 TURN_LIMIT_S = 1800.0
-"""Seconds that one run of one form may take before its process is ended."""
-_POLL_S = 0.02
-"""Seconds between two looks at a running form's memory."""
+"""Seconds that one run of one form may take; a process that takes longer is ended and reported as failed."""
 
 _MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
+"""Environment variable of glibc: blocks of this many bytes or more are given back to the system as soon as they are freed."""
 
 _log = logging.getLogger(__name__)
 Work = Callable[[], tuple[list[Tensor], dict[str, float]]]
-"""One run: its outputs, and seconds of its parts."""
+"""A function that runs a form once; it returns its outputs, and the seconds of its parts by name."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """What two forms are compared on; `part` is operator, encoder or model."""
+    """A comparison of two forms: a recipe, a part of its network (operator, encoder or model), and how many turns each form runs."""
 
     recipe: str
     part: str
@@ -66,7 +63,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Description of the case for messages."""
         return f"{self.recipe} {self.part} {'forward and backward' if self.backward else 'forward'}"
 
 
@@ -83,22 +80,24 @@ CASES = (
 
 
 def compare(case: Case, limit: int) -> dict[str, object]:
-    """Median seconds, peak MiB above the inputs, and outputs' distance of both forms; ratios are the second form's over the first's.
+    """Measure both forms: median seconds, peak MiB above the inputs, and the largest difference between their outputs.
+
+    The ratios are the second form's figure over the first's.
 
     Args:
-        case: What to run.
+        case: The case to run.
         limit: Bytes of memory that the process of each form may take.
 
     Raises:
         ValueError: The two forms differ by more than ATOL.
     """
     with _freed_memory_returned():
-        alone = _answers(case, 1, limit)
-    answers = alone if case.turns == 1 else _answers(case, case.turns, limit)
+        alone = _measure(case, 1, limit)
+    measured = alone if case.turns == 1 else _measure(case, case.turns, limit)
     figures: dict[str, object] = {"recipe": case.recipe, "part": case.part, "backward": case.backward, "turns": case.turns}
     for form in case.forms:
-        figures[form] = _summary(alone[form][0], answers[form])
-    first, second = (answers[form] for form in case.forms)
+        figures[form] = _summary(alone[form][0], measured[form])
+    first, second = (measured[form] for form in case.forms)
     if not any("failed" in figures[form] for form in case.forms):
         figures["largest_difference"] = _largest_difference(case, first[-1]["outputs"], second[-1]["outputs"])
         figures["time_ratio"] = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(first, second, strict=True))
@@ -108,7 +107,7 @@ def compare(case: Case, limit: int) -> dict[str, object]:
 
 @contextmanager
 def _freed_memory_returned() -> Iterator[None]:
-    """For processes started inside: glibc gives freed blocks back at once, so that a peak counts live tensors and not its reserves."""
+    """Let glibc give freed blocks back at once in processes started inside, so that a peak counts live tensors and no reserves."""
     kept = os.environ.get(_MMAP_THRESHOLD)
     os.environ[_MMAP_THRESHOLD] = str(1 << 16)
     try:
@@ -119,101 +118,59 @@ def _freed_memory_returned() -> Iterator[None]:
             os.environ[_MMAP_THRESHOLD] = kept
 
 
-def _answers(case: Case, turns: int, limit: int) -> dict[str, list[dict]]:
-    """What both forms answer in `turns` turns, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple[BaseProcess, Connection]] = {}
-    for form in case.forms:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, case, form), daemon=True)
-        process.start()
-        theirs.close()
-        workers[form] = process, ours
-    try:
-        return _take_turns(workers, turns, limit)
-    finally:
-        for process, pipe in workers.values():
-            pipe.close()
-            process.kill()
-            process.join()
+def _measure(case: Case, turns: int, limit: int) -> dict[str, list[dict]]:
+    """The measurements of both forms, turn by turn, each form in a process of its own; the order within a turn alternates.
 
-
-def _take_turns(workers: dict[str, tuple[BaseProcess, Connection]], turns: int, limit: int) -> dict[str, list[dict]]:
-    """What every form answered, turn by turn; the order within a turn alternates."""
-    answers: dict[str, list[dict]] = {form: [] for form in workers}
-    for turn in range(turns):
-        for form in sorted(workers, reverse=bool(turn % 2)):
-            if not (answers[form] and "failed" in answers[form][-1]):
-                answers[form].append(_answer(*workers[form], limit))
-    return answers
-
-
-def _answer(process: BaseProcess, pipe: Connection, limit: int) -> dict:
-    """One run of a form. Its process is ended when it takes more than `limit` bytes of memory or TURN_LIMIT_S seconds.
-
-    Memory is watched from outside: under a limit of its address space OpenBLAS waits for memory in a matrix product without end.
+    A form that fails gets a last entry with the reason as `failed`, and no further turn.
     """
-    deadline = time.monotonic() + TURN_LIMIT_S
-    failed = {"failed": "the process was ended, most likely for want of memory"}
-    try:
-        pipe.send("run")
-        while not pipe.poll(_POLL_S):
-            if _status_kib("VmRSS", process.pid) * 1024 > limit:
-                failed = {"failed": f"took more than {limit / 2**30:.2f} GiB of memory"}
-                process.kill()
-            elif time.monotonic() > deadline:
-                failed = {"failed": f"took more than {TURN_LIMIT_S:.0f} s"}
-                process.kill()
-        return pipe.recv()
-    except (EOFError, OSError):
-        return failed
+    found: dict[str, list[dict]] = {form: [] for form in case.forms}
+    with ExitStack() as stack:
+        workers = {form: stack.enter_context(Worker(_prepare, case, form)) for form in case.forms}
+        for turn in range(turns):
+            for form in sorted(workers, reverse=bool(turn % 2)):
+                if found[form] and "failed" in found[form][-1]:
+                    continue
+                try:
+                    found[form].append(workers[form].run(limit, TURN_LIMIT_S))
+                except WorkerError as error:
+                    found[form].append({"failed": str(error)})
+    return found
 
 
 def _summary(alone: dict, turns: list[dict]) -> dict[str, object]:
-    for answer in (alone, turns[-1]):
-        if "failed" in answer:
-            return {"failed": answer["failed"]}
+    for turn in (alone, turns[-1]):
+        if "failed" in turn:
+            return {"failed": turn["failed"]}
     parts = {name: statistics.median(turn["parts"][name] for turn in turns) for name in turns[0]["parts"]}
     return {"seconds": statistics.median(turn["seconds"] for turn in turns), "peak_mib": alone["peak_mib"], **parts}
 
 
 def _largest_difference(case: Case, first: list[np.ndarray], second: list[np.ndarray]) -> float:
-    """Of any two outputs, as a share of the first's largest value where that exceeds one."""
+    """The largest difference between two outputs, relative to the first form's largest value if that exceeds one."""
     largest = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1)) for a, b in zip(first, second, strict=True))
     if not largest <= ATOL:
-        raise ValueError(f"{case.title}: {' and '.join(case.forms)} differ by {largest:.1e}; more than {ATOL} is no rounding")
+        raise ValueError(f"{case.title}: {' and '.join(case.forms)} differ by {largest:.1e}, more than rounding can explain ({ATOL})")
     return largest
 
 
-def _serve(pipe: Connection, case: Case, form: str) -> None:
-    """Build the form, then run it whenever asked, until the other end closes."""
+def _prepare(case: Case, form: str) -> Callable[[], dict]:
+    """Build the form; the returned function runs it once and returns seconds, peak MiB, seconds of its parts and outputs."""
     torch.manual_seed(0)
     config = RECIPES[case.recipe]()
-    # Inputs are drawn before the network: a swapped module draws numbers of its own.
+    # The inputs are drawn before the network is built, because a swapped module draws random numbers too.
     build = {"operator": _operator, "encoder": _encoder, "model": _model}[case.part]
     work = build(config, form, case.backward)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in memory now
-    start_kib = _status_kib("VmRSS")
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        try:
-            start = time.perf_counter()
-            outputs, parts = work()
-            seconds = time.perf_counter() - start
-        except (RuntimeError, MemoryError) as error:
-            pipe.send({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"})
-            return
-        peak_mib = (_status_kib("VmHWM") - start_kib) / 1024
-        pipe.send({"seconds": seconds, "peak_mib": peak_mib, "parts": parts, "outputs": [x.detach().numpy() for x in outputs]})
+    Path("/proc/self/clear_refs").write_text("5")  # Linux restarts the peak at the memory that is in use now
+    start_kib = status_kib("VmRSS")
 
+    def measure() -> dict:
+        start = time.perf_counter()
+        outputs, parts = work()
+        seconds = time.perf_counter() - start
+        peak_mib = (status_kib("VmHWM") - start_kib) / 1024
+        return {"seconds": seconds, "peak_mib": peak_mib, "parts": parts, "outputs": [x.detach().numpy() for x in outputs]}
 
-def _status_kib(name: str, pid: int | str | None = "self") -> int:
-    """A figure of a process as Linux reports it in /proc; 0 for a process that has ended."""
-    found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) if found else 0
+    return measure
 
 
 def _operator(config: Config, form: str, backward: bool) -> Work:
@@ -271,7 +228,7 @@ def _model(config: Config, form: str, _: bool) -> Work:
 
 
 class _Clock:
-    """Seconds of a module's latest forward."""
+    """Measures the seconds of a module's latest forward."""
 
     def __init__(self, module: nn.Module) -> None:
         self.seconds = self._start = 0.0
@@ -286,7 +243,7 @@ class _Clock:
 
 
 def _with_form(encoder: Encoder, config: Config, form: str) -> Encoder:
-    """`encoder`, its offsets and weights dependent on the query as in a trained one; padded attention in the official style."""
+    """`encoder` with offsets and weights that depend on the query, as after training, and with the attention of `form`."""
     for layer in encoder.layers:
         for projection in (layer.spatial.deformable_attention.sampling_offsets, layer.spatial.deformable_attention.attention_weights):
             nn.init.normal_(projection.weight, std=0.05)
@@ -296,14 +253,14 @@ def _with_form(encoder: Encoder, config: Config, form: str) -> Encoder:
 
 
 def _motion(config: Config) -> tuple[Tensor, Tensor]:
-    """can_bus and prev_bev of a second frame."""
+    """`can_bus` (1, 18) and the BEV (1, cells, C) that a second frame gets."""
     can_bus = torch.zeros(1, 18)
     can_bus[0, 0], can_bus[0, 17] = 2.0, 3.0  # metres ahead, degrees
     return can_bus, torch.randn(1, config.model.bev_hw[0] * config.model.bev_hw[1], config.model.embed_dim)
 
 
 def _rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
-    """lidar2img (1, N, 4, 4) and padded image size."""
+    """lidar2img (1, N, 4, 4), and height and width of the padded images in pixels."""
     lidar2img, padded_hw = network_rig(config.data)
     return torch.from_numpy(lidar2img).float()[None], padded_hw
 

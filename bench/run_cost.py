@@ -1,89 +1,85 @@
-"""What ONNX files of the same network cost in onnxruntime: `python -m bench.run_cost --onnx base.onnx base_standard.onnx`.
+"""Measures time and memory of ONNX files of one network in onnxruntime: `python -m bench.run_cost --onnx base.onnx base_standard.onnx`.
 
-Each file has a process of its own, which opens it and runs a second frame of noise when told to; the files take turns, so that the
-ratios hold on a busy machine.
+Each file is opened and run in a process of its own. The files take turns, so that their ratios are also right on a busy machine.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import resource
 import statistics
 import sys
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
+from bench.worker import Worker, WorkerError
+from engine.typical_frame import typical_inputs
 from export.runner import OnnxRunner
 from qdbev import artifact
+from qdbev.artifact import ArtifactError
 from qdbev.command import entry_point
+from qdbev.config import from_dict
+
+SHARE_OF_MEMORY = 0.9
+"""Share of the machine's memory that the process of one file may take before it is ended."""
+RUN_LIMIT_S = 1800.0
+"""Seconds that one run of one file may take before its process is ended; the first run includes opening the file."""
 
 
 def measure(paths: list[Path], turns: int) -> list[dict[str, Any]]:
-    """For each file: median seconds of a run, the median of its ratios to the first file's, and peak memory.
+    """Measure each file: median seconds of a run, median of its ratios to the first file, and peak memory in MB.
 
     Raises:
-        ArtifactError: A file is missing, altered or cannot be run.
+        ArtifactError: A file is missing or altered, cannot be run, or exceeds the limit of memory or time.
     """
     for path in paths:
         artifact.unseal(path, "onnx")
-    context = multiprocessing.get_context("spawn")
-    links, workers = [], []
-    for path in paths:
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(path, theirs), daemon=True)
-        worker.start()
-        theirs.close()
-        links.append(ours)
-        workers.append(worker)
-    seconds = [[_ask(link, path) for path, link in zip(paths, links, strict=True)] for _ in tqdm(range(turns + 1), disable=None)][1:]
-    peaks = [_ask(link, path, last=True) for path, link in zip(paths, links, strict=True)]
-    for worker in workers:
-        worker.join()
-    by_file = list(zip(*seconds, strict=True))
+    limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    runs: list[list[tuple[float, float]]] = [[] for _ in paths]
+    with ExitStack() as stack:
+        workers = [stack.enter_context(Worker(_prepare, path)) for path in paths]
+        for _ in tqdm(range(turns + 1), disable=None):
+            for path, worker, found in zip(paths, workers, runs, strict=True):
+                try:
+                    found.append(worker.run(limit, RUN_LIMIT_S))
+                except WorkerError as error:
+                    raise ArtifactError(f"{path} cannot be measured: {error}") from error
+    seconds = [[second for second, _ in found[1:]] for found in runs]  # the first run is a warm-up
     return [
         {
             "file": path.name,
             "seconds": statistics.median(own),
-            "ratio": statistics.median(a / b for a, b in zip(own, by_file[0], strict=True)),
-            "peak_memory_mb": round(peak),
+            "ratio": statistics.median(a / b for a, b in zip(own, seconds[0], strict=True)),
+            "peak_memory_mb": round(found[-1][1]),
         }
-        for path, own, peak in zip(paths, by_file, peaks, strict=True)
+        for path, own, found in zip(paths, seconds, runs, strict=True)
     ]
 
 
-def _ask(link: Connection, path: Path, last: bool = False) -> float:
-    try:
-        link.send(last)
-        return link.recv()
-    except EOFError as error:
-        raise artifact.ArtifactError(f"the process that ran {path} ended; it may need more memory than there is") from error
-
-
-def _serve(path: Path, link: Connection) -> None:
-    """Run the file once for every False received, answering with seconds; answer True with the peak memory in MB, and end."""
+def _prepare(path: Path) -> Callable[[], tuple[float, float]]:
+    """Open the file; the returned function runs the second frame of a scene and returns seconds and the process's peak memory in MB."""
     runner = OnnxRunner(path)
-    rng = np.random.default_rng(0)
-    feeds = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in runner.shapes.items()}
-    feeds["has_prev"] = np.ones_like(feeds["has_prev"])
-    while not link.recv():
+    inputs = typical_inputs(from_dict(artifact.unseal(path, "onnx").config), runner.interface)
+
+    def run() -> tuple[float, float]:
         start = time.perf_counter()
-        runner(feeds)
-        link.send(time.perf_counter() - start)
-    link.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        runner(inputs)
+        return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    return run
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Compare the cost of ONNX files in onnxruntime."""
+    """Compare the time and memory of ONNX files in onnxruntime."""
     parser = argparse.ArgumentParser(prog="python -m bench.run_cost", description=main.__doc__)
     parser.add_argument("--onnx", type=Path, nargs="+", required=True, help="files of one network; ratios are to the first")
-    parser.add_argument("--turns", type=int, default=5, help="runs of each file that count (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="counted runs of each file (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     rows = measure(args.onnx, args.turns)

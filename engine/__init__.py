@@ -1,1 +1,1 @@
-"""The engine room: TensorRT and TensorRT-RTX build, audit, run and measure what export/ made."""
+"""Builds TensorRT and TensorRT-RTX engines from the ONNX files of export/, audits, runs and measures them."""

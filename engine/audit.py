@@ -1,10 +1,10 @@
-"""Which layer of an engine really runs in which precision.
+"""Audits the precision in which each layer of an engine really runs.
 
     python -m engine.audit --engine runs/demo/w8a8.engine --onnx runs/demo/w8a8.onnx
 
-TensorRT falls back to floating point without a word where it has no integer kernel for what the ONNX asks. This compares each product
-of the ONNX with the kernel that computes it, fails if a quantized one runs in float, and says of every other why it is meant to. It
-needs no GPU: the layer table is written beside the engine when that is built.
+TensorRT falls back to floating point without a message where it has no integer kernel for a quantized layer. The audit compares each
+convolution and matrix product of the ONNX with the kernel that computes it. It fails if a quantized product runs in float, and gives the
+reason for every product that is meant to run in float. It needs no GPU: the layer table is written beside the engine when it is built.
 """
 
 import argparse
@@ -24,65 +24,77 @@ from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
 _COMPUTE_KINDS = ("gemm", "correlation", "conv", "matrixmultiply", "mha")
-"""Parts of the names of kernels that multiply and accumulate. Kernels generated around a product (kgen, runtime_fusion) are not among
-them: they convert INT8 operands to float first (seen in TensorRT-RTX 1.7.1)."""
+"""Words in the kinds of kernels that multiply and accumulate. The kinds of generated kernels (kgen, runtime_fusion) are left out, because
+such kernels convert INT8 operands to float first (seen in TensorRT-RTX 1.7.1)."""
 _FLOATS = ("FP32", "FP16", "BF16")
+"""Floating-point types as layer tables name them."""
 _FELL_BACK = "fell back"
-_WANTED: dict[Role, str] = {
+"""First words of the reason of a quantized product that runs in float."""
+_FLOAT_REASONS: dict[Role, str] = {
     "policy": "policy: the ONNX gives it float operands",
     "geometry": "geometry: depends on calibration and motion alone",
     "constant": "constant: depends on no input",
 }
+"""Reason why a product that the ONNX does not quantize is meant to run in float."""
 _SHOWN = 12
+"""How many layers an error message lists."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One product of the ONNX, and what became of it. `reason` is empty where a quantized one runs in INT8."""
+class ProductAudit:
+    """The audit of one convolution or matrix product of the ONNX."""
 
     name: str
+    """Name of its ONNX node."""
     op: str
     flops: int
+    """Multiplications and additions of one frame."""
     wanted: Literal["INT8", "float"]
+    """The precision that the ONNX asks for."""
     got: str
+    """The type in which the engine computes it, such as INT8 or FP16; "absent" if no kernel names the node."""
     engine_layer: str
+    """Name of the kernel; empty if there is none."""
     reason: str
+    """Why the product runs in float; empty for a quantized product that runs in INT8."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The whole engine. `requantizations` are the kernels other than products that write INT8."""
+    """The audit of a whole engine."""
 
     kernels: int
     int8_kernels: int
+    """Kernels that multiply INT8 with INT8."""
     requantizations: int
-    rows: tuple[Row, ...]
+    """Kernels that write INT8 without being a product."""
+    rows: tuple[ProductAudit, ...]
     """Products that the ONNX quantizes."""
-    float_rows: tuple[Row, ...]
-    """Products that it does not."""
+    float_rows: tuple[ProductAudit, ...]
+    """Products that the ONNX leaves in float."""
 
     @property
-    def offenders(self) -> list[Row]:
-        """Quantized layers that do not run in INT8."""
+    def offenders(self) -> list[ProductAudit]:
+        """Quantized products that do not run in INT8."""
         return [row for row in self.rows if row.got != row.wanted]
 
     @property
     def int8_flops_fraction(self) -> float:
-        """Share of INT8 in the operations of all products but geometry; 0 where there are none."""
-        geometry = sum(row.flops for row in self.float_rows if row.reason == _WANTED["geometry"])
+        """Share of INT8 in the operations of all products except geometry; 0 if there are none."""
+        geometry = sum(row.flops for row in self.float_rows if row.reason == _FLOAT_REASONS["geometry"])
         return self._int8_flops / max(self._flops - geometry, 1)
 
     @property
     def summary(self) -> str:
-        """One line for people."""
+        """The counts as one line of text."""
         total = len(self.rows)
         return (
-            f"{total - len(self.offenders)} of {total} quantized layers run INT8, {self.int8_flops_fraction:.2%} of FLOPs but geometry; "
+            f"{total - len(self.offenders)} of {total} quantized layers run INT8, {self.int8_flops_fraction:.2%} of FLOPs except geometry; "
             f"{self.kernels} kernels, {self.int8_kernels} of them integer products, {self.requantizations} requantizations"
         )
 
     def facts(self) -> dict[str, object]:
-        """Numbers for the engine's seal. `float_layers` are all that do not run in INT8, first those that should."""
+        """Counts for the engine's seal. `float_layers` lists all products in float, those first that should run in INT8."""
         return {
             "quantized_layers": len(self.rows),
             "int8_layers": len(self.rows) - len(self.offenders),
@@ -111,8 +123,8 @@ def audit(wanted: list[Product], table: list[Layer]) -> Report:
         kernels=len(kernels),
         int8_kernels=sum(map(is_integer_product, kernels)),
         requantizations=sum("INT8" in layer.outputs and not is_product(layer) for layer in kernels),
-        rows=tuple(_row(product, kernels) for product in wanted if product.role == "quantized"),
-        float_rows=tuple(_float_row(product, kernels) for product in wanted if product.role != "quantized"),
+        rows=tuple(_audit_quantized(product, kernels) for product in wanted if product.role == "quantized"),
+        float_rows=tuple(_audit_float(product, kernels) for product in wanted if product.role != "quantized"),
     )
 
 
@@ -123,13 +135,14 @@ def is_product(layer: Layer) -> bool:
 
 
 def is_integer_product(layer: Layer) -> bool:
-    """Whether it multiplies INT8 with INT8. Operands are inputs, then constants; scales, bias and a fused residual may follow."""
+    """Whether the kernel multiplies INT8 with INT8. Its operands come first among inputs and constants; scales, bias and a fused residual
+    may follow."""
     operands = layer.inputs + layer.constants
     return is_product(layer) and operands[:1] == ("INT8",) and operands.count("INT8") >= 2
 
 
 def save(path: Path, report: Report) -> None:
-    """Write the report as JSON."""
+    """Write a report as JSON."""
     rows = [dataclasses.asdict(row) for row in (*report.rows, *report.float_rows)]
     content = {"summary": report.summary, **report.facts(), "rows": rows, "made": artifact.provenance()}
     with artifact.atomic(path) as temporary:
@@ -137,7 +150,7 @@ def save(path: Path, report: Report) -> None:
 
 
 def require_int8(report: Report) -> None:
-    """Raise EngineError, naming the layer_table, if a quantized layer runs in float."""
+    """Raise EngineError, with the names of the layers, if a quantized layer runs in float."""
     if not report.offenders:
         return
     lines = [f"  {row.name} ({row.op}): {row.got} in {row.engine_layer or 'no kernel'}: {row.reason}" for row in report.offenders[:_SHOWN]]
@@ -146,12 +159,12 @@ def require_int8(report: Report) -> None:
     raise EngineError("\n".join([report.summary, f"{len(report.offenders)} quantized layers silently run in float:", *lines]))
 
 
-def of_files(engine: Path, onnx_path: Path) -> Report:
+def audit_files(engine: Path, onnx_path: Path) -> Report:
     """Audit a built engine against the ONNX it was built from.
 
     Raises:
-        ArtifactError: One is missing, damaged, or the engine was built from another ONNX.
-        EngineError: The layer table is missing or not the engine's.
+        ArtifactError: A file is missing or damaged, or the engine was built from another ONNX.
+        EngineError: The layer table is missing or belongs to another engine.
     """
     engine_seal = artifact.unseal(engine, "engine")
     artifact.expect_parent(engine, engine_seal, onnx_path, artifact.unseal(onnx_path, "onnx"))
@@ -161,46 +174,50 @@ def of_files(engine: Path, onnx_path: Path) -> Report:
 
 
 def report_path(engine: Path) -> Path:
-    """Where the audit of `engine` lies."""
+    """Path of the audit report of `engine`."""
     return engine.with_name(engine.name + ".audit.json")
 
 
-def _row(wanted: Product, kernels: list[Layer]) -> Row:
-    """What became of a quantized product."""
+def _audit_quantized(wanted: Product, kernels: list[Layer]) -> ProductAudit:
+    """Audit a product that the ONNX quantizes."""
     named = [layer for layer in kernels if wanted.name in layer.nodes]
     integer = next(filter(is_integer_product, named), None)
     if integer is not None:
-        return _of(wanted, "INT8", "INT8", integer.name, "")
+        return _result(wanted, "INT8", "INT8", integer.name, "")
     if not named:
-        return _of(wanted, "INT8", "absent", "", wanted.problem or "no kernel names it; was the node renamed, or folded into a constant?")
+        return _result(
+            wanted, "INT8", "absent", "", wanted.problem or "no kernel names it; was the node renamed, or folded into a constant?"
+        )
     layer = next(filter(is_product, named), named[-1])
     operands = ", ".join(layer.inputs + layer.constants)
     reason = wanted.problem or f"TensorRT chose kernel {layer.tactic or layer.kind} on {operands}"
-    return _of(wanted, "INT8", (layer.outputs or ("float",))[0], layer.name, reason)
+    return _result(wanted, "INT8", (layer.outputs or ("float",))[0], layer.name, reason)
 
 
-def _float_row(wanted: Product, kernels: list[Layer]) -> Row:
-    """What became of a product meant to run in float; `got` is the type of its operands."""
+def _audit_float(wanted: Product, kernels: list[Layer]) -> ProductAudit:
+    """Audit a product that is meant to run in float; `got` is the type of its operands."""
     named = [layer for layer in kernels if wanted.name in layer.nodes]
     if not named:
-        return _of(wanted, "float", "absent", "", _WANTED[wanted.role])
+        return _result(wanted, "float", "absent", "", _FLOAT_REASONS[wanted.role])
     layer = next(filter(is_product, named), named[0])
     got = next((kind for kind in layer.inputs + layer.constants if kind in _FLOATS), "float")
-    return _of(wanted, "float", got, layer.name, _WANTED[wanted.role])
+    return _result(wanted, "float", got, layer.name, _FLOAT_REASONS[wanted.role])
 
 
-def _of(product: Product, wanted: Literal["INT8", "float"], got: str, engine_layer: str, reason: str) -> Row:
-    return Row(name=product.name, op=product.op, flops=product.flops, wanted=wanted, got=got, engine_layer=engine_layer, reason=reason)
+def _result(product: Product, wanted: Literal["INT8", "float"], got: str, engine_layer: str, reason: str) -> ProductAudit:
+    return ProductAudit(
+        name=product.name, op=product.op, flops=product.flops, wanted=wanted, got=got, engine_layer=engine_layer, reason=reason
+    )
 
 
-def _float_layer(row: Row) -> dict[str, object]:
+def _float_layer(row: ProductAudit) -> dict[str, object]:
     reason = f"{_FELL_BACK}: {row.reason}" if row.wanted == "INT8" else row.reason
     return {"name": row.name, "op": row.op, "flops": row.flops, "precision": row.got, "reason": reason}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Which layer of an engine runs in which precision.")
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Report in which precision each layer of an engine runs.")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--onnx", type=Path, required=True, help="the file the engine was built from")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
@@ -209,9 +226,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Engine in, report out; fails if a quantized layer runs in float."""
+    """Audit an engine and write the report; fails if a quantized layer runs in float."""
     args = parse_args(argv)
-    report = of_files(args.engine, args.onnx)
+    report = audit_files(args.engine, args.onnx)
     save(args.out or report_path(args.engine), report)
     require_int8(report)
     _log.info("%s", report.summary)

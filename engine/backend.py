@@ -1,7 +1,7 @@
-"""Which TensorRT there is, which GPU, and how to get what is missing.
+"""Finds the TensorRT and the GPU of this machine, and says how to install what is missing.
 
-TensorRT builds, runs and inspects on an NVIDIA GPU and needs its driver even to parse. TensorRT-RTX builds ahead of time on any
-machine, for GPUs of compute capability 8.0 to 12.1 without 9.0, and runs on those. Nothing is imported or started before it is asked for.
+TensorRT needs an NVIDIA GPU and its driver for everything, even for parsing. TensorRT-RTX builds on any machine, ahead of time, for GPUs of
+compute capability 8.0 to 12.1 without 9.0, and runs on these. Importing this module loads neither of them and does not start CUDA.
 """
 
 import importlib
@@ -24,12 +24,12 @@ _STRONGLY_TYPED_FROM = (10, 0)
 
 
 class EngineError(ValueError):
-    """Something a user can mend: a wrong file or setting, a missing package or GPU, a layer that lost its precision."""
+    """An error that a user can correct: a wrong file or setting, a missing package or GPU, a quantized layer that runs in float."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first GPU of this machine. `bus_id` is its PCI address, as nvidia-smi takes it."""
+    """The first GPU of this machine. `bus_id` is its PCI address in the form that nvidia-smi takes."""
 
     name: str
     compute_capability: str
@@ -38,7 +38,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Backend:
-    """A TensorRT that can be used here. `module` is its Python binding."""
+    """A TensorRT that is installed here. `module` is its Python binding."""
 
     name: BackendName
     module: ModuleType
@@ -46,12 +46,12 @@ class Backend:
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether the ONNX alone decides each tensor's type, and its local functions are read. TensorRT 8.6 does neither."""
+        """Whether it takes each tensor's type from the ONNX and reads the ONNX's local functions. TensorRT 8.6 does neither."""
         return self.name == "tensorrt-rtx" or release(self.version) >= _STRONGLY_TYPED_FROM
 
 
 def select(wanted: BackendName | None = None) -> Backend:
-    """The builder to use: `wanted`, else TensorRT where there is a GPU and TensorRT-RTX where there is none.
+    """Load the builder to use: `wanted` if given, else TensorRT if there is a GPU and TensorRT-RTX if there is none.
 
     Raises:
         EngineError: The package is missing or too old, or TensorRT is wanted on a machine without a GPU.
@@ -68,10 +68,10 @@ def select(wanted: BackendName | None = None) -> Backend:
 
 
 def load(name: BackendName) -> Backend:
-    """Import a binding.
+    """Import the Python binding of a TensorRT.
 
     Raises:
-        EngineError: It is not installed, cannot be loaded, or is of a version that is not supported.
+        EngineError: The binding is not installed, cannot be loaded, or has a version that is not supported.
     """
     try:
         module = importlib.import_module(_MODULES[name])
@@ -84,17 +84,17 @@ def load(name: BackendName) -> Backend:
 
 
 def load_builtin_plugins(chosen: Backend) -> None:
-    """Register the operators that TensorRT brings itself, as MultiscaleDeformableAttnPlugin_TRT; TensorRT-RTX has none."""
+    """Register the plugins that are part of TensorRT, such as MultiscaleDeformableAttnPlugin_TRT; TensorRT-RTX has none."""
     if chosen.name == "tensorrt":
-        no_logger = None  # the library would keep a pointer to it for good
+        no_logger = None  # TensorRT would keep a pointer to a logger until the process ends
         chosen.module.init_libnvinfer_plugins(no_logger, "")
 
 
 def require_gpu(purpose: str) -> Gpu:
-    """The GPU of this machine.
+    """The GPU of this machine, for `purpose` (the first words of the error message).
 
     Raises:
-        EngineError: There is none.
+        EngineError: This machine has no usable GPU.
     """
     device = gpu()
     if device is None:
@@ -106,7 +106,7 @@ def require_gpu(purpose: str) -> Gpu:
 
 
 def gpu() -> Gpu | None:
-    """The first GPU, or None where there is no GPU or no driver."""
+    """The first GPU, or None if there is no GPU or no driver."""
     try:
         from cuda.bindings import driver
     except ImportError:
@@ -125,7 +125,7 @@ def gpu() -> Gpu | None:
 
 
 def cuda_runtime() -> Any:
-    """CUDA's runtime API as cuda-python gives it."""
+    """The module of cuda-python with CUDA's runtime API."""
     from cuda.bindings import runtime
 
     return runtime
@@ -141,5 +141,5 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Major and minor number of a version."""
+    """Major and minor number of a version string."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

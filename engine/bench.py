@@ -1,11 +1,11 @@
-"""How fast an engine is.
+"""Measures the time an engine takes for a frame.
 
     python -m engine.bench --engine runs/demo/w8a8.engine
 
-Runs trtexec (tensorrt_rtx for TensorRT-RTX) where it is on PATH, else `engine.session`; both give the same report, frame after frame
-without overlap: `compute` is the GPU time of the engine, `with_transfers` adds the copies of all inputs and outputs, `with_host` also what
-lies around it on the host (host_cost.py). A stream that leaves the previous BEV on the GPU copies less. The report lies beside the engine
-and carries the command line, the GPU with its clocks and memory, and all versions.
+Runs trtexec (tensorrt_rtx for TensorRT-RTX) if it is on PATH, else `engine.session`; the report has the same form either way. Frames run
+one after the other without overlap. `compute` is the GPU time of the engine, `with_transfers` adds the copies of all inputs and outputs,
+`with_host` adds the work on the host before and after the engine (host_cost.py). A stream that leaves the recurrent tensors on the GPU
+copies less. The report is written beside the engine, with the command line, the GPU, its clocks and memory, and all versions.
 """
 
 import argparse
@@ -32,13 +32,17 @@ from qdbev.config import from_dict
 
 _log = logging.getLogger(__name__)
 _TOOLS: dict[str, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
-_TRANSFERS_ASKED_FOR = (11, 0)
-"""From here on trtexec copies inputs and outputs only with --includeDataTransfers."""
+"""Name of the measuring program of each TensorRT."""
+_TRANSFERS_OPTIONAL_FROM = (11, 0)
+"""First version whose trtexec copies inputs and outputs only with --includeDataTransfers."""
 _WARM_UP_MS = 1000
+"""Milliseconds for which frames run before the first one is measured."""
+_TOOL_LIMIT_S = 1800.0
+"""Seconds that trtexec may take; 2000 frames of the largest recipe take minutes."""
 
 
 class Times(NamedTuple):
-    """Milliseconds of each frame, what ran, and its command line."""
+    """Milliseconds of each frame, the program that measured them, and its command line."""
 
     compute: list[float]
     with_transfers: list[float]
@@ -47,11 +51,11 @@ class Times(NamedTuple):
 
 
 def bench(engine: Path, iterations: int) -> dict[str, Any]:
-    """Measure an engine.
+    """Measure an engine over `iterations` frames and return the report.
 
     Raises:
-        ArtifactError: It is missing, damaged or not sealed.
-        EngineError: There is no GPU, or the engine cannot run here.
+        ArtifactError: The engine is missing, damaged or not sealed.
+        EngineError: There is no GPU, the engine cannot run here, or trtexec fails.
     """
     seal = artifact.unseal(engine, "engine")
     device = backend.require_gpu(f"measuring {engine}")
@@ -66,7 +70,12 @@ def bench(engine: Path, iterations: int) -> dict[str, Any]:
 
 
 def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """All figures in one form, whatever measured them."""
+    """The report as JSON values, in the same form whichever program measured.
+
+    Args:
+        host: Milliseconds on the host, as `host_cost.measure` returns them.
+        seen: Clocks, power and memory of the GPU, as `clocks.watch` returns them.
+    """
     runs = len(times.with_transfers)
     before, after = (np.resize(host[name], runs) for name in ("before", "after"))
     return {
@@ -87,9 +96,9 @@ def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, 
 
 
 def statistics(times_ms: list[float]) -> dict[str, float | int]:
-    """Percentiles of the time a frame in milliseconds, and frames a second at the mean."""
+    """Percentiles of the time per frame in milliseconds, and frames per second at the mean time."""
     if not len(times_ms):
-        raise EngineError("the measurement gave no times; raise --iterations")
+        raise EngineError("no frame was measured; use more --iterations")
     p50, p90, p99, p99_9 = np.percentile(times_ms, (50, 90, 99, 99.9))
     mean = float(np.mean(times_ms))
     return {
@@ -104,29 +113,30 @@ def statistics(times_ms: list[float]) -> dict[str, float | int]:
 
 
 def report_path(engine: Path) -> Path:
-    """Where the measurement of `engine` lies."""
+    """Path of the measurement report of `engine`."""
     return engine.with_name(engine.name + ".bench.json")
 
 
 def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: Path) -> list[str]:
-    """The command line of trtexec for `iterations` frames one after the other, copies included, with a CUDA graph.
+    """The command line with which trtexec measures `iterations` frames one after the other, copies included, with a CUDA graph.
 
-    `folder` holds an input each as NAME.bin, and will hold times.json.
+    Args:
+        folder: Holds each input as NAME.bin; trtexec writes times.json there.
     """
     made_by = seal.facts.backend
     files = ",".join(f"{name}:{folder / name}.bin" for name in seal.facts.interface.inputs)
     command = [tool, f"--loadEngine={engine}", f"--loadInputs={files}", f"--iterations={iterations}", "--duration=0"]
     command += [f"--warmUp={_WARM_UP_MS}", "--exposeDMA", "--useSpinWait", "--useCudaGraph", f"--exportTimes={folder / 'times.json'}"]
-    if made_by.name == "tensorrt" and backend.release(made_by.version) >= _TRANSFERS_ASKED_FOR:
+    if made_by.name == "tensorrt" and backend.release(made_by.version) >= _TRANSFERS_OPTIONAL_FROM:
         command.append("--includeDataTransfers")
     return command
 
 
 def read_times(text: str) -> tuple[list[float], list[float]]:
-    """GPU time, and GPU time with copies, of each frame in the file of --exportTimes.
+    """Milliseconds of each frame in the file that trtexec wrote for --exportTimes: GPU time, and GPU time with copies.
 
     Raises:
-        EngineError: It is no such file.
+        EngineError: The text has another form.
     """
     try:
         rows = json.loads(text)
@@ -141,7 +151,10 @@ def _with_tool(tool: str, engine: Path, seal: Seal, frame: dict[str, np.ndarray]
         for tensor, value in frame.items():
             value.tofile(folder / f"{tensor}.bin")
         command = tool_command(tool, engine, seal, iterations, folder)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TOOL_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"`{' '.join(command)}` took more than {_TOOL_LIMIT_S:.0f} s; use fewer --iterations") from error
         times = folder / "times.json"
         if done.returncode != 0 or not times.is_file():
             last = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
@@ -152,30 +165,30 @@ def _with_tool(tool: str, engine: Path, seal: Seal, frame: dict[str, np.ndarray]
 def _with_session(engine: Path, frame: dict[str, np.ndarray], iterations: int) -> Times:
     compute, with_transfers = [], []
     with Session(engine) as session:
-        begun = time.perf_counter()
+        begin = time.perf_counter()
         while len(compute) < iterations:
             started = time.perf_counter()
             session.infer(frame)
             ended = time.perf_counter()
-            if 1e3 * (ended - begun) > _WARM_UP_MS:
+            if 1e3 * (ended - begin) > _WARM_UP_MS:
                 compute.append(session.compute_ms())
                 with_transfers.append(1e3 * (ended - started))
     return Times(compute, with_transfers, "session", f"python -m engine.bench --engine {engine} --iterations {iterations}")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure an engine's time a frame.")
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure the time an engine takes for a frame.")
     parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--onnx", type=Path, help="refuse the engine if it was built from another file")
-    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--onnx", type=Path, help="ONNX that the engine must have been built from")
+    parser.add_argument("--iterations", type=int, default=2000, help="frames to measure (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
     return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Engine in, latency out."""
+    """Measure an engine and write the report."""
     args = parse_args(argv)
     if args.onnx:
         artifact.expect_parent(args.engine, artifact.unseal(args.engine, "engine"), args.onnx, artifact.unseal(args.onnx, "onnx"))

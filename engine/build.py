@@ -1,12 +1,12 @@
-"""ONNX in, integer engine out.
+"""Builds an integer engine from an exported ONNX, and audits it.
 
     python -m engine.build --onnx runs/demo/w8a8.onnx --compute-capability 8.6 8.9 12.0
 
-With TensorRT where there is a GPU (the engine is for that GPU), with TensorRT-RTX where there is none (ahead of time, for the named
-GPUs, or portable). Strongly typed: the ONNX alone decides each tensor's type; TensorRT 8.6, which does not know that, gets a float32 ONNX
-(trt86_check.py) and the INT8 flag. The attentions are plugins where TensorRT keeps their kernels in the plan, from 10.9 on, and their ONNX
-bodies elsewhere (plugins/README.md). The engine is audited before it is written; one that lost INT8 is refused. Beside it lie its layer
-table, its audit and its seal.
+With a GPU the builder is TensorRT, and the engine is for that GPU. Without one it is TensorRT-RTX, which builds ahead of time for the named
+GPUs, or a portable engine. Networks are strongly typed: the ONNX alone decides the type of each tensor. TensorRT 8.6 has no strong typing,
+so it takes a float32 ONNX (trt86_check.py) and the INT8 flag. From TensorRT 10.9 on, which stores the kernels of plugins in the engine,
+our custom operators are plugins; elsewhere they are their ONNX function bodies (plugins/README.md). The engine is audited before it is
+written, and refused if a quantized layer runs in float. Its layer table, its audit and its seal are written beside it.
 """
 
 import argparse
@@ -29,26 +29,28 @@ from qdbev.facts import BackendVersion, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
+"""How many errors of the parser a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to build. None leaves a choice to TensorRT."""
+    """How to build; None leaves the choice to TensorRT."""
 
     backend: BackendName | None = None
     compute_capabilities: tuple[str, ...] = ()
-    """GPUs to build for ahead of time, as "8.9"; empty is portable. TensorRT-RTX only."""
+    """Compute capabilities to build for ahead of time, such as "8.9"; empty builds a portable engine. TensorRT-RTX only."""
     memory_limit_mb: int | None = None
+    """Workspace in MB that the engine may use."""
     timing_cache: Path | None = None
-    """File or folder of measured kernel times, read and extended, which make the next build on the same GPU quick; in a folder, a file
-    for each version and GPU. TensorRT only."""
+    """File of measured kernel times, which is read and extended and makes the next build on the same GPU quick; or a folder, which holds
+    one such file for each version and GPU. TensorRT only."""
     allow_float: bool = False
-    """Write the engine even if quantized layers run in float, and say so in its seal."""
+    """Write the engine even if quantized layers run in float; its seal says so."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine that is not on disk yet."""
+    """A built engine that is not on disk yet: its content, its layer table, and the facts of the build for its seal."""
 
     content: bytes
     table: list[Layer]
@@ -58,7 +60,7 @@ class Plan:
 
 
 def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Report:
-    """Build, audit and seal an engine from a sealed ONNX.
+    """Build, audit, write and seal an engine from a sealed ONNX.
 
     Raises:
         ArtifactError: The ONNX is missing, changed since it was sealed, or no ONNX artifact.
@@ -100,13 +102,13 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
 
 
 def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
-    """Parse and build.
+    """Parse an ONNX and build an engine from it.
 
     Raises:
-        EngineError: An option does not fit the backend, or the parser or builder refuses.
+        EngineError: An option does not fit the backend, or the parser or builder refuses the ONNX.
     """
     trt = chosen.module
-    failures = _register_ours(chosen)
+    failures = _register_plugins(chosen)
     failures.clear()
     messages = trt_callbacks.logger(trt)
     builder = trt.Builder(messages)
@@ -141,7 +143,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
 
 
 def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
-    """Operators of the graph that the parser takes from `plugins`, (name, version, namespace), and not from a body; sorted."""
+    """Sorted operators of the graph that the parser takes from `plugins` and not from a function body."""
     taken = set()
     for node in model.graph.node:
         named = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name.startswith("plugin_")}
@@ -151,7 +153,7 @@ def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> lis
 
 
 def timing_cache_file(chosen: Backend, target: Target, wanted: Path | None) -> Path | None:
-    """The file `wanted` is, or the one in the folder `wanted` for this version and GPU; nothing where TensorRT keeps no timings."""
+    """Path of the timing cache: `wanted` itself, or a file in the folder `wanted` for this version and GPU; None for TensorRT-RTX."""
     if wanted is None or chosen.name != "tensorrt" or not wanted.is_dir():
         return wanted if chosen.name == "tensorrt" else None
     words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target.gpu}".lower())
@@ -171,7 +173,7 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
 
 
 def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
-    """Name and operator of the node that a parser error is about; TensorRT 8.6 tells its position only."""
+    """Name and operator of the node that a parser error is about; TensorRT 8.6 gives only its index."""
     if hasattr(error, "node_name"):
         return error.node_name(), error.node_operator()
     nodes, index = deployed_graph.load(onnx_path).graph.node, error.node()
@@ -179,7 +181,7 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
 
 
 def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
-    """The GPUs that the engine will run on."""
+    """Set the GPUs to build for, and return them for the seal."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
         return _this_gpu(backend.require_gpu("TensorRT"), wanted)
@@ -199,7 +201,7 @@ def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> Target:
     if wanted and set(wanted) != {device.compute_capability}:
         raise EngineError(
             f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
-            "leave --compute-capability out, or take --backend tensorrt-rtx"
+            "leave --compute-capability out, or use --backend tensorrt-rtx"
         )
     return Target(compute_capabilities=(device.compute_capability,), gpu=device.name)
 
@@ -209,25 +211,28 @@ def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        raise EngineError(f"{path} is no timing cache of TensorRT {chosen.version} and this GPU; delete it or name another")
+        raise EngineError(f"{path} is no timing cache of TensorRT {chosen.version} and this GPU; delete it or give another file")
     return cache
 
 
 def _plugins(chosen: Backend) -> deployed_graph.Plugins:
-    """Registered plugins. TensorRT-RTX is treated as having none: it ends the process when a node meets one (seen in 1.7.1)."""
+    """Registered plugins. None for TensorRT-RTX, which aborts the process when it meets a plugin (1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
     backend.load_builtin_plugins(chosen)
-    _register_ours(chosen)
+    _register_plugins(chosen)
     registry = chosen.module.get_plugin_registry()
     creators = registry.all_creators if chosen.strongly_typed else registry.plugin_creator_list
     return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)
 
 
-def _register_ours(chosen: Backend) -> list[str]:
-    """Register the attentions where TensorRT keeps a plugin's kernel in the plan; what fails in them while it builds is added to the list.
+def _register_plugins(chosen: Backend) -> list[str]:
+    """Register our plugins with a TensorRT that stores their kernels in the engine (10.9 or newer).
 
-    That is from 10.9 on; the binding's own module tensorrt.plugin tells it by the same name (`_export.py` of 11.4).
+    Such a version has `QuickPluginCreationRequest`, by which NVIDIA's module tensorrt.plugin recognises it too (`_export.py` of 11.4).
+
+    Returns:
+        A list to which errors that occur inside the plugins during a build are added.
     """
     if chosen.name != "tensorrt" or not hasattr(chosen.module, "QuickPluginCreationRequest"):
         return []
@@ -238,7 +243,7 @@ def _register_ours(chosen: Backend) -> list[str]:
 def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
     engine = trt.Runtime(messages).deserialize_cuda_engine(content)
     if engine is None:
-        raise EngineError("the engine just built cannot be opened:\n  " + "\n  ".join(messages.problems))
+        raise EngineError("TensorRT cannot open the engine that it has just built:\n  " + "\n  ".join(messages.problems))
     return layer_table.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
@@ -247,7 +252,7 @@ def _one_line(text: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m engine.build", description="Build and audit an integer engine from an exported ONNX.")
     parser.add_argument("--onnx", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="engine file (default: the ONNX's name with .engine)")
@@ -264,13 +269,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} MB is no memory")
+        raise argparse.ArgumentTypeError(f"{value} MB is not positive")
     return value
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """ONNX in, engine out."""
+    """Build an engine from an ONNX."""
     args = parse_args(argv)
     engine_path = args.out or args.onnx.with_suffix(".engine")
     options = Options(

@@ -1,6 +1,6 @@
-"""What nvidia-smi tells of a GPU while something runs on it: clocks, power, temperature, memory.
+"""Records clocks, power, temperature and memory of a GPU with nvidia-smi while something runs on it.
 
-A latency without its clock cannot be compared. Where there is no nvidia-smi (Jetson), nothing is told.
+Latencies can only be compared together with the clocks at which they were measured. Without nvidia-smi (Jetson) nothing is recorded.
 """
 
 import shutil
@@ -12,34 +12,45 @@ from contextlib import contextmanager
 from typing import Any
 
 FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "temperature.gpu", "power.draw", "memory.used")
-"""Queried in MHz, degrees Celsius, W and MiB."""
+"""Queried fields: clocks in MHz, temperature in degrees Celsius, power in W, memory in MiB."""
 _EVERY_MS = 100
+"""Milliseconds between two samples."""
+_LIMIT_S = 10.0
+"""Seconds that one query of nvidia-smi, or its end, may take; it can hang when the driver does."""
 Sample = dict[str, float]
+"""One sample: values of the fields that nvidia-smi reported, by name."""
 
 
 @contextmanager
 def watch(bus_id: str) -> Iterator[dict[str, Any]]:
-    """Facts about the GPU at PCI address `bus_id`, complete when the block has ended; empty without nvidia-smi."""
+    """Record the GPU at PCI address `bus_id` during the `with` block.
+
+    Yields:
+        The facts of `summary`, filled in when the block ends; empty if nvidia-smi is missing or does not respond.
+    """
     facts: dict[str, Any] = {}
     tool = shutil.which("nvidia-smi")
     if tool is None:
         yield facts
         return
     query = [tool, "-i", bus_id, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
-    before = parse(subprocess.run(query, capture_output=True, text=True, check=False).stdout)
+    try:
+        before = parse(subprocess.run(query, capture_output=True, text=True, check=False, timeout=_LIMIT_S).stdout)
+    except subprocess.TimeoutExpired:
+        yield facts
+        return
     with tempfile.TemporaryFile("w+") as lines:
         process = subprocess.Popen([*query, f"--loop-ms={_EVERY_MS}"], stdout=lines, stderr=subprocess.DEVNULL)
         try:
             yield facts
         finally:
-            process.terminate()
-            process.wait()
+            _end(process)
         lines.seek(0)
         facts.update(summary(before, parse(lines.read())))
 
 
 def parse(text: str) -> list[Sample]:
-    """One sample a line, of the fields that are numbers; a line cut short is left out."""
+    """Read one sample from each line; fields that are not numbers and incomplete lines are left out."""
     samples = []
     for line in text.splitlines():
         values = [value.strip() for value in line.split(",")]
@@ -49,7 +60,7 @@ def parse(text: str) -> list[Sample]:
 
 
 def summary(before: list[Sample], during: list[Sample]) -> dict[str, Any]:
-    """Median clocks, temperature and power, the lowest SM clock, and by how much the GPU's used memory rose; nothing of no samples."""
+    """Median clocks, temperature and power, lowest SM clock, and the rise of the used memory in MiB; empty if there are no samples."""
     named = {name: values for name in FIELDS if (values := [sample[name] for sample in during if name in sample])}
     facts: dict[str, Any] = {name: statistics.median(values) for name, values in named.items() if name != "memory.used"}
     if "clocks.sm" in named:
@@ -57,3 +68,13 @@ def summary(before: list[Sample], during: list[Sample]) -> dict[str, Any]:
     if "memory.used" in named and before and "memory.used" in before[0]:
         facts["memory_mb"] = max(named["memory.used"]) - before[0]["memory.used"]
     return facts
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process, by force if it does not react."""
+    process.terminate()
+    try:
+        process.wait(_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait(_LIMIT_S)

@@ -1,7 +1,8 @@
-"""Whether an engine can run here, told by its seal before TensorRT opens it, and the command that builds one that can.
+"""Checks from an engine's seal whether the engine can run here, and gives the command that builds one that can.
 
-A plan holds compiled kernels: it runs only under the TensorRT that built it, and on the GPUs it was built for. TensorRT itself finds
-that out late, and says so in its own words or not at all: another GPU of the same compute capability runs slowly and without a word.
+An engine holds compiled kernels: it runs only under the version of TensorRT that built it, and only on the GPUs it was built for. TensorRT
+reports a mismatch late and unclearly, or not at all: on another GPU of the same compute capability the engine runs slowly and no message
+is printed.
 """
 
 import os
@@ -38,19 +39,19 @@ def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> 
     if built != installed.version:
         raise EngineError(
             f"{path} was built with {installed.name} {built}, installed is {installed.version}, and an engine runs only under the version "
-            f"that built it. Build it again here:\n  {rebuild_command(path, seal, device)}\nor bring the older one: "
+            f"that built it. Build it again here:\n  {rebuild_command(path, seal, device)}\nor install that version: "
             f"pip install {installed.name}=={built}"
         )
 
 
 def build_options(onnx_path: Path, engine_path: Path, memory_limit_mb: int | None, allow_float: bool) -> BuildOptions:
-    """The options by which the engine can be built again."""
+    """Options for an engine's seal with which it can be built again; the ONNX relative to the engine's folder."""
     onnx = os.path.relpath(onnx_path, engine_path.parent)
     return BuildOptions(onnx=onnx, memory_limit_mb=memory_limit_mb, allow_float=allow_float)
 
 
 def rebuild_command(path: Path, seal: Seal, device: Gpu) -> str:
-    """The command that builds the engine at `path` for `device`, for the others that it was built for, and with the same options."""
+    """The command that builds the engine at `path` again with the same options, for `device` and the GPUs it was built for before."""
     capabilities = seal.facts.target.compute_capabilities
     options = seal.facts.build or build_options(path.with_suffix(".onnx"), path, None, False)
     onnx = os.path.normpath(path.parent / options.onnx)

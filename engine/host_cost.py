@@ -1,4 +1,4 @@
-"""The time of a frame on the host, around the engine: camera images to the network's input, and its outputs to boxes."""
+"""Measures the work on the host around the engine: from camera images to the network's inputs, and from its outputs to boxes."""
 
 import time
 from collections.abc import Callable
@@ -12,14 +12,16 @@ from qdbev.config import Config
 from qdbev.schema import Interface
 
 _RUNS = 100
+"""Measured runs of each part."""
 _WARM_UP = 5
+"""Runs before the measured ones."""
 
 
 def measure(config: Config, interface: Interface) -> dict[str, Any]:
-    """Times in milliseconds of `_RUNS` frames of noise. The camera images are the largest that the network takes.
+    """Measure frames of noise; the camera images are the largest that the network takes.
 
     Returns:
-        "before" and "after", a list of times each, and "camera_hw", the size of the images in pixels.
+        "before" and "after": milliseconds of each run. "camera_hw": height and width of the camera images in pixels.
     """
     rng, stream = np.random.default_rng(0), detectors.stream(config.model)
     num_cameras = interface.inputs["images"][1]
@@ -36,7 +38,7 @@ def measure(config: Config, interface: Interface) -> dict[str, Any]:
 
 
 def _times(work: Callable[[], object]) -> list[float]:
-    """Milliseconds of each run after the first few."""
+    """Milliseconds of each run after the warm-up."""
     found = []
     for _ in range(_WARM_UP + _RUNS):
         started = time.perf_counter()

@@ -1,7 +1,7 @@
 """The layer table of a built engine: which kernels it runs and in which number formats.
 
-TensorRT gives it through EngineInspector as JSON. TensorRT-RTX cannot inspect a plan without a GPU, but prints the same table while it
-builds, as one verbose log message that starts with "Layers:" (seen in 1.7.1). Both need ProfilingVerbosity.DETAILED.
+TensorRT provides the table as JSON through EngineInspector. TensorRT-RTX cannot inspect an engine without a GPU, but prints the same table
+while it builds, as one verbose log message that starts with "Layers:" (seen in 1.7.1). Both need ProfilingVerbosity.DETAILED.
 """
 
 import dataclasses
@@ -22,12 +22,15 @@ _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*\[ONNX Layer: |\s*$)")
 _TYPE = re.compile(r"\b(Float|Half|BFloat16|Int8|Int32|Int64|Int4|Bool|FP8|FP4|FP32|FP16|BF16|UInt8)\b", re.IGNORECASE)
 _TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _NO_KERNEL = ("signal", "wait", "noop", "constant")
-"""Rows that start nothing on the GPU: stream synchronisation and folded constants."""
+"""Kinds of rows that launch no kernel on the GPU: stream synchronisation and folded constants."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row. Types are INT8, FP16, FP32, ...; `nodes` are the ONNX nodes fused into it."""
+    """One row of the table: a layer of the engine.
+
+    `inputs`, `constants` and `outputs` are the types of its tensors, such as INT8, FP16 or FP32; `nodes` are the ONNX nodes fused into it.
+    """
 
     name: str
     kind: str
@@ -39,15 +42,15 @@ class Layer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the row starts work on the GPU."""
+        """Whether the layer launches a kernel on the GPU."""
         return self.kind.lower() not in _NO_KERNEL
 
 
 def from_log(message: str) -> list[Layer]:
-    """Rows of the log message that starts with "Layers:".
+    """Read the rows of the log message that starts with "Layers:".
 
     Raises:
-        EngineError: A line names a layer but does not read like the table of the versions known here, or there are no rows.
+        EngineError: A line that names a layer has an unknown form, or there are no rows.
     """
     layers = [_from_line(line) for line in message.splitlines() if line.startswith("Name: ")]
     if not layers:
@@ -56,14 +59,14 @@ def from_log(message: str) -> list[Layer]:
 
 
 def from_inspector(text: str) -> list[Layer]:
-    """Rows of EngineInspector's JSON; TensorRT 10 joins format and type in one field, 11 has a field of its own for the type.
+    """Read the rows of EngineInspector's JSON; TensorRT 10 joins format and type in one field, TensorRT 11 has a field for the type.
 
     Raises:
         EngineError: The engine was built without ProfilingVerbosity.DETAILED.
     """
     rows = json.loads(text)["Layers"]
     if not rows or not all(isinstance(row, dict) for row in rows):
-        raise EngineError("the engine tells layer names only; build it with this project (ProfilingVerbosity.DETAILED)")
+        raise EngineError("the engine holds layer names only; build it with this project, which asks for ProfilingVerbosity.DETAILED")
     return [_from_inspected(row) for row in rows]
 
 
@@ -74,13 +77,16 @@ def save(path: Path, layers: list[Layer]) -> None:
 
 
 def load(path: Path, sha256: str) -> list[Layer]:
-    """Rows written by `save`.
+    """Read the rows that `save` wrote.
+
+    Args:
+        sha256: Hash of the file in the engine's seal.
 
     Raises:
-        EngineError: The file is missing or is not the one whose hash the engine's seal carries.
+        EngineError: The file is missing or has another hash.
     """
     if not path.is_file():
-        raise EngineError(f"{path} does not exist; it is written when the engine is built: bring it along or build again")
+        raise EngineError(f"{path} does not exist; it is written when the engine is built: copy it beside the engine, or build again")
     actual = artifact.sha256(path)
     if actual != sha256:
         raise EngineError(f"{path} is not of this engine: sha256 {actual[:12]}, the engine's seal says {sha256[:12]}; build it again")
@@ -89,7 +95,7 @@ def load(path: Path, sha256: str) -> list[Layer]:
 
 
 def table_path(engine: Path) -> Path:
-    """Where the layer table of `engine` lies."""
+    """Path of the layer table of `engine`."""
     return engine.with_name(engine.name + ".layers.json")
 
 

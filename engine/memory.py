@@ -1,6 +1,6 @@
-"""Memory of a session: device buffers, and page-locked host buffers that the GPU copies from and to by itself.
+"""The memory of a session: buffers on the GPU, and page-locked buffers on the host, which the GPU can copy without the CPU.
 
-Everything is taken once and freed together; when there is none left, one error says who wanted how much and how much is free.
+All buffers are freed together. If memory runs out, the error says for what it was needed, how much, and how much is free.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ _PAGE_LOCKED = 0
 
 
 class Buffers:
-    """All memory that one engine needs; a context manager."""
+    """All buffers of one engine. A context manager that frees them at its end."""
 
     def __init__(self, owner: Path) -> None:
         self._owner = owner
@@ -38,26 +38,34 @@ class Buffers:
         self._host.clear()
 
     def device(self, purpose: str, size: int) -> int:
-        """Address of `size` new bytes on the GPU, all zero.
+        """Allocate `size` bytes on the GPU, set them to zero and return their address.
+
+        Args:
+            purpose: The use of the memory, for the error message.
 
         Raises:
-            EngineError: There are not so many.
+            EngineError: The GPU has too little free memory.
         """
         size = max(1, size)
         status, pointer = self._runtime.cudaMalloc(size)
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
             self._runtime.cudaGetLastError()
-            raise EngineError(f"{self._owner}: no GPU memory for {purpose} ({_mb(size)}); {self.state()}. Close what else runs on it")
+            raise EngineError(
+                f"{self._owner}: no GPU memory for {purpose} ({_mb(size)}); {self.state()}. Close other programs that use the GPU"
+            )
         address = int(check((status, pointer)))
         self._device[address] = size
         check(self._runtime.cudaMemset(address, 0, size))
         return address
 
     def pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """A new page-locked host array, which is gone when this is closed.
+        """Allocate a page-locked array on the host; it must not be used after the buffers are freed.
+
+        Args:
+            purpose: The use of the memory, for the error message.
 
         Raises:
-            EngineError: The system gives no more such memory.
+            EngineError: The system has too little page-locked memory.
         """
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
         status, pointer = self._runtime.cudaHostAlloc(size, _PAGE_LOCKED)
@@ -70,11 +78,11 @@ class Buffers:
         return np.frombuffer(block, dtype, count=int(np.prod(shape))).reshape(shape)
 
     def state(self) -> str:
-        """How full the GPU is, for an error message."""
+        """The state of the GPU's memory, for error messages."""
         status, free, total = self._runtime.cudaMemGetInfo()
         if int(status) != 0:
             return f"how much GPU memory is free is unknown ({status.name})"
-        return f"{_mb(free)} of {_mb(total)} of GPU memory are free, {_mb(sum(self._device.values()))} are taken by this session's buffers"
+        return f"{_mb(free)} of {_mb(total)} of GPU memory are free, {_mb(sum(self._device.values()))} are used by this session's buffers"
 
 
 def _mb(size: int) -> str:

@@ -1,6 +1,6 @@
-"""From what a vehicle delivers to the frame that the network takes: camera images as they are, calibration, pose.
+"""Makes a frame for the network from what a vehicle delivers: unscaled camera images, calibration and pose.
 
-The pixels go through the same code as in training and evaluation (qdbev/data/transforms.py).
+The images are scaled and normalised by the same code as in training and evaluation (qdbev/data/transforms.py).
 """
 
 import math
@@ -15,17 +15,17 @@ from qdbev.schema import CAMERAS, Frame
 
 
 class FrameError(ValueError):
-    """A frame that the network cannot take; the next one may be fine."""
+    """A frame that the network cannot take. Later frames are not affected."""
 
 
 class Preprocessor:
-    """Makes frames for one network. N cameras, H W the size of their images as they arrive."""
+    """Makes frames for one network from camera images. N is the number of cameras; H and W are the size of their images before scaling."""
 
     def __init__(self, config: DataConfig, images_shape: tuple[int, ...]) -> None:
         """
         Args:
-            config: How the network's images were made in training.
-            images_shape: (N, 3, height, width) of the network's input, padded.
+            config: Data settings with which the network was trained.
+            images_shape: (N, 3, height, width) of the network's images, which are scaled and padded.
         """
         self._config = config
         self._num_cameras = images_shape[0]
@@ -34,17 +34,17 @@ class Preprocessor:
     def frame(
         self, images: Sequence[np.ndarray], lidar2img: np.ndarray, can_bus: np.ndarray, timestamp_us: int, scene_token: str = ""
     ) -> Frame:
-        """A frame without objects.
+        """Make a frame, without annotated objects.
 
         Args:
-            images: N of (H, W, 3) uint8 BGR, in the order of `schema.CAMERAS`.
+            images: N arrays (H, W, 3) uint8 BGR, in the order of `schema.CAMERAS`.
             lidar2img: (N, 4, 4) from the lidar frame (metres) to pixels of these images.
             can_bus: (18,) absolute, as `Frame.can_bus`.
-            timestamp_us: When the lidar frame was taken, in microseconds.
-            scene_token: Anything that changes where the recording starts anew.
+            timestamp_us: Time of the lidar frame in microseconds.
+            scene_token: Name of the recording; another name makes the detector forget the frames before.
 
         Raises:
-            FrameError: The number, type or size of the images does not fit.
+            FrameError: The number, type or size of the images does not fit the network.
         """
         if len(images) != self._num_cameras:
             names = ", ".join(CAMERAS) if self._num_cameras == len(CAMERAS) else "as in training"
@@ -70,10 +70,10 @@ class Preprocessor:
 
     @property
     def largest_hw(self) -> tuple[int, int]:
-        """The largest images that the network takes."""
+        """Height and width in pixels of the largest camera images that the network takes."""
         return self._range(self._padded_hw[0])[1], self._range(self._padded_hw[1])[1]
 
     def _range(self, padded: int) -> tuple[int, int]:
-        """Smallest and largest side that is scaled and padded to `padded`."""
+        """Smallest and largest side in pixels that scaling and padding turn into `padded`."""
         low, high = padded - self._config.pad_multiple + 1, padded + 1
         return math.ceil(low / self._config.image_scale), math.ceil(high / self._config.image_scale) - 1

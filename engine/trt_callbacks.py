@@ -1,6 +1,6 @@
-"""What is heard from TensorRT while it builds: problems, the layer table, and progress.
+"""Callbacks for TensorRT: a logger, which keeps errors and the layer table, and a progress bar of a build.
 
-TensorRT calls back into classes derived from its own, so they are made here once the binding is known.
+TensorRT only calls classes that are derived from its own, so they are defined inside functions that get the Python binding.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from engine.layer_table import TABLE_START
 
 
 def logger(trt: ModuleType) -> Any:
-    """A logger that keeps `problems` (warnings excluded) and `layer_table`, and drops the rest."""
+    """Make a logger that keeps errors (`problems`) and TensorRT-RTX's layer table (`layer_table`), and drops all other messages."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -33,10 +33,13 @@ def logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def progress(trt: ModuleType, title: str) -> Iterator[Any]:
-    """An IProgressMonitor that shows the outermost phase as a bar, nothing where standard error is no terminal; None in TensorRT 8.6.
+    """Show a progress bar of the outermost phase of a build, if standard error is a terminal.
+
+    Yields:
+        An IProgressMonitor for the builder; None for TensorRT 8.6, which has none.
 
     Raises:
-        KeyboardInterrupt: On leaving, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
+        KeyboardInterrupt: When the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
     """
     if not hasattr(trt, "IProgressMonitor"):
         yield None

@@ -1,7 +1,7 @@
-"""Inputs of an ordinary frame, for measuring: the rig of nuScenes' vehicle, a car that drives and turns, noise as pixels, a history.
+"""Inputs of an ordinary frame for measurements: the cameras of nuScenes' vehicle, which drives and turns, noise as pixels, and a history.
 
-The time of a frame depends on them: spatial attention skips the cameras that do not see a BEV cell, so matrices of zeros or noise would
-give it a different amount of work.
+The time of a frame depends on its inputs: an operator may skip the cameras that do not see a place, so matrices of zeros or noise would
+change the amount of work.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from qdbev.schema import Interface
 
 
 def typical_inputs(config: Config, interface: Interface) -> Arrays:
-    """Inputs of the second frame of a scene, by name; the same at every call."""
+    """Inputs of the second frame of a scene by name, the same at every call. The first frame's outputs are noise."""
     _, num_cameras, _, height, width = interface.inputs["images"]
     first, second = noise_frames(config.data, num_cameras, (height, width))
     stream, rng = detectors.stream(config.model), np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Models on the same frames, tensor by tensor: how far each is from the one before it.
+"""Compares the outputs of models on the same frames, tensor by tensor: each model with the one it was made from.
 
 Both models of a pair get the inputs of the reference model, including its recurrent inputs, so differences do not accumulate over frames.
 """
@@ -15,18 +15,25 @@ from qdbev.detector import run_stream
 from qdbev.schema import Frame, Interface
 
 TOLERANCE = 0.999
-"""Cosine below which a tensor counts as different."""
+"""Cosine similarity below which two tensors count as different."""
 DISTANCE = math.sqrt(2 * (1 - TOLERANCE))
-"""Length of the difference over that of the reference at which two tensors of one length have that cosine: a wrong scale, which the
-cosine does not see, counts as well."""
+"""Largest relative distance, |found - wanted| / |wanted|, at which two tensors count as the same. Two tensors of equal length at this
+distance have the cosine `TOLERANCE`. The distance also detects a wrong scale, which the cosine does not."""
 
 
 class ComparisonError(ValueError):
-    """Models that differ, or that cannot be compared."""
+    """Models whose outputs differ, or that cannot be compared."""
 
 
 class TensorDifference(NamedTuple):
-    """One tensor of one frame of `model` against `reference`, the file it was made of."""
+    """The difference between one output of `model` and the same output of `reference`, in one frame.
+
+    Attributes:
+        cosine: Cosine similarity of the flattened tensors.
+        distance: |found - wanted| / |wanted|.
+        max_abs: Largest absolute difference.
+        allowed: Largest distance at which the tensors count as the same; the lowest cosine follows from it.
+    """
 
     model: str
     reference: str
@@ -37,7 +44,6 @@ class TensorDifference(NamedTuple):
     distance: float
     max_abs: float
     allowed: float
-    """The largest distance at which they count as the same; the cosine must be that of two tensors of one length so far apart."""
 
     @property
     def passed(self) -> bool:
@@ -46,19 +52,20 @@ class TensorDifference(NamedTuple):
 
     @property
     def least_cosine(self) -> float:
-        """Of tensors that count as the same."""
+        """Lowest cosine at which the tensors count as the same: that of two tensors of equal length at the allowed distance."""
         return 1 - self.allowed**2 / 2
 
 
 def compare(models: Sequence[tuple[str, OpenModel]], frames: Iterable[Frame], allowed: float = DISTANCE) -> Iterator[TensorDifference]:
-    """Differences in all frames: each model against the one before it, on that one's inputs.
+    """Compare each model with the one before it, on the inputs of that reference model; yields the differences of all frames.
 
     Args:
         models: Names and models, each made from the one before it.
         frames: Frames in order of time; iterated once for every pair of models.
+        allowed: Largest distance at which tensors count as the same.
 
     Raises:
-        ComparisonError: A model gives NaN or infinity.
+        ComparisonError: An output is NaN or infinite.
     """
     for (reference, source), (name, other) in pairwise(models):
         for index, step in enumerate(run_stream(source.stream, source.run, frames)):
@@ -70,7 +77,7 @@ def compare(models: Sequence[tuple[str, OpenModel]], frames: Iterable[Frame], al
 
 
 def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]:
-    """Cosine, length of the difference over that of `wanted`, and largest difference. Arrays of zeros agree with each other only."""
+    """Cosine, relative distance and largest absolute difference. An array of zeros agrees only with another array of zeros."""
     a, b = wanted.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
     apart, largest = float(np.linalg.norm(a - b)), float(np.abs(a - b).max())
@@ -80,7 +87,7 @@ def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]
 
 
 def require_same(rows: Iterable[TensorDifference]) -> None:
-    """Raise ComparisonError, naming the first tensor out of tolerance, if there is one."""
+    """Raise ComparisonError, with the name of the first tensor out of tolerance, if a tensor is out of tolerance."""
     for row in rows:
         if not row.passed:
             raise ComparisonError(
@@ -91,7 +98,7 @@ def require_same(rows: Iterable[TensorDifference]) -> None:
 
 
 def _in_order(interface: Interface) -> list[str]:
-    """Output names, those first that the network computes first: the recurrent ones, from which it decodes the others."""
+    """Names of the outputs, the recurrent ones first: the network decodes the other outputs from them."""
     recurrent = [output for output, _ in interface.recurrent]
     return recurrent + [name for name in interface.outputs if name not in recurrent]
 

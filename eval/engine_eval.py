@@ -1,10 +1,11 @@
-"""An engine, its ONNX and its checkpoint side by side: the official metric of each, and the first tensor in which they part.
+"""Compares an engine with its ONNX and its checkpoint: the official metric of each, and the first tensor that differs.
 
     python -m eval.engine_eval --model runs/demo/w4a6.engine
 
-Takes the files that the model was made of from beside it (`.engine` <- `.onnx` <- `.pt`); for a `.onnx`, only the checkpoint. Scores are
-those of eval.run, each model with its own history, and lie where it puts them. Tensors are compared with those of the file it was made
-of, on the same inputs, that file's history among them: what differs is then of this frame, and what accumulates shows in the metric.
+The files that the model was made from are expected beside it: for an `.engine` the `.onnx` and the `.pt`, for an `.onnx` the `.pt`. The
+scores are those of eval.run, which runs each model with its own history, and are written to the same places. Tensors are compared with
+those of the file the model was made from, on the same inputs, including that file's history. A difference between tensors therefore
+arises in that frame; differences that accumulate over frames show in the metric.
 """
 
 import argparse
@@ -31,34 +32,43 @@ from qdbev.config import Config
 from qdbev.frames import open_frames
 
 NDS_TOLERANCE = 0.002
-"""By how much an engine's score may differ from that of its ONNX."""
+"""Largest allowed difference between the NDS of an engine and of its ONNX."""
 _COMPARED_FRAMES = 40
-"""A scene of nuScenes."""
+"""Frames whose tensors are compared; a scene of nuScenes has 40 key frames."""
 _STAGES = (".pt", ".onnx", ".engine")
+"""Suffixes of the files, each made from the one before it."""
 _METRICS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
 _log = logging.getLogger(__name__)
 
 
 def family(model: Path) -> list[Path]:
-    """`model` and the files that it was made of, beside it, the checkpoint first.
+    """Paths of the files that `model` was made from and of `model` itself, the checkpoint first.
 
     Raises:
-        EvaluationError: The suffix is unknown, or one of the files is missing.
+        EvaluationError: The suffix of `model` is unknown, or one of the files is missing.
     """
     if model.suffix not in _STAGES[1:]:
-        raise EvaluationError(f"{model} ends in {model.suffix or 'nothing'!r}; give an .engine, or an .onnx")
+        raise EvaluationError(f"{model} ends in {model.suffix or 'nothing'!r}; give an .engine or an .onnx file")
     paths = [model.with_suffix(suffix) for suffix in _STAGES[: _STAGES.index(model.suffix) + 1]]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise EvaluationError(f"{', '.join(missing)} not found; {model} is compared with the files it was made of: bring them beside it")
+        raise EvaluationError(f"{', '.join(missing)} not found; {model} is compared with the files it was made from: copy them beside it")
     return paths
 
 
 def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Path, device: str | None) -> dict[str, Any]:
-    """Compare and score models made of each other, the checkpoint first; metrics go into a folder of `out` each.
+    """Compare and score models, each made from the one before it.
+
+    Args:
+        paths: The models' files, the checkpoint first.
+        config: The config of the checkpoint with the dataset to use.
+        split: Name of the split to score.
+        out: Folder that gets a folder of metrics for each model.
+        device: Device of the checkpoint, or None for the CPU.
 
     Returns:
-        `models` (the metrics of each), `rows` (of `compare`), `first_difference` (the first row out of tolerance, or None).
+        `models`: the metrics of each model. `rows`: the differences that `compare` found. `first_difference`: the first row out of
+        tolerance, or None. The other entries describe the dataset and the run.
 
     Raises:
         ArtifactError: A file was not made from the one before it.
@@ -86,7 +96,7 @@ def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Pa
 
 
 def score_table(content: dict[str, Any]) -> Table:
-    """A row per metric, a column per model."""
+    """A table for the terminal with a row for each metric and a column for each model."""
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     grid.add_column("")
     for name in content["models"]:
@@ -97,7 +107,7 @@ def score_table(content: dict[str, Any]) -> Table:
 
 
 def tensor_table(content: dict[str, Any]) -> Table:
-    """The worst frame of each tensor of each pair."""
+    """A table for the terminal with the worst frame of each tensor of each pair of models."""
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in ("model", "against", "tensor", "lowest cosine", "in frame", "distance", "max abs"):
         grid.add_column(title, justify="left" if title in ("model", "against", "tensor") else "right")
@@ -111,7 +121,7 @@ def tensor_table(content: dict[str, Any]) -> Table:
 
 
 def require_same(content: dict[str, Any]) -> None:
-    """Raise ComparisonError if a tensor or the score of an engine is out of tolerance; the first such tensor is named."""
+    """Raise ComparisonError if a tensor or the score of an engine is out of tolerance; the message names the first such tensor."""
     comparison.require_same(TensorDifference(**row) for row in content["rows"])
     for (reference, wanted), (name, found) in pairwise(content["models"].items()):
         apart = abs(found["nds"] - wanted["nds"])
@@ -125,7 +135,7 @@ def require_same(content: dict[str, Any]) -> None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.engine_eval", description="Score and compare an engine, its ONNX and checkpoint.")
-    parser.add_argument("--model", type=Path, required=True, help=".engine or .onnx file; what it was made of lies beside it")
+    parser.add_argument("--model", type=Path, required=True, help=".engine or .onnx file, beside the files it was made from")
     parser.add_argument("--out", type=Path, help="folder for the results (default: eval beside the model)")
     add_data(parser)
     return parser.parse_args(argv)
@@ -133,7 +143,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Score and compare a model with its sources; fails if a tensor is out of tolerance."""
+    """Score a model and compare it with the files it was made from; fails if a tensor or the score is out of tolerance."""
     args = parse_args(argv)
     paths, out = family(args.model), args.out or args.model.parent / "eval"
     with open_model(paths[0], args.device) as model:

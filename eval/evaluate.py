@@ -1,4 +1,4 @@
-"""Score a model on a split with the official nuScenes metric, and write results_nusc.json and metrics.json."""
+"""Scores a model on a split with the official nuScenes metric, and writes results_nusc.json and metrics.json."""
 
 import json
 import statistics
@@ -21,14 +21,19 @@ from qdbev.facts import MetricsFacts, PredictionsFacts
 from qdbev.frames import open_frames
 
 RESULTS = "results_nusc.json"
+"""Name of the file with the official submission."""
 METRICS = "metrics.json"
+"""Name of the file with the scores."""
 
 
 def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Path) -> dict[str, Any]:
-    """Run the model in `path` over a split, score it, and write the files into `out`, which changes only when all is done.
+    """Run a model over a split, score it, and write the files into the folder `out`, which changes only when everything is done.
 
     Args:
+        path: The model's file.
+        model: The opened model.
         config: The model's config with the dataset to use.
+        split: Name of the split.
 
     Returns:
         The content of metrics.json.
@@ -64,7 +69,12 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
 
 
 def predict(model: OpenModel, dataset: FrameDataset) -> tuple[dict[str, list[Record]], dict[str, float]]:
-    """Records of every sample, and seconds of a frame: `model`, the median of the model alone; `frame`, the mean with data and decoding."""
+    """Run a model over a dataset.
+
+    Returns:
+        The submission records of every sample by its token, and seconds per frame: `model` is the median of the model alone, `frame` the
+        mean including reading and decoding.
+    """
     results: dict[str, list[Record]] = {}
     model_seconds = []
     started = time.perf_counter()
@@ -80,7 +90,7 @@ def predict(model: OpenModel, dataset: FrameDataset) -> tuple[dict[str, list[Rec
 
 
 def table(content: dict[str, Any]) -> Table:
-    """The metrics of one model for the terminal: the means, then a row per class."""
+    """A table for the terminal with the metrics of one model: a row of means, then a row for each class."""
     grid = Table(title=f"{content['model']}: {content['frames']} frames of {content['data']['split']}", title_justify="left")
     grid.add_column("class")
     for title in ("NDS", "AP", "ATE", "ASE", "AOE", "AVE", "AAE"):
@@ -94,23 +104,23 @@ def table(content: dict[str, Any]) -> Table:
 
 
 def warnings(metrics: dict[str, Any]) -> list[str]:
-    """Remarks that a reader of the metrics needs, one sentence each."""
+    """Warnings about the metrics for their reader, one sentence each."""
     found, data = [], metrics["data"]
     if metrics["absent"]:
         found.append(
             f"the ground truth of this split has no scored {', '.join(metrics['absent'])}: the metric counts each as AP 0 with errors "
-            "of 1, so NDS and mAP compare only with runs on the same split"
+            "of 1, so NDS and mAP can only be compared with runs on the same split"
         )
     if data["version"].endswith("mini"):
         found.append(
             f"{data['version']} is for smoke runs: {data['split']} is {metrics['frames']} frames of a few scenes, so NDS and mAP say "
-            "nothing of the model and compare with no published number"
+            "nothing about the model and cannot be compared with published numbers"
         )
     return found
 
 
 def _about(path: Path, model: SealedModel) -> dict[str, Any]:
-    """The model's file, hashes and size. Weights that an ONNX file keeps in a second file count as its bytes."""
+    """Name, hashes and size of the model's file; the size includes a second file in which an ONNX may keep its weights."""
     files = [path, path.with_name(path.name + ".data")]
     return {
         "model": path.name,
@@ -122,7 +132,7 @@ def _about(path: Path, model: SealedModel) -> dict[str, Any]:
 
 
 def _move(scratch: Path, out: Path) -> None:
-    """Move the finished files into `out`, the metrics last."""
+    """Move the finished files into the folder `out`, the metrics last, so that metrics never exist without their results."""
     out.mkdir(parents=True, exist_ok=True)
     for name in (RESULTS, METRICS):
         for file in (artifact.seal_path(scratch / name), scratch / name):

@@ -1,4 +1,4 @@
-"""The evaluation loop: the frames of a split in order of time, and the boxes that a model finds in each."""
+"""The evaluation loop: runs a model over the frames of a split in order of time and decodes the boxes of each frame."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from qdbev.schema import Detections, Frame
 
 
 class Frames(Protocol):
-    """What the loop needs of a dataset: frames in order of time."""
+    """The part of a dataset that the loop uses: key frames in order of time."""
 
     def __len__(self) -> int: ...
 

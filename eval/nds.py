@@ -1,4 +1,4 @@
-"""The official nuScenes detection metric (detection_cvpr_2019), computed by the untouched devkit."""
+"""Computes the official nuScenes detection metric (detection_cvpr_2019) with the unchanged devkit."""
 
 import contextlib
 import dataclasses
@@ -18,24 +18,30 @@ from nuscenes.utils.splits import create_splits_scenes, get_scenes_of_split
 from qdbev.schema import CLASSES
 
 CONFIG = "detection_cvpr_2019"
+"""Name of the devkit's settings: class ranges, distance thresholds and the weights of NDS."""
 ERRORS = {"trans_err": "ate", "scale_err": "ase", "orient_err": "aoe", "vel_err": "ave", "attr_err": "aae"}
-"""The devkit's names of the true positive errors and the field's: metres, 1 - IoU, radians, metres a second, 1 - accuracy."""
+"""Name of each true positive error in the devkit, and its usual abbreviation. Units: metres, 1 - IoU, radians, metres per second,
+1 - accuracy."""
 _ENDINGS = {"train": "trainval", "val": "trainval", "train_detect": "trainval", "train_track": "trainval", "test": "test"} | dict.fromkeys(
     ("mini_train", "mini_val"), "mini"
 )
-"""What the name of a version must end in for the devkit to evaluate an official split on it."""
+"""For each official split, the ending that the name of a dataset version must have for the devkit to evaluate the split on it."""
 
 
 class EvaluationError(ValueError):
-    """Results, split and dataset that do not fit together, or are not there."""
+    """Results, a split or a dataset that are missing or do not fit together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The official numbers. An error that a class does not have (orientation of a cone) is None.
+    """The official metrics. NDS and AP are between 0 and 1; the units of the errors are those of `ERRORS`.
 
-    class_ap: class -> AP, mean over the distance thresholds. class_tp: class -> ate, ase, aoe, ave, aae.
-    absent: classes without a scored box in the split's ground truth: the metric counts them as AP 0 and errors of 1.
+    Attributes:
+        nds: nuScenes detection score.
+        map: Mean of the classes' AP.
+        class_ap: AP of each class, the mean over the distance thresholds.
+        class_tp: Errors of each class (ate, ase, aoe, ave, aae); None for an error that a class does not have (orientation of a cone).
+        absent: Classes without a scored box in the split's ground truth; the metric counts them with AP 0 and errors of 1.
     """
 
     nds: float
@@ -57,8 +63,12 @@ class Metrics:
 def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
     """Score a results file against the annotations of a split.
 
+    Args:
+        root: Folder of the dataset.
+        version: Name of the folder with its tables, such as v1.0-trainval.
+
     Raises:
-        EvaluationError: Dataset, split or results are missing, or the results are those of other samples.
+        EvaluationError: Dataset, split or results are missing, or the results are for other samples.
     """
     tables = root / version
     if not (tables / "sample.json").is_file():
@@ -68,7 +78,8 @@ def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
     _check_split(tables, version, split)
     nuscenes = NuScenes(version, str(root), verbose=False)
     _check_samples(nuscenes, split, results)
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):  # the devkit shows a bar whatever one asks
+    # The devkit shows a progress bar on standard error even with verbose=False.
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stderr(io.StringIO()):
         official = DetectionEval(nuscenes, config_factory(CONFIG), str(results), split, scratch, verbose=False)
         metrics, _ = official.evaluate()
     scored = {box.detection_name for box in official.gt_boxes.all}
@@ -82,7 +93,7 @@ def _check_split(tables: Path, version: str, split: str) -> None:
     if split in names and split not in create_splits_scenes():
         return
     if split not in official:
-        raise EvaluationError(f"split {split!r} is none of {version}; it has {', '.join(official + names) or 'no official split'}")
+        raise EvaluationError(f"{version} has no split {split!r}; it has {', '.join(official + names) or 'no official split'}")
 
 
 def _check_samples(nuscenes: NuScenes, split: str, results: Path) -> None:
@@ -96,8 +107,8 @@ def _check_samples(nuscenes: NuScenes, split: str, results: Path) -> None:
         raise EvaluationError(f"{results} is no nuScenes results file ({error!r}); make it again with `python -m eval.run`") from error
     if predicted != tokens:
         raise EvaluationError(
-            f"{results} is not of split {split!r}: {len(tokens - predicted)} of its {len(tokens)} samples are missing, "
-            f"{len(predicted - tokens)} others are there; run `python -m eval.run` with this split and dataset"
+            f"{results} does not fit split {split!r}: {len(tokens - predicted)} of its {len(tokens)} samples are missing, "
+            f"and {len(predicted - tokens)} samples are not in the split; run `python -m eval.run` with this split and dataset"
         )
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint, an ONNX file or an engine as one thing: a function from the deployed graph's inputs to its outputs."""
+"""Opens a checkpoint, an ONNX file or an engine as a function from the deployed graph's inputs to its outputs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,21 +13,19 @@ from qdbev.config import Config, from_dict
 from qdbev.detector import Arrays, Deployed, FrameStream
 
 Run = Callable[[Arrays], Arrays]
+"""A function that runs the deployed graph for one frame: outputs by name from inputs by name, on the host."""
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that can run: `run` maps one frame's inputs to its outputs, both on the host; `stream` is the detector's host side.
-
-    It remembers nothing; qdbev.detector.run_stream passes the memory from frame to frame.
-    """
+    """A model that can run. It keeps no state; qdbev.detector.run_stream passes the memory from frame to frame."""
 
     config: Config
     run: Run
 
     @property
     def stream(self) -> FrameStream:
-        """Makes the inputs of `run` from frames, and boxes from its outputs."""
+        """The detector's work on the host: it makes the inputs of `run` from a frame, and boxes from its outputs."""
         return detectors.stream(self.config.model)
 
 

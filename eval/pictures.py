@@ -1,4 +1,4 @@
-"""Pictures of what a model sees: six cameras with projected boxes, and the same frame from above.
+"""Draws a model's detections and the ground truth: six camera images with projected boxes, and the same frame from above.
 
 python -m eval.pictures --model runs/demo/teacher.pt --out runs/demo/pictures --frames 4
 """
@@ -27,12 +27,12 @@ _log = logging.getLogger(__name__)
 
 
 def choose(num_frames: int, total: int) -> list[int]:
-    """Indices of `num_frames` frames, evenly spread, none of them at the very start of the split where there is no history."""
+    """Indices of `num_frames` evenly spaced frames; the first frames of the split, which have no history, are not chosen."""
     return sorted({int(index) for index in np.linspace(total / (num_frames + 1), total * num_frames / (num_frames + 1), num_frames)})
 
 
 def scene_of(step: EvaluatedFrame, dataset: FrameDataset, data: DataConfig, threshold: float) -> Scene:
-    """What draw.py needs of an evaluated frame: stored images, ground truth, and detections above `threshold`."""
+    """The content of a picture: the stored images of an evaluated frame, its ground truth, and detections scored `threshold` or more."""
     info = dataset.info(step.index)
     image_hw = dataset.transform.image_hw
     shown = step.detections.scores >= threshold

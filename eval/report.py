@@ -1,9 +1,9 @@
-"""All evaluated models of a run in one table: what each stage cost or kept.
+"""Puts all evaluated models of a run into one table, which shows what each stage lost or kept.
 
     python -m eval.report --run runs/demo
 
-Reads the metrics.json of every folder in eval/ and the audits of the engines; writes summary.json, where `rows` are the evaluated
-models (`seconds` is the model's median for one frame) and `engines` what the audits counted.
+Reads the metrics.json of every folder in eval/ and the audits of the engines. Writes summary.json: `rows` are the evaluated models
+(`seconds` is the model's median time for one frame), `engines` are the counts of the audits.
 """
 
 import argparse
@@ -21,18 +21,25 @@ from qdbev import artifact
 from qdbev.command import entry_point
 
 SUMMARY = "summary.json"
+"""Name of the file that is written into the folder of the run."""
 _MEANS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
+"""Names of the metrics in metrics.json that are means over the classes."""
 _STAGES = ("teacher", "student", "packed", "onnx", "engine")
+"""Kinds of models in the order of the pipeline."""
 _AUDIT = ("summary", "quantized_layers", "int8_layers", "kernels", "int8_kernels", "requantizations")
+"""Entries of an engine's audit that the summary contains."""
 _log = logging.getLogger(__name__)
-Row = dict[str, Any]
+ModelSummary = dict[str, Any]
+"""Metrics, size, speed and parent of one evaluated model, as JSON values."""
+EngineSummary = dict[str, Any]
+"""Name, size and audit counts of one engine, as JSON values."""
 
 
-def collect(run: Path) -> list[Row]:
-    """One row per evaluated model, in the order of the stages.
+def collect(run: Path) -> list[ModelSummary]:
+    """Read the metrics of every evaluated model of a run, in the order of the pipeline.
 
     Raises:
-        EvaluationError: The run holds no metrics.
+        EvaluationError: The run has no metrics.
         ArtifactError: A metrics file was altered, or has no seal.
     """
     paths = sorted(run.glob("eval/*/metrics.json"))
@@ -47,8 +54,8 @@ def collect(run: Path) -> list[Row]:
     return sorted(rows, key=lambda row: (_STAGES.index(row["kind"]), row["name"]))
 
 
-def engines(run: Path) -> list[Row]:
-    """What the audit of each engine counted, without its rows.
+def engines(run: Path) -> list[EngineSummary]:
+    """Read the counts in the audit of every engine of a run.
 
     Raises:
         EvaluationError: An audit cannot be read.
@@ -61,8 +68,8 @@ def engines(run: Path) -> list[Row]:
     return found
 
 
-def save(run: Path, rows: list[Row], audits: list[Row]) -> Path:
-    """Write summary.json of a run, whole or not at all."""
+def save(run: Path, rows: list[ModelSummary], audits: list[EngineSummary]) -> Path:
+    """Write summary.json into the folder of a run and return its path."""
     path = run / SUMMARY
     content = {"made": artifact.provenance(), "cpu_cores": os.cpu_count(), "rows": rows, "engines": audits}
     with artifact.atomic(path) as temporary:
@@ -70,8 +77,8 @@ def save(run: Path, rows: list[Row], audits: list[Row]) -> Path:
     return path
 
 
-def table(rows: list[Row]) -> Table:
-    """The evaluated models for the terminal, in 80 columns. `vs` is the NDS against that of the parent."""
+def table(rows: list[ModelSummary]) -> Table:
+    """A table of the evaluated models for a terminal of 80 columns. The column `vs` is the change of the NDS from the parent's."""
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     grid.add_column("model", no_wrap=True)
     for title in ("NDS", "vs", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms"):
@@ -84,8 +91,8 @@ def table(rows: list[Row]) -> Table:
     return grid
 
 
-def engine_table(audits: list[Row]) -> Table:
-    """The engines for the terminal, in 80 columns."""
+def engine_table(audits: list[EngineSummary]) -> Table:
+    """A table of the engines for a terminal of 80 columns."""
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     grid.add_column("engine", no_wrap=True)
     for title in ("quantized layers", "in INT8", "kernels", "integer products", "requantizations", "MB"):
@@ -97,15 +104,15 @@ def engine_table(audits: list[Row]) -> Table:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, as runs/demo")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as runs/demo")
     return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Metrics in, table and summary out."""
+    """Print the table of a run and write its summary."""
     args = parse_args(argv)
     rows, audits = collect(args.run), engines(args.run)
     path = save(args.run, rows, audits)
@@ -115,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
         console.print(engine_table(audits))
     splits = sorted({f"{row['data']['split']} of {row['data']['version']}" for row in rows})
     if len(splits) > 1:
-        _log.warning("warning: rows are of different splits (%s) and do not compare", ", ".join(splits))
+        _log.warning("warning: the rows come from different splits (%s) and cannot be compared", ", ".join(splits))
     _log.info("%s", path)
 
 
-def _row(path: Path) -> Row:
+def _row(path: Path) -> ModelSummary:
     artifact.unseal(path, "metrics")
     metrics = json.loads(path.read_text())
     fields = ("kind", *_MEANS, "bytes", "frames", "data", "model", "sha256", "parent_sha256", "class_ap", "absent")

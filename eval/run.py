@@ -1,9 +1,8 @@
-"""A model and a split in, the official metric out.
+"""Scores a model on a split with the official nuScenes metric.
 
     python -m eval.run --model runs/demo/teacher.pt
 
-Writes results_nusc.json (the official submission) and metrics.json, both sealed, into the folder of --out. The first is the input of any
-other nuScenes tool.
+Writes results_nusc.json (the official submission, which other nuScenes tools read) and metrics.json, each with a seal, into --out.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     for warning in warnings(content):
         _log.warning("warning: %s", warning)
     model_ms, frame_ms = (1e3 * content["seconds"][name] for name in ("model", "frame"))
-    _log.info("%.1f ms a frame in the model, %.1f ms in all; %s", model_ms, frame_ms, out / METRICS)
+    _log.info("%.1f ms per frame in the model, %.1f ms per frame in all; %s", model_ms, frame_ms, out / METRICS)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Detections of the lidar frame as the records that nuScenes scores: global frame, class ranges, attributes.
+"""Turns detections in the lidar frame into the records that nuScenes scores: global frame, class ranges, attributes.
 
 Source: bevformer datasets/nuscenes_dataset.py at 66b65f3 (output_to_nusc_box, lidar_nusc_box_to_global, _format_bbox).
 """
@@ -13,7 +13,7 @@ from qdbev.artifact import atomic
 from qdbev.schema import CLASSES, Detections
 
 Record = dict[str, object]
-"""One box of a submission, as json writes it."""
+"""One box of a submission as JSON values."""
 
 CLASS_RANGE = {
     "car": 50.0,
@@ -27,24 +27,27 @@ CLASS_RANGE = {
     "pedestrian": 40.0,
     "traffic_cone": 30.0,
 }
-"""Metres from the ego vehicle, in its ground plane, up to which a class is scored (detection_cvpr_2019)."""
+"""Distance in metres from the ego vehicle, in its ground plane, up to which each class is scored (detection_cvpr_2019)."""
 
 META = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
+"""The sensors and data that the detector uses; the official format requires this entry."""
 MOVING_SPEED = 0.2
-"""Metres a second from which an object counts as moving."""
+"""Speed in metres per second above which an object counts as moving."""
 _MOVING = {
     **dict.fromkeys(("car", "truck", "construction_vehicle", "bus", "trailer"), "vehicle.moving"),
     **dict.fromkeys(("motorcycle", "bicycle"), "cycle.with_rider"),
     "pedestrian": "pedestrian.moving",
 }
+"""Attribute of a moving object of each class."""
 _STILL = {
     **dict.fromkeys(("car", "truck", "construction_vehicle", "trailer"), "vehicle.parked"),
     "bus": "vehicle.stopped",
     **dict.fromkeys(("motorcycle", "bicycle"), "cycle.without_rider"),
     "pedestrian": "pedestrian.standing",
 }
+"""Attribute of a standing object of each class."""
 _FAR = 10_000.0
-"""Metres east of the ego vehicle: beyond every class range, so the official filter removes what stands there."""
+"""Distance in metres from the ego vehicle that is beyond every class range, so that the official filter removes a box there."""
 
 
 class SubmissionError(ValueError):
@@ -52,23 +55,23 @@ class SubmissionError(ValueError):
 
 
 def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, global_from_ego: np.ndarray) -> list[Record]:
-    """Scored records of one sample; boxes beyond their class range are left out.
+    """The records of one sample; boxes beyond their class range are left out.
 
     Args:
-        token: Of the sample.
+        token: Token of the sample.
         detections: Boxes (K, 9) in the lidar frame of the key frame: gravity centre, SECOND yaw.
-        ego_from_lidar: (4, 4) of the key frame's lidar.
-        global_from_ego: (4, 4) of the ego vehicle at the key frame's lidar time.
+        ego_from_lidar: (4, 4) pose of the key frame's lidar in the ego frame.
+        global_from_ego: (4, 4) pose of the ego vehicle in the global frame at the time of the key frame's lidar.
 
     Raises:
-        SubmissionError: A detection is not finite.
+        SubmissionError: A detection is NaN or infinite.
     """
     boxes = np.asarray(detections.boxes, np.float64).reshape(-1, 9)
     finite = np.isfinite(boxes).all(1) & np.isfinite(detections.scores)
     if not finite.all():
         worst = int(np.argmin(finite))
         values = f"box {boxes[worst]}, score {detections.scores[worst]}"
-        raise SubmissionError(f"sample {token}: detection {worst} is not finite ({values}); the model overflows")
+        raise SubmissionError(f"sample {token}: detection {worst} is not finite ({values}); check the model's weights and number formats")
     global_from_lidar = global_from_ego @ ego_from_lidar
     centers = _transform(global_from_lidar, boxes[:, :3])
     distances = np.linalg.norm(_transform(ego_from_lidar, boxes[:, :3])[:, :2], axis=1)
@@ -92,15 +95,15 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
 
 
 def attribute(name: str, speed: float) -> str:
-    """The attribute that BEVFormer guesses from class and speed (m/s); barriers and cones have none."""
+    """The attribute of a class at a speed in m/s, by BEVFormer's rule; empty for barriers and cones, which have none."""
     return (_MOVING if speed > MOVING_SPEED else _STILL).get(name, "")
 
 
 def placeholder(token: str, global_from_ego: np.ndarray) -> Record:
-    """A box of score zero out of everything's range.
+    """A box of score zero beyond every class range, for a submission without boxes.
 
-    The devkit (1.2.0) cannot tell the task from a submission without boxes and raises "Invalid box type: None". It removes this box by
-    its range filter, after which every metric is that of an empty submission.
+    The devkit (1.2.0) raises "Invalid box type: None" for a submission without boxes. Its range filter removes this box, after which all
+    metrics are those of an empty submission.
     """
     x, y, z = global_from_ego[:3, 3].tolist()
     return {
@@ -116,13 +119,13 @@ def placeholder(token: str, global_from_ego: np.ndarray) -> Record:
 
 
 def write(path: Path, results: dict[str, list[Record]]) -> None:
-    """Write the official results file: one key for every sample of the split, in `results` order."""
+    """Write the official results file. `results` holds the records of every sample of the split by its token."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps({"meta": META, "results": results}, allow_nan=False))
 
 
 def _transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """(K, 3) points through a (4, 4) transform."""
+    """Transform (K, 3) points by a (4, 4) matrix."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark without a GPU: its figures, what it asks trtexec and nvidia-smi, and how it reads their answers."""
+"""The measurement of engines without a GPU: its figures, and how it calls trtexec and nvidia-smi and reads their output."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_percentiles_and_throughput_are_of_the_times_given() -> None:
     assert found["p99_9_ms"] == pytest.approx(9.307)
     assert found["frames_per_s"] == pytest.approx(1000 / 1.11)
     assert found["runs"] == 100
-    with pytest.raises(EngineError, match="no times"):
+    with pytest.raises(EngineError, match="no frame was measured; use more --iterations"):
         bench.statistics([])
 
 
@@ -105,7 +105,7 @@ esac; done"""
     assert found["made"]["torch"]
 
 
-def test_what_lies_around_the_engine_is_added_frame_by_frame(tmp_path: Path) -> None:
+def test_the_work_around_the_engine_is_added_frame_by_frame(tmp_path: Path) -> None:
     path, seal = engine(tmp_path)
     times = bench.Times([4.0] * 6, [5.0] * 6, "trtexec", "trtexec --loadEngine")
     host = {"before": [1.0, 2.0, 3.0], "after": [10.0, 20.0], "camera_hw": [64, 96]}
@@ -116,7 +116,7 @@ def test_what_lies_around_the_engine_is_added_frame_by_frame(tmp_path: Path) -> 
     assert found["host"]["before"]["p50_ms"] == 2.0
 
 
-def test_a_trtexec_that_fails_is_told_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trtexec_that_fails_is_an_error_with_the_end_of_its_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = engine(tmp_path)
     on_path(tmp_path, "trtexec", "echo starting; echo 'Error: plan of another version' >&2; exit 3", monkeypatch)
     monkeypatch.setattr(backend, "gpu", lambda: DEVICE)
@@ -125,6 +125,17 @@ def test_a_trtexec_that_fails_is_told_with_its_last_words(tmp_path: Path, monkey
     ):
         bench.main(["--engine", str(path)])
     assert not bench.report_path(path).exists()
+
+
+def test_a_trtexec_that_never_ends_is_ended_with_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = engine(tmp_path)
+    on_path(tmp_path, "trtexec", "exec sleep 60", monkeypatch)
+    monkeypatch.setattr(backend, "gpu", lambda: DEVICE)
+    monkeypatch.setattr(bench, "_TOOL_LIMIT_S", 0.5)
+    started = time.monotonic()
+    with pytest.raises(SystemExit, match="trtexec .*took more than 0 s; use fewer --iterations"):
+        bench.main(["--engine", str(path)])
+    assert time.monotonic() - started < 30
 
 
 def test_an_engine_of_another_gpu_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +147,7 @@ def test_an_engine_of_another_gpu_is_not_measured(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_nvidia_smi_says_is_read_line_by_line() -> None:
+def test_the_output_of_nvidia_smi_is_read_line_by_line() -> None:
     samples = clocks.parse(f"{SMI}\n1200, 2619, 1980, 2619, [N/A], [Not Supported], 9000\n1980, 26")
     assert samples[0]["power.draw"] == 353.62
     assert samples[1] == {"clocks.sm": 1200, "clocks.mem": 2619, "clocks.max.sm": 1980, "clocks.max.mem": 2619, "memory.used": 9000}
@@ -163,7 +174,19 @@ case "$*" in *loop-ms*) while true; do echo '{SMI}'; sleep 0.01; done ;; *) echo
     assert f"-i {DEVICE.bus_id}" in (tmp_path / "asked").read_text()
 
 
-def test_without_nvidia_smi_nothing_is_told_of_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_nvidia_smi_that_hangs_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hang = "trap '' TERM; while true; do sleep 1; done"
+    monkeypatch.setattr(clocks, "_LIMIT_S", 0.5)
+    for script in (hang, f"case \"$*\" in *loop-ms*) {hang} ;; *) echo '{SMI}' ;; esac"):
+        on_path(tmp_path, "nvidia-smi", script, monkeypatch)
+        started = time.monotonic()
+        with clocks.watch("") as seen:
+            pass
+        assert time.monotonic() - started < 30
+        assert seen == {}
+
+
+def test_without_nvidia_smi_nothing_is_recorded_about_the_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with clocks.watch("") as seen:
         pass
@@ -179,7 +202,7 @@ def test_host_work_is_measured_on_images_that_the_network_takes(monkeypatch: pyt
     assert [int(side * scale) for side in found["camera_hw"]] == [64, 96]
 
 
-def test_the_frame_that_is_measured_is_seen_as_one_of_nuscenes_is() -> None:
+def test_the_measured_frame_is_seen_by_as_many_cameras_as_one_of_nuscenes() -> None:
     config = exported_network(bev_hw=(50, 50))
     model = config.model
     frame = typical_frame.typical_inputs(config, model.interface((480, 800)))

@@ -150,14 +150,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_quantized_convolution_linear_and_matmul_run_in_int8(built: tuple[Path, Path]) -> None:
-    report = audit.of_files(built[1], built[0])
+    report = audit.audit_files(built[1], built[0])
     wanted = {"backbone.conv1", "backbone.conv2", "encoder.ffn.0", "encoder.ffn.1", "attention.qk", "attention.pv"}
     assert {row.name: row.got for row in report.rows} == dict.fromkeys(wanted, "INT8")
     assert report.int8_kernels == 6
     assert report.summary.startswith("6 of 6 quantized layers run INT8")
 
 
-def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, Path]) -> None:
+def test_the_engine_seal_holds_parent_target_options_and_interface(built: tuple[Path, Path]) -> None:
     seal, parent = artifact.unseal(built[1], "engine"), artifact.unseal(built[0], "onnx")
     assert seal.parent == parent.sha256
     assert seal.config == parent.config
@@ -172,7 +172,7 @@ def test_engine_seal_tells_where_it_came_from_and_what_it_is(built: tuple[Path, 
 
 def test_six_bit_activations_cost_no_kernel_more_than_eight(tmp_path: Path, built: tuple[Path, Path]) -> None:
     narrow = build.build_file(detector(tmp_path / "w4a6.onnx", bits=6), tmp_path / "w4a6.engine", build.Options(backend="tensorrt-rtx"))
-    wide = audit.of_files(built[1], built[0])
+    wide = audit.audit_files(built[1], built[0])
     assert not narrow.offenders
     assert (narrow.kernels, narrow.int8_kernels) == (wide.kernels, wide.int8_kernels)
 
@@ -296,7 +296,7 @@ def test_an_interrupted_build_leaves_no_engine(tmp_path: Path, monkeypatch: pyte
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".engine") or path.name.startswith(".s.engine")]
 
 
-def test_what_failed_in_a_plugin_is_told_first_where_no_engine_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_fails_names_the_error_inside_a_plugin_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = backend.load("tensorrt-rtx").module
     failures = ["of the build before"]
 
@@ -304,7 +304,7 @@ def test_what_failed_in_a_plugin_is_told_first_where_no_engine_comes_out(tmp_pat
         def build_serialized_network(self, *_: object) -> None:
             failures.append("SpatialCrossAttention: 12 channels a head")
 
-    monkeypatch.setattr(build, "_register_ours", lambda chosen: failures)
+    monkeypatch.setattr(build, "_register_plugins", lambda chosen: failures)
     monkeypatch.setattr(trt, "Builder", Builder)
     with pytest.raises(EngineError, match=r"built no engine from .*s\.onnx:\n  SpatialCrossAttention: 12 channels a head"):
         build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options(backend="tensorrt-rtx"))
