@@ -143,7 +143,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
 
 
 def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
-    """Sorted operators of the graph that the parser takes from `plugins` (name, version, namespace) and not from a function body."""
+    """Sorted operators of the graph that the parser takes from `plugins` and not from a function body."""
     taken = set()
     for node in model.graph.node:
         named = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name.startswith("plugin_")}
@@ -181,7 +181,7 @@ def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
 
 
 def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
-    """Set the GPUs to build for; returns them as facts for the seal."""
+    """Set the GPUs to build for, and return them for the seal."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
         return _this_gpu(backend.require_gpu("TensorRT"), wanted)
@@ -216,7 +216,7 @@ def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
 
 
 def _plugins(chosen: Backend) -> deployed_graph.Plugins:
-    """Registered plugins as (name, version, namespace). Empty for TensorRT-RTX, which aborts the process when it meets a plugin (1.7.1)."""
+    """Registered plugins. None for TensorRT-RTX, which aborts the process when it meets a plugin (1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
     backend.load_builtin_plugins(chosen)

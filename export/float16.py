@@ -13,7 +13,7 @@ enough significant bits to be the same in float16 (qdbev/quant/quantizer.py), do
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import numpy as np
 import onnx_ir as ir
@@ -147,16 +147,20 @@ class _Typing:
 
 
 def _geometry(graph: ir.Graph, inputs: Collection[str]) -> set[ir.Value]:
-    """First outputs of the nodes that depend on geometry inputs alone, until a LayerNorm has brought them to unit scale."""
+    """First outputs of the nodes that depend on geometry inputs alone, until a LayerNorm has brought them to unit scale.
+
+    Nodes that compute constants for these are among them.
+    """
     depends = sources(graph)
     inside, found = {value for value in graph.inputs if value.name in inputs}, set()
     for node in graph:
-        given = [value for value in node.inputs if value is not None]
-        if depends[node.outputs[0]] and all(value in inside or not depends.get(value) for value in given):
+        if depends[node.outputs[0]] and all(value in inside or not depends.get(value) for value in node.inputs):
             found.add(node.outputs[0])
-            found |= _constants_behind(value for value in given if not depends.get(value))
             if node.op_type != "LayerNormalization":
                 inside.update(node.outputs)
+    for node in reversed(graph):
+        if not depends[node.outputs[0]] and any(reader.outputs[0] in found for value in node.outputs for reader in value.consumers()):
+            found.add(node.outputs[0])
     return found
 
 
@@ -165,39 +169,23 @@ def _coordinates(graph: ir.Graph, outputs: Collection[str]) -> set[ir.Value]:
 
     An integer product itself is among them, a float product is not.
     """
-    left = [value for value in graph.outputs if value.name in outputs]
+    ends = {value for value in graph.outputs if value.name in outputs}
     for node in graph:
         if node.domain == contract.DOMAIN:
-            left.extend(node.inputs[len(contract.OPERATORS[node.op_type].value_inputs) :])
+            ends.update(node.inputs[len(contract.OPERATORS[node.op_type].value_inputs) :])
     found: set[ir.Value] = set()
-    while left:
-        value = left.pop()
-        node = value.producer() if value is not None else None
-        if node is None or node.outputs[0] in found or node.op_type == "QuantizeLinear" or node.domain:
+    for node in reversed(graph):
+        if node.domain or node.op_type == "QuantizeLinear" or (node.op_type in PRODUCTS and not _is_integer_product(node)):
             continue
-        if node.op_type not in PRODUCTS:
-            left.extend(node.inputs)
-        elif not _is_integer_product(node):
-            continue
-        found.add(node.outputs[0])
+        readers = [reader for value in node.outputs for reader in value.consumers() if reader.op_type not in PRODUCTS]
+        if ends.intersection(node.outputs) or any(reader.outputs[0] in found for reader in readers):
+            found.add(node.outputs[0])
     return found
 
 
 def _is_integer_product(product: ir.Node) -> bool:
     weight = product.inputs[1].producer()
     return weight is not None and weight.op_type == "DequantizeLinear"
-
-
-def _constants_behind(values: Iterable[ir.Value]) -> set[ir.Value]:
-    """First outputs of the nodes that compute constant tensors."""
-    left, found = list(values), set()
-    while left:
-        value = left.pop()
-        node = value.producer() if value is not None else None
-        if node is not None:
-            found.add(node.outputs[0])
-            left.extend(node.inputs)
-    return found
 
 
 def _to_half(name: str, values: np.ndarray) -> np.ndarray:

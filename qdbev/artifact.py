@@ -23,9 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from qdbev import seal_migrations
 from qdbev.facts import Facts, Kind
-from qdbev.settings import ConfigError, build, require
+from qdbev.seal_migrations import MIGRATIONS
+from qdbev.settings import ConfigError, build, migrate, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +137,7 @@ def _new_seal(config: dict[str, Any], parent: Seal | None, facts: Facts) -> Seal
 
 
 def _to_dict(seal_: Seal) -> dict[str, Any]:
-    return {"format": seal_migrations.FORMAT, **dataclasses.asdict(seal_)}
+    return {"format": len(MIGRATIONS) + 1, **dataclasses.asdict(seal_)}
 
 
 def _from_dict(values: Any) -> Seal:
@@ -146,9 +146,7 @@ def _from_dict(values: Any) -> Seal:
     Raises:
         ConfigError: A field is missing, unknown or of the wrong type, or the seal is of a later version.
     """
-    require(isinstance(values, dict), f"a seal must be a mapping, got {values!r}")
-    values = seal_migrations.migrate(values)
-    values.pop("format")
+    values = migrate(values, MIGRATIONS, "seal")
     known = {field.name for field in dataclasses.fields(Seal)}
     require(values.keys() == known, f"its fields are {', '.join(sorted(values))}; a seal has {', '.join(sorted(known))}")
     require(values["kind"] in _FACTS, f"its kind is {values['kind']!r}, must be one of {', '.join(_FACTS)}")

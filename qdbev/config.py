@@ -8,7 +8,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qdbev import config_migrations, settings
+from qdbev import settings
+from qdbev.config_migrations import MIGRATIONS
 from qdbev.data.config import DataConfig
 from qdbev.detectors import DetectorConfig
 from qdbev.quant.config import QuantConfig
@@ -76,7 +77,7 @@ class Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the config as plain JSON values with the format version; `from_dict` is the inverse."""
-    return {"format": config_migrations.FORMAT, **dataclasses.asdict(config)}
+    return {"format": len(MIGRATIONS) + 1, **dataclasses.asdict(config)}
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -85,9 +86,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ConfigError: A key is unknown or missing, a value has the wrong type, or the config is of a later version.
     """
-    values = config_migrations.migrate(values)
-    values.pop("format", None)
-    return settings.build(Config, values)
+    return settings.build(Config, settings.migrate(values, MIGRATIONS, "config"))
 
 
 def override(config: Config, changes: list[str]) -> Config:

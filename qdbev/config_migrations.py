@@ -1,18 +1,13 @@
 """Converts configs that earlier versions of this project saved to the present format.
 
-A config has a format version. A change that renames, moves or removes a setting must raise `FORMAT` by one and append a function that
+A config has a format version. A change that renames, moves or removes a setting must append a function to `MIGRATIONS` that
 converts a config of the previous format to the new one. Configs without a version have format 1.
 """
 
-import copy
 import logging
-from collections.abc import Callable
 from typing import Any
 
-from qdbev.settings import ConfigError
-
-FORMAT = 2
-"""Version of the configs that this code writes."""
+from qdbev.settings import Migration
 
 _log = logging.getLogger(__name__)
 _BEVFORMER_GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
@@ -21,26 +16,6 @@ _REMOVED_DISTILL = {"axis": "channel", "generalized": True, "image_map": "camera
 """Settings of distillation that format 2 does not have, each with the value that the code now always uses."""
 _REMOVED_CHOICES = {"distill.form": ("sum",), "calibration": ("percentile", "entropy")}
 """Settings of quantization that lost some of their values in format 2, with these values."""
-
-
-def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the saved config `values` in the present format.
-
-    Raises:
-        ConfigError: The config is of a later format than this code knows.
-    """
-    if not isinstance(values, dict):
-        raise ConfigError(f"a config must be a mapping, got {values!r}")
-    values = copy.deepcopy(values)
-    found = values.get("format", 1)
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
-        raise ConfigError(
-            f"the config is of format {found!r}, this version of qdbev reads formats 1 to {FORMAT}; "
-            "the file was made by a later version: update qdbev to open it"
-        )
-    for step in _MIGRATIONS[found - 1 :]:
-        values = step(values)
-    return values | {"format": FORMAT}
 
 
 def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -76,5 +51,5 @@ def _drop_removed(quant: dict[str, Any]) -> None:
         _log.warning("warning: a config of an earlier version has settings that no longer exist and are ignored: %s", ", ".join(lost))
 
 
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_to_format_2,)
-"""Conversions in order: entry k converts format k + 1 to format k + 2."""
+MIGRATIONS: tuple[Migration, ...] = (_to_format_2,)
+"""Step k leads from format k + 1 to format k + 2."""

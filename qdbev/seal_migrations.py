@@ -1,38 +1,15 @@
 """Seals written by earlier versions of this project, brought to the present format.
 
-A seal carries its format version. Whoever renames, moves or removes a field of a seal or of its facts raises `FORMAT` by one and appends
-a function that turns a seal of the format before into one of the new format. Seals without a version are of format 1. The config inside
+A seal carries its format version. A change that renames, moves or removes a field of a seal or of its facts must append a function to
+`MIGRATIONS` that converts a seal of the previous format to the new one. Seals without a version have format 1. The config inside
 a seal has a format of its own (qdbev/config_migrations.py).
 """
 
-import copy
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 from qdbev.config import from_dict
-from qdbev.settings import ConfigError
-
-FORMAT = 2
-"""Version of the seals that this code writes."""
-
-
-def migrate(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the saved seal `values` in the present format.
-
-    Raises:
-        ConfigError: The seal is of a later format than this code knows, or lacks what its format has.
-    """
-    values = copy.deepcopy(values)
-    found = values.get("format", 1)
-    if not isinstance(found, int) or not 1 <= found <= FORMAT:
-        raise ConfigError(
-            f"the seal is of format {found!r}, this version of qdbev reads formats 1 to {FORMAT}; "
-            "the file was made by a later version: update qdbev to open it"
-        )
-    for step in _MIGRATIONS[found - 1 :]:
-        values = step(values)
-    return values | {"format": FORMAT}
+from qdbev.settings import ConfigError, Migration
 
 
 def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -65,5 +42,5 @@ def _engine_facts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, An
     return facts | {"interface": _interface(config, images[-2:])}
 
 
-_MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_to_format_2,)
+MIGRATIONS: tuple[Migration, ...] = (_to_format_2,)
 """Step k leads from format k + 1 to format k + 2."""

@@ -1,12 +1,16 @@
 """Typed settings: builds frozen dataclasses from plain JSON values, and changes single values from the command line."""
 
 import ast
+import copy
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""Turns saved values of one format into values of the next."""
 
 
 class ConfigError(ValueError):
@@ -68,6 +72,30 @@ def override(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
                 node = node[name]
         require(not isinstance(node[leaf], dict), f"--set {setting!r}: {path} is a group; name one of its settings")
         node[leaf] = _parse(text.strip())
+    return values
+
+
+def migrate(values: Any, migrations: tuple[Migration, ...], what: str) -> dict[str, Any]:
+    """A copy of saved values in the present format, without their entry `format`.
+
+    Args:
+        values: A mapping; its entry `format` is its version, 1 if it has none.
+        migrations: Step k leads from format k + 1 to format k + 2, so that the present format is one more than there are steps.
+        what: What the values are, for messages.
+
+    Raises:
+        ConfigError: The values are of a later format.
+    """
+    require(isinstance(values, dict), f"a {what} must be a mapping, got {values!r}")
+    values, present = copy.deepcopy(values), len(migrations) + 1
+    found = values.pop("format", 1)
+    require(
+        isinstance(found, int) and 1 <= found <= present,
+        f"the {what} is of format {found!r}, this version of qdbev reads formats 1 to {present}; "
+        "the file was made by a later version: update qdbev to open it",
+    )
+    for step in migrations[found - 1 :]:
+        values = step(values)
     return values
 
 
