@@ -5,9 +5,7 @@
 The frame has no history: the previous BEV is empty.
 """
 
-import argparse
 import logging
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from bench import draw_views
 from bench.draw_views import Views
-from eval.options import add_data, chosen_data
+from eval.options import chosen_data, model_parser
 from qdbev import command, geometry
 from qdbev.artifact import atomic
 from qdbev.can_bus import relative_can_bus
@@ -77,20 +75,13 @@ def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[Output, 
     return model(batch)[0], *geometry.project(model.encoder.pillars, batch.lidar2img, image_hw)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.views", description="Draw a frame's reference points, features and BEV.")
-    parser.add_argument("--model", type=Path, required=True, help=".pt file with its seal")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
-    parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
-    add_data(parser)
-    return parser.parse_args(argv)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Draw reference points and features of one frame."""
-    args = parse_args(argv)
+    what, model, out = "Draw a frame's reference points, features and BEV.", ".pt file with its seal", "folder for the pictures"
+    parser = model_parser("bench.views", what, model, out, out_required=True)
+    parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
+    args = parser.parse_args(argv)
     device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)
     config, split = chosen_data(from_dict(seal.config), args)

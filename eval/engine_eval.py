@@ -8,7 +8,6 @@ those of the file the model was made from, on the same inputs, including that fi
 arises in that frame; differences that accumulate over frames show in the metric.
 """
 
-import argparse
 import json
 import logging
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from eval.comparison import TOLERANCE, ComparisonError, TensorDifference, compar
 from eval.loop import FramesInOrder
 from eval.nds import EvaluationError
 from eval.open_model import open_model
-from eval.options import add_data, chosen_data
+from eval.options import chosen_data, model_parser
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
@@ -132,19 +131,12 @@ def require_same(content: dict[str, Any]) -> None:
             )
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.engine_eval", description="Score and compare an engine, its ONNX and checkpoint.")
-    parser.add_argument("--model", type=Path, required=True, help=".engine or .onnx file, beside the files it was made from")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: eval beside the model)")
-    add_data(parser)
-    return parser.parse_args(argv)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Score a model and compare it with the files it was made from; fails if a tensor or the score is out of tolerance."""
-    args = parse_args(argv)
+    files, out = ".engine or .onnx file, beside the files it was made from", "folder for the results (default: eval beside the model)"
+    parser = model_parser("eval.engine_eval", "Score and compare an engine, its ONNX and checkpoint.", files, out)
+    args = parser.parse_args(argv)
     paths, out = family(args.model), args.out or args.model.parent / "eval"
     with open_model(paths[0], args.device) as model:
         config, split = chosen_data(model.config, args)

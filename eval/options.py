@@ -2,16 +2,26 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 from qdbev.config import Config
 
 
-def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options that choose the dataset and split, which `chosen_data` reads, and the device of a checkpoint."""
+def model_parser(prog: str, description: str, model: str, out: str, out_required: bool = False) -> argparse.ArgumentParser:
+    """A parser with --model and --out, the options for dataset and split that `chosen_data` reads, and the device of a checkpoint.
+
+    Args:
+        model: Help text of --model.
+        out: Help text of --out.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    parser.add_argument("--model", type=Path, required=True, help=model)
+    parser.add_argument("--out", type=Path, required=out_required, help=out)
     parser.add_argument("--data", help="dataset folder (default: the one in the model's config)")
     parser.add_argument("--version", help="version of the dataset, as v1.0-mini (default: the one in the model's config)")
     parser.add_argument("--split", help="val, mini_val, ... or one of splits.json (default: the model's data.val_split)")
     parser.add_argument("--device", help="where a .pt runs: cpu, cuda (default: cpu)")
+    return parser
 
 
 def chosen_data(config: Config, args: argparse.Namespace) -> tuple[Config, str]:

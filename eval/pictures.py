@@ -14,7 +14,7 @@ from eval import draw
 from eval.draw import Scene
 from eval.loop import EvaluatedFrame, evaluate_frames
 from eval.open_model import open_model
-from eval.options import add_data, chosen_data
+from eval.options import chosen_data, model_parser
 from qdbev import geometry
 from qdbev.artifact import atomic
 from qdbev.command import entry_point
@@ -52,12 +52,10 @@ def scene_of(step: EvaluatedFrame, dataset: FrameDataset, data: DataConfig, thre
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.pictures", description="Draw a model's detections and the ground truth.")
-    parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    what, out = "Draw a model's detections and the ground truth.", "folder for the pictures"
+    parser = model_parser("eval.pictures", what, ".pt, .onnx or .engine file with its seal", out, out_required=True)
     parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
-    add_data(parser)
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")

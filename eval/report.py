@@ -103,17 +103,12 @@ def engine_table(audits: list[EngineSummary]) -> Table:
     return grid
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as runs/demo")
-    return parser.parse_args(argv)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Print the table of a run and write its summary."""
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Compare all evaluated models of a run.")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, such as runs/demo")
+    args = parser.parse_args(argv)
     rows, audits = collect(args.run), engines(args.run)
     path = save(args.run, rows, audits)
     console = Console()

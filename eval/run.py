@@ -5,33 +5,26 @@
 Writes results_nusc.json (the official submission, which other nuScenes tools read) and metrics.json, each with a seal, into --out.
 """
 
-import argparse
 import logging
-from pathlib import Path
 
 from rich.console import Console
 
 from eval.evaluate import METRICS, evaluate, table, warnings
 from eval.open_model import open_model
-from eval.options import add_data, chosen_data
+from eval.options import chosen_data, model_parser
 from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Score a model on nuScenes with the official metric.")
-    parser.add_argument("--model", type=Path, required=True, help=".pt, .onnx or .engine file with its seal")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: eval/<model's name> beside the model)")
-    add_data(parser)
-    return parser.parse_args(argv)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one model."""
-    args = parse_args(argv)
+    out = "folder for the results (default: eval/<model's name> beside the model)"
+    parser = model_parser(
+        "eval.run", "Score a model on nuScenes with the official metric.", ".pt, .onnx or .engine file with its seal", out
+    )
+    args = parser.parse_args(argv)
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
     with open_model(args.model, args.device) as model:
         config, split = chosen_data(model.config, args)

@@ -12,6 +12,7 @@ B batch, S keys of all levels, M heads, C channels of a head, Q queries, L level
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +25,9 @@ class MultiScaleDeformableAttention(nn.Module):
     quantized_inputs = (0,)
     """Indices of the arguments that quantization puts quantizers on."""
 
-    def forward(
-        self,
-        value: Tensor,
-        reference_points: Tensor,
-        sampling_offsets: Tensor,
-        attention_logits: Tensor,
-        level_hw: Sequence[tuple[int, int]],
-    ) -> Tensor:
-        """Arguments and result are those of `multi_scale_deformable_attention`."""
-        return multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, level_hw)
+    def forward(self, *inputs: Any) -> Tensor:
+        """Arguments and result are those of `multi_scale_deformable_attention`, all positional."""
+        return multi_scale_deformable_attention(*inputs)
 
 
 def multi_scale_deformable_attention(

@@ -15,6 +15,7 @@ B batch, N cameras, S keys of all levels, M heads, C channels of a head, Q queri
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, library, nn
@@ -28,17 +29,9 @@ class SpatialCrossAttention(nn.Module):
     quantized_inputs = (0,)
     """Indices of the arguments that quantization puts quantizers on."""
 
-    def forward(
-        self,
-        value: Tensor,
-        reference_points: Tensor,
-        visible: Tensor,
-        sampling_offsets: Tensor,
-        attention_logits: Tensor,
-        level_hw: Sequence[tuple[int, int]],
-    ) -> Tensor:
-        """Arguments and result are those of `spatial_cross_attention`."""
-        return spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, level_hw)
+    def forward(self, *inputs: Any) -> Tensor:
+        """Arguments and result are those of `spatial_cross_attention`, all positional."""
+        return spatial_cross_attention(*inputs)
 
 
 def spatial_cross_attention(
