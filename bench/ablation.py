@@ -1,9 +1,12 @@
-"""Every row of the method's ablation, trained and evaluated, cell by cell: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
+"""Trains and evaluates every row of the method's ablation: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
 
-A cell is a row at a width with a seed; it is a few commands, the last of which is `eval.run`, and is skipped where its metrics already
-lie in the folder. The rows are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515) and what we compare them with;
-rows that train have equal epochs in all. Progressive rows of one width and seed go on from one student, since the stages before the last
-are the same. Results: rows.<row>.<width>.nds and .map, lists over seeds; curves.<row>, scores on the way of the first seed.
+A cell is one row at one width (bits of weights and activations) with one seed. It runs a few commands, the last of which is `eval.run`; a
+cell whose metrics already exist is skipped. The rows are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515), and the
+rows that we compare them with. All rows that train have the same number of epochs in total. Progressive rows of one width and seed continue
+from the same student, because their stages before the last are the same.
+
+The result is ablation.json: `rows.<row>.<width>.nds` and `.map` are lists over the seeds, `curves.<row>` the scores during the training of
+the first seed.
 """
 
 import argparse
@@ -29,39 +32,48 @@ from qdbev.detectors.bevformer.recipes import POLICY, progressive
 from qdbev.quant.config import Stage
 
 RATE, FINE_RATE = 1e-3, 3e-4
-"""Learning rate of a row that trains, and at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
+"""Learning rates of rows that train: RATE, and FINE_RATE at W4A6, where calibration alone loses little (see docs/distillation.md)."""
 BEFORE = (0.15, 0.075, 0.15, 0.075)
-"""Epochs of the progressive stages."""
+"""Epochs of the progressive stages before the last one."""
 LAST = 0.3
 """Epochs of the last stage."""
 EPOCHS = sum(BEFORE) + LAST
+"""Epochs of all stages together."""
 LONGER = 3 * EPOCHS
-"""Epochs of the rows that show what a longer training gives."""
+"""Epochs of the rows that show the effect of a longer training."""
 KEEP_EVERY = LAST / 4
+"""Epochs between two students that are kept for a curve."""
 SEARCH_SEED = 100
-"""Weights and temperatures are chosen with a seed that no row is judged by."""
+"""Seed of the search for weights and temperatures; no row is evaluated with it."""
+_COMMAND_LIMIT_S = 24 * 3600.0
+"""Seconds that one command of a cell may take; the longest trainings take hours."""
 
 
 class AblationError(ValueError):
-    """A cell that cannot be run."""
+    """A row that does not exist, or a cell whose commands fail."""
 
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One row: stages and settings of `train.qat`, and the progressive row it goes on from. Stages get the width's learning rate."""
+    """One row of the ablation."""
 
     name: str
     stages: tuple[Stage, ...] = ()
+    """Stages of the training; their learning rate is replaced by that of the width. Without stages the row only calibrates."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of `train.qat` by dotted name."""
     mixed: bool = False
+    """Use a width for each layer that bit allocation has chosen."""
     start: str | None = None
+    """Name of the progressive row in `STARTS` whose student the training continues from."""
     curve: bool = False
+    """Keep students during the training and evaluate them."""
     longer: bool = False
-    """It trains for LONGER epochs, at the stress width, with one seed."""
+    """Train for LONGER epochs, only at the stress width and with one seed."""
 
     @property
     def trains(self) -> bool:
-        """Whether it does, and so has several seeds."""
+        """Whether the row trains; a row that trains is run with several seeds."""
         return bool(self.stages)
 
 
@@ -70,17 +82,17 @@ def _calibrated(name: str, **settings: Any) -> AblationRow:
 
 
 def _distilling(name: str, form: str, **settings: float) -> AblationRow:
-    """The paper's way: the last stage learns from the teacher."""
+    """A row that distils in the last stage only, as in the paper."""
     return AblationRow(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
 
 
 def _distilling_throughout(name: str, form: str, **settings: float) -> AblationRow:
-    """Everything is quantized and learns from the teacher from the first step on."""
+    """A row that quantizes everything and distils from the first step on."""
     return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
 
 
 def _longer(row: AblationRow) -> AblationRow:
-    """A row of one stage, trained for longer."""
+    """A row of one stage with a longer training."""
     stages = tuple(dataclasses.replace(stage, epochs=LONGER) for stage in row.stages)
     return dataclasses.replace(row, name=f"{row.name}_longer", stages=stages, curve=False, longer=True)
 
@@ -94,12 +106,12 @@ def _distill(**settings: float | str) -> dict[str, Any]:
 
 
 def _alone(*groups: str) -> list[str]:
-    """Float layers that leave only `groups` quantized."""
+    """Patterns of float layers with which only `groups` stay quantized."""
     return [*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)]
 
 
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
-"""The four parts of the paper's Table 1; it counts the head with the decoder."""
+"""Groups of each part in the paper's Table 1, which counts the head with the decoder."""
 
 _PROGRESSIVE = progressive(BEFORE, RATE)
 _STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
@@ -108,7 +120,7 @@ STARTS = {
     "progressive": AblationRow("progressive", _PROGRESSIVE, curve=True),
     "progressive_fixed": AblationRow("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
-"""What rows go on from."""
+"""Progressive rows whose students other rows continue from."""
 
 _QAT = AblationRow("qat", _STANDARD, curve=True)
 _BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
@@ -142,49 +154,53 @@ SEARCH = (
     _distilling_throughout("whole_guided_w2_h4", "guided", weight=2.0, head=4.0),
     _distilling_throughout("whole_bev_w2_h1", "bev", weight=2.0, head=1.0),
 )
-"""What every form of distillation was tried with, three trainings each."""
+"""Weights and temperatures with which each form of distillation was tried."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at a width with a seed, in the folder of the run."""
+    """One row at one width with one seed."""
 
     row: AblationRow
     width: str
+    """Bits of weights and activations, such as w4a6."""
     seed: int
     run: Path
+    """Folder of the whole ablation."""
     curve: bool = False
-    """Keep and evaluate students on the way."""
+    """Keep students during the training and evaluate them."""
 
     @property
     def folder(self) -> Path:
-        """Of this cell alone."""
+        """Folder of this cell's files."""
         return self.run / self.row.name / self.width / f"seed{self.seed}"
 
     @property
     def stages(self) -> list[Stage]:
-        """The row's, with the learning rate of the width."""
+        """Stages of the row with the learning rate of the width."""
         rate = FINE_RATE if self.width == "w4a6" else RATE
         return [dataclasses.replace(stage, learning_rate=rate) for stage in self.row.stages]
 
     @property
     def student(self) -> Path:
-        """The checkpoint."""
+        """Path of the trained checkpoint."""
         return self.folder / "student.pt"
 
     @property
     def metrics(self) -> Path:
-        """What makes the cell done."""
+        """Path of the metrics; the cell is done when they exist."""
         return self.folder / "eval" / "metrics.json"
 
     @property
     def start(self) -> "Cell | None":
-        """The cell whose student this one goes on from."""
+        """The cell whose student this one continues from, if there is one."""
         return None if self.row.start is None else dataclasses.replace(self, row=STARTS[self.row.start])
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
-    """All cells of the named rows: 8 bits by calibration only, W4A6 and longer trainings with one seed, the stress width with `seeds`.
+    """All cells of the named rows, or of all rows if no name is given.
+
+    Rows that train get `seeds` seeds at the stress width, and one seed at W4A6 and in longer trainings. W8A8 is only calibrated.
 
     Raises:
         AblationError: A row does not exist.
@@ -199,7 +215,7 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
 
 
 def _widths(row: AblationRow, stress: str) -> list[str]:
-    """Where a row is measured; one that quantizes nothing, once."""
+    """Widths at which a row is measured; a row that quantizes nothing is measured once."""
     if row.name == "float_more":
         return ["w8a8"]
     if row.longer:
@@ -208,23 +224,23 @@ def _widths(row: AblationRow, stress: str) -> list[str]:
 
 
 def search_cells(run: Path, stress: str) -> list[Cell]:
-    """One cell for every form, weight and temperature that was tried."""
+    """One cell for each form, weight and temperature of the search."""
     return [Cell(row, stress, SEARCH_SEED, run) for row in SEARCH]
 
 
 def widths_file(cell: Cell) -> Path:
-    """Widths of single layers that all mixed rows of the cell's width share."""
+    """File with the widths of single layers, which all mixed rows of the cell's width share."""
     return cell.run / f"widths_{cell.width}.json"
 
 
 def commands(cell: Cell, teacher: Path) -> list[list[str]]:
-    """Arguments of the processes that make the cell's metrics, in order; its start must be there, and what was done is left out."""
+    """Commands that train and evaluate a cell, in order, without those that are already done. The student of its start must exist."""
     train = [] if cell.student.is_file() else [_train(cell, teacher)]
     return [*train, ["eval.run", "--model", str(cell.student), "--out", str(cell.metrics.parent)]]
 
 
 def curve_commands(cell: Cell) -> list[list[str]]:
-    """Evaluations of the students that were kept on the way, of those that have no metrics yet."""
+    """Commands that evaluate the students that were kept during training and have no metrics yet."""
     kept = [student for part in (cell.start, cell) if part is not None for student in part.folder.glob("student.stage*.step*.pt")]
     return [
         ["eval.run", "--model", str(student), "--out", str(student.with_suffix(""))]
@@ -245,7 +261,7 @@ def _train(cell: Cell, teacher: Path) -> list[str]:
 
 
 def run_cell(cell: Cell, teacher: Path, threads: int) -> None:
-    """Train and evaluate a cell; output goes to its log.
+    """Train and evaluate a cell; the output of the commands goes to its log.
 
     Raises:
         AblationError: A command fails.
@@ -269,16 +285,26 @@ def _execute(command: list[str], log: Path, threads: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
+                timeout=_COMMAND_LIMIT_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AblationError(f"python -m {command[0]} took more than {_COMMAND_LIMIT_S / 3600:.0f} hours; see {log}") from error
     if done.returncode:
         raise AblationError(f"python -m {command[0]} failed; see {log}")
 
 
 def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
-    """Run cells, `jobs` at a time, and call `done` after each; what several of them need comes first.
+    """Run cells, `jobs` at a time, and call `done` after each; students and widths that several cells need are made first.
 
     Raises:
-        AblationError: A cell fails; the others are finished first.
+        AblationError: A cell failed; the other cells are finished first.
     """
     threads = max((os.cpu_count() or 1) // jobs, 1)
     starts = {cell.start.folder: cell.start for cell in todo if cell.start is not None and not cell.start.student.is_file()}
@@ -298,7 +324,7 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
 
 
 def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
-    """Choose the widths of mixed rows, all from what the first measures."""
+    """Choose the widths of the layers for mixed rows; the sensitivity that the first cell measures serves all."""
     for cell in mixed:
         measured = [] if cell is mixed[0] else ["--measured", str(widths_file(mixed[0]))]
         command = ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", *measured]
@@ -306,7 +332,7 @@ def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
-    """Everything measured so far, in the form of results/ablation_micro.json; float rows have no width and stand under each."""
+    """All scores so far, in the form of results/ablation_micro.json; the float model has no width and is listed under each width."""
     rows: dict[str, Any] = {}
     if teacher_metrics.is_file():
         rows["float"] = dict.fromkeys(("w8a8", "w4a6", "stress"), _scores([teacher_metrics]))
@@ -337,7 +363,7 @@ def _scores(paths: list[Path]) -> dict[str, list[float]]:
 
 
 def _curve(cell: Cell) -> list[dict[str, float]]:
-    """Scores of the students kept on the way to a cell's, from the calibrated one on, in the order of training."""
+    """Scores of the students that were kept during a cell's training, in the order of training; the first one is only calibrated."""
     points = []
     for part in (cell.start, cell):
         for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():

@@ -1,7 +1,7 @@
-"""What the ablation found, beside what the paper found: `python -m bench.ablation_report --results FILE --out FOLDER`.
+"""Compares the results of the ablation with the paper's: `python -m bench.ablation_report --results FILE --out FOLDER`.
 
-Prints a table and draws the curves. Numbers of another detector on another world compare only as shares of their float teacher's, so both
-are given so. Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5, of BEVFormer-Tiny at W4A6 on nuScenes.
+Prints a table and draws the curves. Our detector and our data are not the paper's, so both are given as shares of the float teacher's NDS.
+Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5: BEVFormer-Tiny at W4A6 on nuScenes.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from qdbev.artifact import atomic
 from qdbev.command import entry_point
 
 WIDTHS = ("w8a8", "w4a6", "stress")
+"""Keys of the widths in the results; `stress` is the width at which calibration alone loses much."""
 PAPER_FLOAT = 0.354
+"""NDS of the paper's float teacher."""
 PAPER_NDS = {
     "ptq_backbone": 0.310,
     "ptq_neck": 0.353,
@@ -33,12 +35,12 @@ PAPER_NDS = {
     "distill_bev": 0.368,
     "vgd": 0.372,
 }
-"""NDS at W4A6 of the rows that the paper has too; how it calibrates it does not say, and largest values are the guess."""
+"""NDS at W4A6 of the rows that the paper has too. The paper does not say how it calibrates; we assume largest values (`ptq_max`)."""
 _log = logging.getLogger(__name__)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Content of a file that `python -m bench.ablation` wrote.
+    """Read a file that `python -m bench.ablation` wrote.
 
     Raises:
         EvaluationError: The file is missing, damaged, or has no score of the float teacher.
@@ -47,14 +49,15 @@ def read(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text())
         content["rows"]["float"]["stress"]["nds"][0]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise EvaluationError(f"{path} holds no ablation ({error!r}); `python -m bench.ablation` makes one") from error
+        raise EvaluationError(f"{path} holds no results of an ablation ({error!r}); make it with `python -m bench.ablation`") from error
     return content
 
 
 def table(content: dict[str, Any]) -> Table:
-    """NDS of every row at every width, mean and spread over seeds, and mAP at the stress width.
+    """A table for the terminal: NDS of every row at every width, mean and standard deviation over seeds, and mAP at the stress width.
 
-    `recovered` is the share of what calibration alone lost at the stress width; W4A6 and the paper are given as shares of their teachers.
+    `recovered` is the recovered share of the NDS that calibration alone loses at the stress width. The last two columns are our NDS and
+    the paper's at W4A6, each as a share of its float teacher's.
     """
     rows = content["rows"]
     teacher = rows["float"]["stress"]["nds"][0]
@@ -88,9 +91,9 @@ def _share(values: list[float], teacher: float) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Results in, table and curves out."""
+    """Print the table of an ablation and draw its curves."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="what `python -m bench.ablation` wrote")
+    parser.add_argument("--results", type=Path, required=True, help="file that `python -m bench.ablation` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")
     args = parser.parse_args(argv)
     content = read(args.results)

@@ -1,7 +1,7 @@
-"""The network on a GPU against the same network on the CPU, output by output: `python -m bench.gpu_network --bits w8a8 --out network.json`.
+"""Compares a network on the GPU with itself on the CPU, output by output: `python -m bench.gpu_network --bits w8a8 --out network.json`.
 
-The micro recipe with random weights, on two successive frames of noise, so that neither a checkpoint nor a dataset is needed. On the GPU
-it runs twice: with PyTorch's operators, which is compared with the CPU, and with the kernels, which are compared with that.
+The network is the micro recipe with random weights and runs on two successive frames of noise, so neither a checkpoint nor a dataset is
+needed. On the GPU it runs twice: with PyTorch's operators, compared with the CPU, and with our kernels, compared with PyTorch's operators.
 """
 
 import argparse
@@ -26,22 +26,29 @@ from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
 
 IMAGE_HW = (96, 160)
-"""Of the recipe's images, padded."""
+"""Padded height and width of the images in pixels, as in the recipe."""
 FLOAT = "float"
+"""Value of --bits for a network without quantization."""
 FLOAT_DISTANCE = 1e-4
-"""Of float networks: images changed by one part in a million moved the BEV by 3e-7, sampling a thousandth of a cell beside by 2e-4."""
+"""Largest relative distance between outputs of float networks. For scale: changing the images by one part in a million changes the BEV by
+3e-7, and sampling a thousandth of a cell away by 2e-4."""
 _WEIGHT_STD = 0.02
-"""What is added to every weight: training starts those that move sampling points or weigh them at zero, which would hide mistakes."""
+"""Standard deviation of the noise added to every weight. Weights that training initialises to zero (sampling offsets, attention weights)
+would otherwise hide errors."""
 _log = logging.getLogger(__name__)
 
 
 def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
-    """Two successive frames that a network of `config` can run on where there is no data."""
+    """Two successive frames of noise for a network of `config`."""
     return noise_frames(config.data, config.model.num_cameras, image_hw)
 
 
 def network(bits: str) -> tuple[Config, Deployed]:
-    """A config and its deployed network with random weights, float or calibrated at bit widths such as "w8a8"; the same at every call."""
+    """A config and its deployed network with random weights; the same at every call.
+
+    Args:
+        bits: "float", or bits of weights and activations such as "w8a8", at which the network is then calibrated.
+    """
     config = RECIPES["micro"]() if bits == FLOAT else at_bits(RECIPES["micro"](), bits)
     torch.manual_seed(0)
     model = detectors.build(config.model).eval()
@@ -54,18 +61,22 @@ def network(bits: str) -> tuple[Config, Deployed]:
 
 
 def differences(config: Config, deployed: Deployed, target: torch.device, allowed: float) -> list[TensorDifference]:
-    """Rows of the CPU, PyTorch on `target`, and the kernels there, each against the one before, with the distance that is allowed."""
+    """Compare the network on the CPU, with PyTorch's operators on `target`, and with our kernels there, each with the one before.
+
+    Args:
+        allowed: Largest relative distance at which outputs count as the same.
+    """
     there = copy.deepcopy(deployed).to(target)
     sides = {
         "cpu": _open(config, deployed, torch.inference_mode),
-        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # with a gradient no kernel is called
+        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # our kernels are only used without gradients
         f"kernels_{target.type}": _open(config, there, torch.inference_mode),
     }
     return list(compare(list(sides.items()), noise(config, IMAGE_HW), allowed))
 
 
 def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
-    """Of each pair and tensor: lowest cosine, largest distance and difference over the frames, and whether all are within tolerance."""
+    """Summarise each pair and tensor over the frames: lowest cosine, largest distance and difference, and whether all passed."""
     found = []
     for key in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
         mine = [row for row in rows if (row.model, row.reference, row.tensor) == key]
@@ -82,12 +93,14 @@ def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
 
 
 def save(rows: Sequence[TensorDifference], out: Path) -> None:
-    """Write the worst of each tensor, then raise ComparisonError if one is out of tolerance."""
+    """Write the summary of each tensor as JSON, then raise ComparisonError if a tensor is out of tolerance."""
     found = worst(rows)
     with artifact.atomic(out) as temporary:
         temporary.write_text(json.dumps({"tensors": found}, indent=1) + "\n")
     for row in found:
-        _log.info("%(model)s against %(reference)s, %(tensor)s: cosine %(cosine).7f, distance %(distance).1e, max abs %(max_abs).1e", row)
+        _log.info(
+            "%(model)s compared with %(reference)s, %(tensor)s: cosine %(cosine).7f, distance %(distance).1e, max abs %(max_abs).1e", row
+        )
     require_same(rows)
 
 

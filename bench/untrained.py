@@ -1,4 +1,6 @@
-"""Random weights in official shapes, sealed as a teacher, to check that a size quantizes, exports and builds; it detects nothing.
+"""Writes a teacher with random weights, to check that a network of official size can be quantized, exported and built.
+
+It detects nothing:
 
 python -m bench.untrained --recipe base --teacher runs/sizes/base.pt
 """
@@ -23,16 +25,19 @@ from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
 
 _RESIDUAL_GAIN = 0.3
-"""Of each residual branch: 33 of them then widen the activations a few times and not ten thousand times."""
+"""Scale of each residual branch. With it 33 branches increase the activations a few times; without it, ten thousand times."""
 _PREDICTION_STD = 0.02
-"""Of weights that training starts at zero and that move sampling points or weigh them: with zeros they would hide mistakes."""
+"""Standard deviation of weights that training initialises to zero (sampling offsets, attention weights). With zeros, an error in them
+would not show."""
 _DEFORMATION = 0.3
-"""Pixels that a unit activation moves a tap of a deformable convolution; much more, and the network amplifies every rounding."""
+"""Pixels by which a unit activation moves a sampling point of a deformable convolution. With much more, the network amplifies every
+rounding error."""
 _FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
+"""Ends of the names of weights that training initialises to zero."""
 
 
 def untrained(config: Config) -> Detector:
-    """A model whose every weight matters and whose activations stay near one; a function of `config.seed`."""
+    """A network in which every weight has an effect and activations stay near one. The weights depend only on `config.seed`."""
     torch.manual_seed(config.seed)
     model = detectors.build(config.model)
     with torch.no_grad():
@@ -51,7 +56,7 @@ def untrained(config: Config) -> Detector:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Write a teacher of random weights."""
+    """Write a teacher with random weights."""
     parser = argparse.ArgumentParser(prog="python -m bench.untrained", description=main.__doc__)
     parser.add_argument("--recipe", required=True, choices=RECIPES)
     parser.add_argument("--teacher", type=Path, required=True, help="file to write")

@@ -45,7 +45,7 @@ def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> 
 
 
 def build_options(onnx_path: Path, engine_path: Path, memory_limit_mb: int | None, allow_float: bool) -> BuildOptions:
-    """Options for an engine's seal with which it can be built again; the ONNX relative to the engine's folder."""
+    """The options with which an engine can be built again; the path of the ONNX is relative to the engine's folder."""
     onnx = os.path.relpath(onnx_path, engine_path.parent)
     return BuildOptions(onnx=onnx, memory_limit_mb=memory_limit_mb, allow_float=allow_float)
 

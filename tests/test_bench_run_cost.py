@@ -14,6 +14,7 @@ from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
+from qdbev.facts import TeacherFacts
 
 IMAGE_HW = (64, 96)
 
@@ -23,8 +24,8 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small network of random weights as sealed ONNX."""
     config = exported_network()
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts={}, made={}, sha256="0" * 64)
-    frames = noise_frames(config.model.num_cameras, IMAGE_HW)
+    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
+    frames = noise_frames(config.data, config.model.num_cameras, IMAGE_HW)
     to_onnx.export(detectors.build(config.model).eval(), parent, path, IMAGE_HW, frames)
     return path
 
@@ -45,7 +46,7 @@ def test_a_file_that_cannot_be_run_is_named(network: Path, tmp_path: Path) -> No
     model, made = onnx.load(network), artifact.unseal(network, "onnx")
     del model.graph.node[-1]
     onnx.save(model, tmp_path / "cut.onnx")
-    artifact.seal(tmp_path / "cut.onnx", kind="onnx", config=made.config, parent=None, facts=made.facts)
+    artifact.seal(tmp_path / "cut.onnx", config=made.config, parent=None, facts=made.facts)
     with pytest.raises(ArtifactError, match=r"cut\.onnx cannot be measured: ArtifactError: "):
         run_cost.measure([network, tmp_path / "cut.onnx"], turns=1)
 

@@ -88,7 +88,7 @@ class Drawing:
             node.input[:] = [outputs.get(name, name) for name in node.input]
         self.nodes.append(helper.make_node("MatMul", ["can_bus", "lidar2img"], ["cls_logits"], name="geometry"))
         inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in INTERFACE.inputs.items()]
-        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in INTERFACE.outputs]
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in INTERFACE.outputs.items()]
         drawn = helper.make_graph(self.nodes, "drawing", inputs, results, self.initializers)
         opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, contract.VERSION)]
         onnx.save(helper.make_model(drawn, opset_imports=opsets, ir_version=9, functions=self.functions), path)
@@ -195,7 +195,7 @@ def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path
     assert done.returncode != 0
     assert "5 of 6 quantized layers run INT8" in done.stderr
     assert "encoder.ffn.0" in done.stderr
-    assert fell_back(artifact.unseal(path.with_suffix(".engine"), "engine").facts["audit"]) == ["encoder.ffn.0"]
+    assert fell_back(artifact.unseal(path.with_suffix(".engine"), "engine").facts.audit) == ["encoder.ffn.0"]
 
 
 def test_a_forgotten_input_quantizer_is_named(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_command_that_is_given_for_another_gpu_builds_for_both(tmp_path: Pat
     command = shlex.split(str(refused.value).splitlines()[1])
     build.main(command[3:])
     compatibility.require_gpu(engine, artifact.unseal(engine, "engine"), device)
-    assert artifact.unseal(engine, "engine").facts["target"] == {"compute_capabilities": ["8.6", "8.9", "12.0"]}
+    assert artifact.unseal(engine, "engine").facts.target.compute_capabilities == ("8.6", "8.9", "12.0")
 
 
 def test_ctrl_c_ends_a_build_and_leaves_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

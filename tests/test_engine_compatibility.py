@@ -1,5 +1,6 @@
 """Which engine runs where, the command that builds it again, and what TensorRT 8.6 can read; none of it needs a GPU."""
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine import backend, build, compatibility, trt86_check
 from engine.backend import Backend, EngineError, Gpu
 from qdbev import artifact, deployed_graph
 from qdbev.artifact import Seal
-from qdbev.facts import BuildOptions
+from qdbev.facts import BuildOptions, Target
 from qdbev.ops import contract
 from qdbev.schema import Interface
 
@@ -94,7 +95,7 @@ def test_the_rebuild_command_is_whole_and_the_builder_understands_it(made: Seal,
     words = shlex.split(compatibility.rebuild_command(Path("runs/demo/w8a8.engine"), made, device))
     assert words[:3] == ["python", "-m", "engine.build"]
     args = build.parse_args(words[3:])
-    assert args.onnx == Path("runs/onnx/my net.onnx" if "build" in made.facts else "runs/demo/w8a8.onnx")
+    assert args.onnx == Path("runs/onnx/my net.onnx" if made.facts.build else "runs/demo/w8a8.onnx")
     assert args.out == Path("runs/demo/w8a8.engine")
     assert " ".join(words[7:]) == wanted
 
@@ -167,14 +168,14 @@ def test_a_node_that_tensorrt_8_refuses_is_found_by_its_position(tmp_path: Path)
 
 
 def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) -> None:
-    chosen, target = installed("tensorrt", "11.4.0.106"), {"gpu": H100.name, "compute_capabilities": ["9.0"]}
+    chosen, target = installed("tensorrt", "11.4.0.106"), Target(compute_capabilities=("9.0",), gpu=H100.name)
     found = build.timing_cache_file(chosen, target, tmp_path)
     assert found == tmp_path / "tensorrt-11.4.0.106-nvidia-h100-80gb-hbm3.timing"
-    assert found != build.timing_cache_file(chosen, {"gpu": H200.name}, tmp_path)
+    assert found != build.timing_cache_file(chosen, dataclasses.replace(target, gpu=H200.name), tmp_path)
     assert found != build.timing_cache_file(installed("tensorrt", "10.13.3.9"), target, tmp_path)
     assert build.timing_cache_file(chosen, target, tmp_path / "mine.timing") == tmp_path / "mine.timing"
     assert build.timing_cache_file(chosen, target, None) is None
-    assert build.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), {}, tmp_path) is None
+    assert build.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), target, tmp_path) is None
 
 
 def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
