@@ -69,8 +69,13 @@ def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """A translation to a bare node for each PyTorch operator of the contract. Bodies are attached later: the exporter would inline them."""
+    registered = getattr(torch.ops, contract.DOMAIN)  # by importing the operator's module, which every model that uses it has done
     operators = [operator for operator in contract.OPERATORS.values() if not operator.has_integer_value]
-    return {getattr(getattr(torch.ops, contract.DOMAIN), operator.torch_name).default: _translation(operator) for operator in operators}
+    return {
+        getattr(registered, operator.torch_name).default: _translation(operator)
+        for operator in operators
+        if hasattr(registered, operator.torch_name)
+    }
 
 
 def _translation(operator: contract.Operator) -> Callable[..., Any]:
