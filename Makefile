@@ -2,18 +2,22 @@
 #
 #   make demo                    data -> training -> quantization -> ONNX -> engine -> evaluation -> table and pictures, in runs/demo
 #   make test                    the tests, on the CPU
-#   make data                    the synthetic world; NUSCENES=/path prepares real nuScenes instead
+#   make data                    the synthetic world; NUSCENES=/path VERSION=v1.0-mini prepares real nuScenes instead
 #   make train                   RECIPE=micro RUN=runs/micro: float teacher (or TEACHER=file), then the student, stage by stage
 #   make ablation                JOBS=2: every form of training beside the others, with a table and curves; hours
 #   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
-#   make engine audit bench      MODEL=runs/demo/w4a6.onnx (bench: .engine)
-#   make eval                    MODEL=runs/demo/w4a6.onnx
+#   make engine                  MODEL=runs/demo/w4a6.onnx
+#   make audit bench             MODEL=runs/demo/w4a6.engine
+#   make eval                    MODEL=runs/demo/w4a6.onnx, .pt or .engine
 #   make engine-eval             MODEL=runs/demo/w4a6.engine: beside its .onnx and .pt, metric by metric, tensor by tensor
 #   make gpu-check               RUN=runs/demo: all that only a GPU shows, in under ten minutes, in results/<gpu>_<date>.json
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
 #   make audit-tiny              tiny with random weights at W8A8 and W4A6: which layer of the engines runs in which precision
-#   make report lint step-cost image-cost attention-cost deform-cost kernel-bench results
+#   make report                  RUN=runs/demo: one table of all evaluated models of a run
+#   make setup lint clean        installs .venv; checks rules and format; removes build folders and caches
+#   make step-cost image-cost attention-cost deform-cost kernel-bench results
+#                                single measurements, and copying them to results/; docs/commands.md describes them
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
 export GOMP_SPINCOUNT ?= 20000

@@ -91,7 +91,7 @@ def _share(values: list[float], teacher: float) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Print the table of an ablation and draw its curves."""
+    """Print the table of the ablation and draw its curves."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
     parser.add_argument("--results", type=Path, required=True, help="file that `python -m bench.ablation` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")

@@ -109,7 +109,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     """
     trt = chosen.module
     failures = _register_plugins(chosen)
-    failures.clear()
+    failures.clear()  # the same list for all builds of a process
     messages = trt_callbacks.logger(trt)
     builder = trt.Builder(messages)
     kinds = trt.NetworkDefinitionCreationFlag

@@ -1,4 +1,4 @@
-"""Student in, packed file out: `python -m export.pack --student runs/demo/w4a6.pt --packed runs/demo/w4a6.packed.pt`.
+"""Packs a student for storage: `python -m export.pack --student runs/demo/w4a6.pt --packed runs/demo/w4a6.packed.pt`.
 
 The packed file holds 4-bit weights two a byte (qdbev/quant/pack.py) and restores like a checkpoint. Nothing is written unless it gives
 the student's outputs to the bit on two synthetic frames. Its sizes and bit operations are printed beside the paper's.

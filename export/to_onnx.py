@@ -1,6 +1,6 @@
 """Exports a checkpoint to ONNX: traces it, packs its weights, compares it with PyTorch and seals the file.
 
-    python -m export.to_onnx --checkpoint runs/demo/student.pt --onnx runs/demo/student.onnx
+    python -m export.to_onnx --checkpoint runs/demo/w4a6.pt --onnx runs/demo/w4a6.onnx
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
 written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types the float part as float16,
