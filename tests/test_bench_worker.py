@@ -23,13 +23,13 @@ def sleeper() -> Callable[[], None]:
     return lambda: time.sleep(3600)
 
 
-def hoarder(size: int) -> Callable[[], None]:
+def hoarder(size: int, count: int) -> Callable[[], None]:
     blocks = []
 
     def take() -> None:
-        while True:
+        for _ in range(count):
             blocks.append(b"x" * size)
-            time.sleep(0.01)
+        time.sleep(3600)
 
     return take
 
@@ -64,7 +64,7 @@ def test_work_that_never_ends_is_ended_at_its_time_limit() -> None:
 
 def test_work_that_takes_too_much_memory_is_ended_before_its_time_limit() -> None:
     started = time.monotonic()
-    with Worker(hoarder, 32 << 20) as worker, pytest.raises(WorkerError, match=r"took more than 1\.00 GiB of memory"):
+    with Worker(hoarder, 32 << 20, 64) as worker, pytest.raises(WorkerError, match=r"took more than 1\.00 GiB of memory"):
         worker.run(1 << 30, SECONDS)
     assert time.monotonic() - started < SECONDS
 
