@@ -43,7 +43,7 @@ class Interface:
     """
 
     inputs: dict[str, tuple[int, ...]]
-    """Shape of each input, in the order of the graph."""
+    """Shape of each input, in the order of the graph. Every detector has `images` (1, cameras, 3, height, width)."""
     outputs: dict[str, tuple[int, ...]]
     """Shape of each output, in the order of the graph."""
     recurrent: tuple[tuple[str, str], ...] = ()
