@@ -1,9 +1,9 @@
-"""Every row of the method's ablation, trained and evaluated, cell by cell: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
+"""Trains and evaluates the rows of the method's ablation: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
 
-A cell is a row at a width with a seed; it is a few commands, the last of which is `eval.run`, and is skipped where its metrics already
-lie in the folder. The rows are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515) and what we compare them with;
-rows that train have equal epochs in all. Progressive rows of one width and seed go on from one student, since the stages before the last
-are the same. Results: rows.<row>.<width>.nds and .map, lists over seeds; curves.<row>, scores on the way of the first seed.
+A cell is one row at one bit width with one seed. It is skipped if its metrics exist. The rows are those of QD-BEV's Tables 1 and 3 and
+Figures 3 and 5 (arXiv:2308.10515), and our own for comparison; all rows that train have the same number of epochs. Progressive rows of one
+width and seed share the stages before the last, so they start from the same student. Results: `rows.<row>.<width>.nds` and `.map` are lists
+over the seeds; `curves.<row>` are the scores during the training with the first seed.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from qdbev.detectors.bevformer.recipes import POLICY, progressive
 from qdbev.quant.config import Stage
 
 RATE, FINE_RATE = 1e-3, 3e-4
-"""Learning rate of a row that trains, and at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
+"""Learning rate of training, and that at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
 BEFORE = (0.15, 0.075, 0.15, 0.075)
 """Epochs of the progressive stages."""
 LAST = 0.3
 """Epochs of the last stage."""
 EPOCHS = sum(BEFORE) + LAST
 LONGER = 3 * EPOCHS
-"""Epochs of the rows that show what a longer training gives."""
+"""Epochs of the rows that show the effect of longer training."""
 KEEP_EVERY = LAST / 4
 SEARCH_SEED = 100
-"""Weights and temperatures are chosen with a seed that no row is judged by."""
+"""Seed of the search for weights and temperatures; no row of the results uses it."""
 
 
 class AblationError(ValueError):
@@ -48,7 +48,7 @@ class AblationError(ValueError):
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One row: stages and settings of `train.qat`, and the progressive row it goes on from. Stages get the width's learning rate."""
+    """One row: stages and settings of `train.qat`, and the row of STARTS whose student it starts from, if any."""
 
     name: str
     stages: tuple[Stage, ...] = ()
@@ -57,11 +57,11 @@ class AblationRow:
     start: str | None = None
     curve: bool = False
     longer: bool = False
-    """It trains for LONGER epochs, at the stress width, with one seed."""
+    """True for a row that trains for LONGER epochs, at the stress width, with one seed."""
 
     @property
     def trains(self) -> bool:
-        """Whether it does, and so has several seeds."""
+        """True for a row that trains and therefore runs with several seeds."""
         return bool(self.stages)
 
 
@@ -70,17 +70,17 @@ def _calibrated(name: str, **settings: Any) -> AblationRow:
 
 
 def _distilling(name: str, form: str, **settings: float) -> AblationRow:
-    """The paper's way: the last stage learns from the teacher."""
+    """A row as in the paper: only the last stage distills."""
     return AblationRow(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
 
 
 def _distilling_throughout(name: str, form: str, **settings: float) -> AblationRow:
-    """Everything is quantized and learns from the teacher from the first step on."""
+    """A row of one stage, in which everything is quantized and distills from the first step."""
     return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
 
 
 def _longer(row: AblationRow) -> AblationRow:
-    """A row of one stage, trained for longer."""
+    """A copy of a row of one stage that trains for LONGER epochs."""
     stages = tuple(dataclasses.replace(stage, epochs=LONGER) for stage in row.stages)
     return dataclasses.replace(row, name=f"{row.name}_longer", stages=stages, curve=False, longer=True)
 
@@ -94,12 +94,12 @@ def _distill(**settings: float | str) -> dict[str, Any]:
 
 
 def _alone(*groups: str) -> list[str]:
-    """Float layers that leave only `groups` quantized."""
+    """Patterns of float layers such that only `groups` are quantized."""
     return [*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)]
 
 
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
-"""The four parts of the paper's Table 1; it counts the head with the decoder."""
+"""Groups of the four parts of the paper's Table 1, where the decoder includes the head."""
 
 _PROGRESSIVE = progressive(BEFORE, RATE)
 _STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
@@ -108,7 +108,7 @@ STARTS = {
     "progressive": AblationRow("progressive", _PROGRESSIVE, curve=True),
     "progressive_fixed": AblationRow("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
-"""What rows go on from."""
+"""Rows whose students other rows start from, by name."""
 
 _QAT = AblationRow("qat", _STANDARD, curve=True)
 _BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
@@ -142,49 +142,49 @@ SEARCH = (
     _distilling_throughout("whole_guided_w2_h4", "guided", weight=2.0, head=4.0),
     _distilling_throughout("whole_bev_w2_h1", "bev", weight=2.0, head=1.0),
 )
-"""What every form of distillation was tried with, three trainings each."""
+"""Rows of the search for the weight and temperature of each form of distillation, three trainings for each form."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A row at a width with a seed, in the folder of the run."""
+    """One row at one bit width with one seed, in the folder `run`."""
 
     row: AblationRow
     width: str
     seed: int
     run: Path
     curve: bool = False
-    """Keep and evaluate students on the way."""
+    """Keep students during training and evaluate them."""
 
     @property
     def folder(self) -> Path:
-        """Of this cell alone."""
+        """Folder of this cell."""
         return self.run / self.row.name / self.width / f"seed{self.seed}"
 
     @property
     def stages(self) -> list[Stage]:
-        """The row's, with the learning rate of the width."""
+        """The row's stages with the learning rate of the width."""
         rate = FINE_RATE if self.width == "w4a6" else RATE
         return [dataclasses.replace(stage, learning_rate=rate) for stage in self.row.stages]
 
     @property
     def student(self) -> Path:
-        """The checkpoint."""
+        """Path of the student's checkpoint."""
         return self.folder / "student.pt"
 
     @property
     def metrics(self) -> Path:
-        """What makes the cell done."""
+        """Path of the metrics; if the file exists, the cell is finished."""
         return self.folder / "eval" / "metrics.json"
 
     @property
     def start(self) -> "Cell | None":
-        """The cell whose student this one goes on from."""
+        """The cell whose student this one starts from."""
         return None if self.row.start is None else dataclasses.replace(self, row=STARTS[self.row.start])
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
-    """All cells of the named rows: 8 bits by calibration only, W4A6 and longer trainings with one seed, the stress width with `seeds`.
+    """Yield the cells of the rows `names`, or of all. Rows that train have `seeds` seeds, except longer rows and W4A6; all others have one.
 
     Raises:
         AblationError: A row does not exist.
@@ -199,7 +199,7 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
 
 
 def _widths(row: AblationRow, stress: str) -> list[str]:
-    """Where a row is measured; one that quantizes nothing, once."""
+    """Bit widths at which a row is measured."""
     if row.name == "float_more":
         return ["w8a8"]
     if row.longer:
@@ -208,23 +208,23 @@ def _widths(row: AblationRow, stress: str) -> list[str]:
 
 
 def search_cells(run: Path, stress: str) -> list[Cell]:
-    """One cell for every form, weight and temperature that was tried."""
+    """One cell for each row of SEARCH."""
     return [Cell(row, stress, SEARCH_SEED, run) for row in SEARCH]
 
 
 def widths_file(cell: Cell) -> Path:
-    """Widths of single layers that all mixed rows of the cell's width share."""
+    """Path of the bit widths of single layers, which all mixed rows at the cell's width share."""
     return cell.run / f"widths_{cell.width}.json"
 
 
 def commands(cell: Cell, teacher: Path) -> list[list[str]]:
-    """Arguments of the processes that make the cell's metrics, in order; its start must be there, and what was done is left out."""
+    """The commands that are still needed for the cell's metrics, in order. The student that it starts from must exist."""
     train = [] if cell.student.is_file() else [_train(cell, teacher)]
     return [*train, ["eval.run", "--model", str(cell.student), "--out", str(cell.metrics.parent)]]
 
 
 def curve_commands(cell: Cell) -> list[list[str]]:
-    """Evaluations of the students that were kept on the way, of those that have no metrics yet."""
+    """The commands that evaluate the students kept during training which have no metrics yet."""
     kept = [student for part in (cell.start, cell) if part is not None for student in part.folder.glob("student.stage*.step*.pt")]
     return [
         ["eval.run", "--model", str(student), "--out", str(student.with_suffix(""))]
@@ -245,11 +245,7 @@ def _train(cell: Cell, teacher: Path) -> list[str]:
 
 
 def run_cell(cell: Cell, teacher: Path, threads: int) -> None:
-    """Train and evaluate a cell; output goes to its log.
-
-    Raises:
-        AblationError: A command fails.
-    """
+    """Train and evaluate a cell, with output to the log in its folder. Raises AblationError if a command fails."""
     _timed(cell, commands(cell, teacher), threads)
     for command in curve_commands(cell) if cell.curve else ():
         _execute(command, cell.folder / "log.txt", threads)
@@ -275,7 +271,7 @@ def _execute(command: list[str], log: Path, threads: int) -> None:
 
 
 def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
-    """Run cells, `jobs` at a time, and call `done` after each; what several of them need comes first.
+    """Run cells, `jobs` at a time, and call `done` after each; shared students and widths are made first.
 
     Raises:
         AblationError: A cell fails; the others are finished first.
@@ -298,7 +294,7 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
 
 
 def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
-    """Choose the widths of mixed rows, all from what the first measures."""
+    """Choose the bit widths for mixed rows; only the first cell's command measures, the others use its measurements."""
     for cell in mixed:
         measured = [] if cell is mixed[0] else ["--measured", str(widths_file(mixed[0]))]
         command = ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", *measured]
@@ -306,7 +302,7 @@ def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
-    """Everything measured so far, in the form of results/ablation_micro.json; float rows have no width and stand under each."""
+    """All results so far, in the form of results/ablation_micro.json; float rows have no width and are repeated under each."""
     rows: dict[str, Any] = {}
     if teacher_metrics.is_file():
         rows["float"] = dict.fromkeys(("w8a8", "w4a6", "stress"), _scores([teacher_metrics]))
@@ -337,7 +333,7 @@ def _scores(paths: list[Path]) -> dict[str, list[float]]:
 
 
 def _curve(cell: Cell) -> list[dict[str, float]]:
-    """Scores of the students kept on the way to a cell's, from the calibrated one on, in the order of training."""
+    """Scores of the students that were kept during a cell's training, in its order, beginning with the calibrated student."""
     points = []
     for part in (cell.start, cell):
         for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():
@@ -363,7 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows (default: all)")
     parser.add_argument("--search", action="store_true", help="instead of the rows, try weights and temperatures of distillation")
     parser.add_argument("--stress", default="w3a3", help="width at which calibration alone loses much (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="of rows that train, at the stress width (default: %(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds of rows that train, at the stress width (default: %(default)s)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, among which the cores are shared (default: %(default)s)")
     args = parser.parse_args(argv)
     artifact.load_checkpoint(args.teacher, "teacher")

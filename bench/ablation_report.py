@@ -1,7 +1,7 @@
-"""What the ablation found, beside what the paper found: `python -m bench.ablation_report --results FILE --out FOLDER`.
+"""Prints the ablation's results beside the paper's and draws its curves: `python -m bench.ablation_report --results FILE --out FOLDER`.
 
-Prints a table and draws the curves. Numbers of another detector on another world compare only as shares of their float teacher's, so both
-are given so. Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5, of BEVFormer-Tiny at W4A6 on nuScenes.
+The paper's detector and dataset differ from ours, so scores are compared as shares of the float teacher's score.
+Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5, of BEVFormer-Tiny at W4A6 on nuScenes.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from qdbev.artifact import atomic
 from qdbev.command import entry_point
 
 WIDTHS = ("w8a8", "w4a6", "stress")
-PAPER_FLOAT = 0.354
 PAPER_NDS = {
     "ptq_backbone": 0.310,
     "ptq_neck": 0.353,
@@ -33,16 +32,12 @@ PAPER_NDS = {
     "distill_bev": 0.368,
     "vgd": 0.372,
 }
-"""NDS at W4A6 of the rows that the paper has too; how it calibrates it does not say, and largest values are the guess."""
+"""The paper's NDS at W4A6 of our rows that it has too. It does not say how it calibrates; we assume the largest magnitude (`ptq_max`)."""
 _log = logging.getLogger(__name__)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Content of a file that `python -m bench.ablation` wrote.
-
-    Raises:
-        EvaluationError: The file is missing, damaged, or has no score of the float teacher.
-    """
+    """Read a file that bench.ablation wrote. Raises EvaluationError if it is missing, damaged, or has no score of the float teacher."""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         content["rows"]["float"]["stress"]["nds"][0]
@@ -52,9 +47,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def table(content: dict[str, Any]) -> Table:
-    """NDS of every row at every width, mean and spread over seeds, and mAP at the stress width.
+    """A table for the terminal: NDS of each row at each width, mean and standard deviation over seeds, and mAP at the stress width.
 
-    `recovered` is the share of what calibration alone lost at the stress width; W4A6 and the paper are given as shares of their teachers.
+    `recovered` is the share that training recovers of the NDS that calibration alone loses at the stress width. The last two columns are
+    NDS at W4A6, ours and the paper's, as shares of the float teacher's.
     """
     rows = content["rows"]
     teacher = rows["float"]["stress"]["nds"][0]
@@ -72,7 +68,7 @@ def table(content: dict[str, Any]) -> Table:
             _spread(stress["map"]) if stress else "",
             _share([nds - calibrated for nds in stress["nds"]], teacher - calibrated) if stress and teacher > calibrated else "",
             _share(row["w4a6"]["nds"], teacher) if "w4a6" in row else "",
-            _share([paper], PAPER_FLOAT) if paper else "",
+            _share([paper], draw_ablation.PAPER_FLOAT_NDS) if paper else "",
         )
     return grid
 
@@ -88,9 +84,9 @@ def _share(values: list[float], teacher: float) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Results in, table and curves out."""
+    """Print the table of an ablation's results and draw its curves."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
-    parser.add_argument("--results", type=Path, required=True, help="what `python -m bench.ablation` wrote")
+    parser.add_argument("--results", type=Path, required=True, help="file that `python -m bench.ablation` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")
     args = parser.parse_args(argv)
     content = read(args.results)

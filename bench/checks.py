@@ -1,4 +1,4 @@
-"""Checks: commands that run one after the other, each a process of its own, so that one that crashes or hangs ends nothing but itself."""
+"""Runs checks one after the other. Each is a command in a process of its own, so that a crash or a hang does not affect the others."""
 
 import importlib.util
 import json
@@ -18,45 +18,45 @@ from xml.etree import ElementTree
 Figures = dict[str, Any]
 Status = Literal["passed", "failed", "skipped"]
 _LOG_LINES, _LINE_LENGTH = 30, 300
-"""What is kept of the output of a check that did not pass."""
+"""Number of lines and characters per line that are kept of the output of a check that did not pass."""
 _REFUSED = 1
-"""Exit status of `command.entry_point` after an error of the user's or the machine's."""
+"""Exit status of `command.entry_point` after an error with a one-line message."""
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
-    """A command ran and found nothing that it could check; the message says why."""
+    """Raised if a command ran but had nothing to check; the message says why."""
 
 
 def read_json(path: Path) -> Figures:
-    """The file's content."""
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A command and what it needs. One that lacks something is skipped, and says what."""
+    """A command and its requirements. If one of them is missing, the check is skipped and the reason is reported."""
 
     name: str
     command: tuple[str, ...]
-    """A module and its arguments."""
+    """Name of a Python module and its arguments."""
     limit_s: float
     packages: tuple[str, ...] = ()
-    """Modules that it imports and a machine may lack."""
+    """Modules that the command imports and that may not be installed."""
     files: tuple[Path, ...] = ()
-    """What must be there before it begins."""
+    """Files and folders that must exist before the command starts."""
     after: tuple[str, ...] = ()
-    """Checks that must have passed."""
+    """Names of checks that must have passed before."""
     figures: Path | None = None
-    """File that it leaves; a "passed" of false anywhere in it is a failure, whatever the exit status."""
+    """File that the command writes. The check fails if it contains "passed": false anywhere, whatever the exit status."""
     read: Callable[[Path], Figures] = read_json
-    """Takes the figures from the file; may raise Skipped."""
+    """Function that reads the figures from that file; may raise Skipped."""
     may_be_refused: bool = False
-    """Whether this machine may refuse it in so many words, which is then a finding: a skip with that reason, and no failure."""
+    """True if an exit with status 1 and an error message counts as skipped, not as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a check ended. `reason` and `log`, the end of the output, are of one that did not pass."""
+    """Result of a check. If it did not pass, `reason` says why and `log` is the end of its output."""
 
     status: Status
     command: str
@@ -67,9 +67,9 @@ class Result:
 
 
 def run_all(checks: Sequence[Check], folder: Path, limit_s: float) -> Iterator[tuple[str, Result]]:
-    """Name and result of each check in turn; what begins later than `limit_s` seconds from now is skipped, what still runs is ended.
+    """Run checks in order and yield the name and result of each. The output of each is written to NAME.log in `folder`.
 
-    `folder` takes the output of each, as NAME.log.
+    After `limit_s` seconds the running check is ended and the others are skipped.
     """
     done: dict[str, Result] = {}
     end = time.monotonic() + limit_s
@@ -82,7 +82,7 @@ def run_all(checks: Sequence[Check], folder: Path, limit_s: float) -> Iterator[t
 
 
 def lacks(check: Check, done: Mapping[str, Result]) -> str:
-    """What keeps the check from running, or nothing."""
+    """The reason why the check cannot run, or an empty text."""
     missing = [package for package in check.packages if not _importable(package)]
     if missing:
         return f"no {', '.join(missing)}"
@@ -94,7 +94,7 @@ def lacks(check: Check, done: Mapping[str, Result]) -> str:
 
 
 def run(check: Check, log: Path, limit_s: float) -> Result:
-    """Run a check that lacks nothing and judge it."""
+    """Run a check whose requirements are met."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     status = _execute(check.command, log, limit_s)
@@ -112,12 +112,12 @@ def run(check: Check, log: Path, limit_s: float) -> Result:
 
 
 def shown(check: Check) -> str:
-    """The command line that repeats it."""
+    """The check's command line."""
     return shlex.join(("python", "-m", *check.command))
 
 
 def _judge(check: Check, status: int | None, limit_s: float, lines: tuple[str, ...]) -> tuple[Status, str, Figures]:
-    """Status, reason and figures, which are kept of a failure, too."""
+    """Status, reason and figures of a check. A check that failed may have figures too."""
     figures, unread = _read(check)
     last = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
     if status is None:
@@ -137,7 +137,7 @@ def _judge(check: Check, status: int | None, limit_s: float, lines: tuple[str, .
 
 
 def _read(check: Check) -> tuple[Figures, Exception | None]:
-    """The figures, or why there are none."""
+    """The figures of a check, and the error if they cannot be read."""
     if check.figures is None:
         return {}, None
     try:
@@ -147,8 +147,8 @@ def _read(check: Check) -> tuple[Figures, Exception | None]:
 
 
 def _execute(command: Sequence[str], log: Path, limit_s: float) -> int | None:
-    """Exit status, or None when it was ended at its limit; whatever it started ends with it."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # a process that dies leaves its output
+    """Run a command and all processes that it starts; returns the exit status, or None if it was ended after `limit_s` seconds."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # a crash then loses no output
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -162,21 +162,21 @@ def _execute(command: Sequence[str], log: Path, limit_s: float) -> int | None:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also when this process is told to end
+        finally:  # also when this process is terminated
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def _tail(log: Path) -> tuple[str, ...]:
-    """The last lines, without the folder this runs in."""
+    """The last lines of a log, with paths relative to the current folder."""
     text = log.read_text(errors="replace").replace(f"{Path.cwd()}{os.sep}", "")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return tuple(line[:_LINE_LENGTH] for line in lines[-_LOG_LINES:])
 
 
 def _not_passed(content: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of what holds "passed": false."""
+    """Dotted names of all entries that contain "passed": false."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         if key == "passed" and value is False:
@@ -188,5 +188,5 @@ def _not_passed(content: Any, name: str = "") -> Iterator[str]:
 def _importable(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False

@@ -1,7 +1,7 @@
-"""Draws the ablation's curves: accuracy along the stages, as the paper's Figure 3, and forms of distillation side by side, as its Figure 5.
+"""Draws the ablation's curves: NDS along the stages, as the paper's Figure 3, and forms of distillation side by side, as its Figure 5.
 
-Accuracy is NDS as a share of the float teacher's, and time is the share of all epochs, so that the paper's curves fit the same axes.
-Source of those: QD-BEV (arXiv:2308.10515), Figures 3 and 5, read off the pictures to about 0.002 NDS.
+NDS is drawn as a share of the float teacher's and time as a share of all epochs, so that the paper's curves fit the same axes.
+Source of the paper's curves: QD-BEV (arXiv:2308.10515), Figures 3 and 5, read off the pictures to about 0.002 NDS.
 """
 
 from pathlib import Path
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from eval.draw import INK, PAPER
 
-_TEACHER = 0.354
+PAPER_FLOAT_NDS = 0.354
+"""NDS of the paper's float teacher, BEVFormer-Tiny."""
 _STAGES = ("backbone", "+ neck", "+ encoder", "+ decoder, head", "last stage")
 _FIGURE_3 = (
     ((0, 0.292), (24, 0.341)),
@@ -23,7 +24,7 @@ _FIGURE_3 = (
     ((59, 0.320), (61, 0.348), (65, 0.354), (73, 0.362), (82, 0.362), (84, 0.371)),
 )
 _FIGURE_5 = {"distill_image": (0.356, 0.359), "distill_bev": (0.349, 0.368), "vgd": (0.346, 0.371)}
-"""NDS after the first and the last epoch of distillation."""
+"""The paper's NDS after the first and the last epoch of distillation, by form."""
 _EPOCHS = 84
 _GRAY = "#a6a8b5"
 _ROWS = {
@@ -55,17 +56,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
-    """The whole way from calibration: each stage starts with what the next group's quantization costs."""
+    """Draw NDS during all stages, from calibration on."""
     lengths, total = content["stages"], content["epochs"]
     for segment in _FIGURE_3:
         label = "the paper's BEVFormer-Tiny, W4A6" if segment is _FIGURE_3[0] else None
-        axes.plot(*_scaled(segment, _EPOCHS, _TEACHER), color=_GRAY, linewidth=1.2, label=label)
+        axes.plot(*_scaled(segment, _EPOCHS, PAPER_FLOAT_NDS), color=_GRAY, linewidth=1.2, label=label)
     for name in ("qat", "qat_progressive", "vgd", "vgd_best"):
         points = content["curves"].get(name, [])
         title, color = _ROWS[name]
         for stage in sorted({point["stage"] for point in points}):
             if name == "vgd" and stage < len(lengths):
-                continue  # the same as of qat_progressive
+                continue  # these stages are those of qat_progressive
             part = [(point["epochs"], point["nds"]) for point in points if point["stage"] == stage]
             label = title if stage == max(point["stage"] for point in points) else None
             axes.plot(*_scaled(part, total, teacher), color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
@@ -79,7 +80,7 @@ def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
 
 
 def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
-    """The last stage alone."""
+    """Draw NDS during the last stage only, one curve for each form of distillation."""
     last = len(content["stages"])
     begin = content["epochs"] - content["stages"][-1]
     for name in ("qat_progressive", "distill_image", "distill_bev", "vgd"):
@@ -89,11 +90,11 @@ def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
         axes.plot(*_scaled(part, content["stages"][-1], teacher), color=color, linewidth=1.8, marker="o", markersize=3.5, label=title)
         if name in _FIGURE_5:
             first, end = _FIGURE_5[name]
-            axes.plot([4, 100], [100 * first / _TEACHER, 100 * end / _TEACHER], color=color, linewidth=1.0, linestyle=":")
+            axes.plot([4, 100], [100 * first / PAPER_FLOAT_NDS, 100 * end / PAPER_FLOAT_NDS], color=color, linewidth=1.0, linestyle=":")
     axes.plot([], [], color=_GRAY, linestyle=":", label="the paper's, W4A6, first and last epoch")
     axes.set_xlabel("% of the last stage")
 
 
 def _scaled(points: Any, epochs: float, teacher: float) -> tuple[list[float], list[float]]:
-    """Percent of `epochs`, and percent of the teacher's NDS."""
+    """Convert points (epoch, NDS) to percent of `epochs` and percent of the teacher's NDS."""
     return [100 * epoch / epochs for epoch, _ in points], [100 * nds / teacher for _, nds in points]

@@ -1,9 +1,9 @@
-"""Everything that only a GPU shows, in one command of under ten minutes: `python -m bench.gpu_check --out results`.
+"""Runs all checks that need a GPU in under ten minutes: `python -m bench.gpu_check --out results`.
 
-Most valuable first: the kernels, their operators in torch, the network on the GPU against the CPU; these need torch, cuda-python and
-NVRTC. Where all of requirements.txt is there, a W8A8 network is made of random weights and a small synthetic world, its training steps are
-timed, and where TensorRT or TensorRT-RTX is there, engines are built, compared with onnxruntime and measured; the models of --run are
-scored as engines, beside their ONNX and checkpoints. The result is <gpu>_<date>.json, written anew after each check.
+The most important checks come first: the kernels, their PyTorch operators, and the network on the GPU against the CPU. They need only
+torch, cuda-python and NVRTC. With all of requirements.txt, a W8A8 network with random weights is calibrated on a small synthetic world and
+its training steps are timed. With TensorRT or TensorRT-RTX, engines are built, compared with onnxruntime and measured, and the models of
+--run are scored as engines. All results so far are written to <gpu>_<date>.json after each check.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from qdbev import artifact
 from qdbev.command import entry_point
 
 LIMIT_S = 580.0
-"""Of all checks together."""
+"""Seconds that all checks together may take."""
 WORK = Path("runs/gpu_check")
-"""What the checks make, and their output; emptied at the start."""
+"""Folder for files and output of the checks; emptied at the start."""
 STUDENTS = ("w8a8", "w4a6")
-"""Models of a run that are scored as engines."""
+"""Names of the models of a run that are scored as engines."""
 OPERATOR_TESTS = Path("tests/test_plugins_gpu.py")
-"""Need no TensorRT; the others marked gpu or trt do."""
+"""The only tests marked gpu or trt that need no TensorRT."""
 _FULL = ("cv2", "nuscenes", "pytorch_quantization", "scipy")
 _EXPORT = ("onnx", "onnxruntime", "onnxscript", "pytorch_quantization")
 _ITERATIONS = "500"
@@ -49,11 +49,7 @@ class GpuCheckError(ValueError):
 
 
 def gpu() -> dict[str, Any]:
-    """Facts about this machine's first GPU and its driver.
-
-    Raises:
-        GpuCheckError: torch finds none.
-    """
+    """Facts about this machine's first GPU and its driver. Raises GpuCheckError if torch finds no GPU."""
     if not torch.cuda.is_available():
         raise GpuCheckError(
             f"gpu-check needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch {torch.__version__} finds "
@@ -69,20 +65,20 @@ def gpu() -> dict[str, Any]:
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         query = [tool, "--id=0", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split(", ")
-        facts |= dict(zip(("driver", "max_sm_clock", "power_limit"), answer, strict=False))
+        values = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split(", ")
+        facts |= dict(zip(("driver", "max_sm_clock", "power_limit"), values, strict=False))
     return facts
 
 
 def file_name(gpu_name: str, day: str) -> str:
-    """`nvidia-h100_2026-11-21.json` of "NVIDIA H100 80GB HBM3": words up to the size of the memory."""
+    """File name of the results, such as nvidia-h100_2026-11-21.json for "NVIDIA H100 80GB HBM3": words up to the memory size."""
     words = re.sub(r"[^a-z0-9]+", " ", gpu_name.lower()).split()
     sized = (index for index, word in enumerate(words) if re.fullmatch(r"\d+gb", word))
     return f"{'-'.join(words[: next(sized, len(words))])}_{day}.json"
 
 
 def plan(run: Path, work: Path) -> list[Check]:
-    """All checks, most valuable first; models of `run` are copied into `work`."""
+    """All checks in their order; models of `run` are copied into `work`."""
     return [*_kernels(work), *_network_files(work), *_engines(work), *_students(run, work)]
 
 
@@ -107,7 +103,7 @@ def check(checks: Sequence[Check], device: dict[str, Any], out: Path, work: Path
 
 
 def require_passed(results: dict[str, Result], out: Path) -> None:
-    """Raise GpuCheckError if a check failed, or none passed."""
+    """Raise GpuCheckError if a check failed or no check passed."""
     failed = [name for name, result in results.items() if result.status == "failed"]
     if failed:
         raise GpuCheckError(
@@ -118,11 +114,7 @@ def require_passed(results: dict[str, Result], out: Path) -> None:
 
 
 def test_counts(path: Path) -> Figures:
-    """Names of the tests in pytest's JUnit file, by how they ended.
-
-    Raises:
-        Skipped: All were skipped, or there were none.
-    """
+    """Names of passed, failed and skipped tests in pytest's JUnit file. Raises Skipped if no test ran."""
     ended: dict[str, Any] = {"passed": [], "failed": [], "skipped": {}}
     for case in ElementTree.parse(path).iter("testcase"):
         name, skip = f"{case.get('classname')}.{case.get('name')}", case.find("skipped")
@@ -136,7 +128,7 @@ def test_counts(path: Path) -> Figures:
 
 
 def _kernels(work: Path) -> Iterator[Check]:
-    """The kernels alone, in torch, and in the network; the last one's fake quantization is pytorch-quantization's."""
+    """Checks of the kernels alone, as PyTorch operators, and in the network."""
     yield Check(
         name="kernels",
         command=("bench.kernels", "--out", f"{work}/kernels.json"),
@@ -157,7 +149,7 @@ def _kernels(work: Path) -> Iterator[Check]:
 
 
 def _network_files(work: Path) -> Iterator[Check]:
-    """A W8A8 network of random weights, calibrated on the GPU on a world of three scenes, and what its training steps take."""
+    """Checks that calibrate a W8A8 network with random weights on a world of three scenes, time its training steps and export it."""
     world, teacher, student, cost = work / "world", work / "teacher.pt", work / "untrained.pt", work / "step_cost.json"
     generate = ("synthetic.generate", "--world", "micro", "--scenes", "2", "1", "--workers", "1", "--out", str(world))
     yield Check(name="world", command=generate, limit_s=60, packages=_FULL)
@@ -173,7 +165,7 @@ def _network_files(work: Path) -> Iterator[Check]:
 
 
 def _engines(work: Path) -> Iterator[Check]:
-    """That network with each TensorRT. Whether an engine of TensorRT-RTX, built ahead of time, opens on this GPU is for it to say."""
+    """Checks of that network with both TensorRT variants. A TensorRT-RTX engine may refuse this GPU, which counts as skipped."""
     onnx = work / "untrained.onnx"
     for backend, package in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
         engine = work / f"{package}.engine"
@@ -201,13 +193,13 @@ def _engines(work: Path) -> Iterator[Check]:
 
 
 def _students(run: Path, work: Path) -> Iterator[Check]:
-    """Engines of a run's models and their scores on the run's data, by the TensorRT that is there; then the tests that need one."""
+    """Checks that score a run's models as engines of the installed TensorRT, on the run's data; then the tests that need TensorRT."""
     package = "tensorrt" if importlib.util.find_spec("tensorrt") else "tensorrt_rtx"
     same = f"{package}_same"
     for name in STUDENTS:
         here, files = work / "run" / name, tuple(run / f"{name}{suffix}" for suffix in (".pt", ".onnx", ".onnx.seal.json"))
         present = all(path.is_file() for path in files)
-        data = _bring(run, name, here.parent) if present else ()
+        data = _copy_model(run, name, here.parent) if present else ()
         onnx, engine = (str(here.with_suffix(suffix)) for suffix in (".onnx", ".engine"))
         build = ("engine.build", "--onnx", onnx, "--out", engine, "--backend", package.replace("_", "-"))
         yield Check(name=f"{name}_build", command=build, limit_s=180, packages=(package,), files=files, after=(same,))
@@ -227,22 +219,22 @@ def _students(run: Path, work: Path) -> Iterator[Check]:
 
 
 def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Check:
-    """The tests in these files that need a GPU."""
+    """A check that runs the tests in these files that need a GPU."""
     figures = work / f"{name}.xml"
     options = ("-m", "gpu or trt", "-q", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={figures}")
     return Check(
         name=name,
         command=("pytest", *options, *map(str, paths)),
         packages=("pytest", "cv2", "cuda.bindings"),
-        files=(OPERATOR_TESTS,),  # all of tests/ lies beside
+        files=(OPERATOR_TESTS,),  # stands for the whole folder tests/
         figures=figures,
         read=test_counts,
         **settings,
     )
 
 
-def _bring(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
-    """Copy a model of `run`, its ONNX and seal into `folder`, where an engine does not replace the run's own; the dataset they take."""
+def _copy_model(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
+    """Copy a model of `run` with its ONNX into `folder`, so that the run's own engine is not replaced; returns the path of its dataset."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (run / f"{name}.pt", *run.glob(f"{name}.onnx*")):
         shutil.copy(path, folder)
@@ -250,7 +242,7 @@ def _bring(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
 
 
 def read_scores(path: Path) -> Figures:
-    """What eval.engine_eval found, without the rows of every frame."""
+    """Read the results of eval.engine_eval, without the differences of every frame."""
     content = json.loads(path.read_text())
     return {name: value for name, value in content.items() if name not in ("rows", "made")}
 
@@ -261,13 +253,13 @@ def end(number: int, _: object) -> None:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Check all that a GPU shows; fails if any check fails."""
+    """Run all checks that need a GPU; fails if a check fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for <gpu>_<date>.json")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run whose w8a8 and w4a6 are scored (default: %(default)s)")
     args = parser.parse_args(argv)
     device = gpu()
-    signal.signal(signal.SIGTERM, end)  # so that the check under way ends as well
+    signal.signal(signal.SIGTERM, end)  # so that the running check is ended too
     shutil.rmtree(WORK, ignore_errors=True)
     out = args.out / file_name(device["name"], datetime.now(UTC).date().isoformat())
     results = check(plan(args.run, WORK), device, out, WORK, LIMIT_S)

@@ -1,6 +1,6 @@
-"""An engine on this machine's GPU against its ONNX in onnxruntime, on noise: `python -m bench.gpu_engine --engine F --onnx F --out FILE`.
+"""Compares an engine with its ONNX in onnxruntime, on frames of noise: `python -m bench.gpu_engine --engine F --onnx F --out FILE`.
 
-No dataset is needed; where there is one, eval.engine_eval says more.
+It needs no dataset; eval.engine_eval is the full comparison on a dataset.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from qdbev.command import entry_point
 
 
 def differences(engine: Path, onnx: Path) -> list[TensorDifference]:
-    """Rows of the engine against the ONNX, two successive frames.
+    """The differences between the engine's outputs and the ONNX's, on two successive frames.
 
     Raises:
         ArtifactError: A file is missing or damaged, or the engine was made from another one.

@@ -1,7 +1,7 @@
-"""The network on a GPU against the same network on the CPU, output by output: `python -m bench.gpu_network --bits w8a8 --out network.json`.
+"""Compares the outputs of a network on a GPU and on the CPU: `python -m bench.gpu_network --bits w8a8 --out network.json`.
 
-The micro recipe with random weights, on two successive frames of noise, so that neither a checkpoint nor a dataset is needed. On the GPU
-it runs twice: with PyTorch's operators, which is compared with the CPU, and with the kernels, which are compared with that.
+The network is that of the micro recipe with random weights, on two frames of noise, so it needs neither a checkpoint nor a dataset. On the
+GPU it runs with PyTorch's operators, which are compared with the CPU, and with the kernels, which are compared with PyTorch's operators.
 """
 
 import argparse
@@ -26,12 +26,13 @@ from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
 
 IMAGE_HW = (96, 160)
-"""Of the recipe's images, padded."""
+"""Padded height and width of the images in pixels."""
 FLOAT = "float"
 FLOAT_DISTANCE = 1e-4
-"""Of float networks: images changed by one part in a million moved the BEV by 3e-7, sampling a thousandth of a cell beside by 2e-4."""
+"""Largest allowed relative distance between outputs of float networks. Images changed by one part in a million move the BEV by 3e-7;
+sampling points shifted by a thousandth of a cell move it by 2e-4."""
 _WEIGHT_STD = 0.02
-"""What is added to every weight: training starts those that move sampling points or weigh them at zero, which would hide mistakes."""
+"""Standard deviation of noise that is added to every weight. Sampling offsets and attention weights start at zero, which hides errors."""
 _log = logging.getLogger(__name__)
 
 
@@ -41,7 +42,7 @@ def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
 
 
 def network(bits: str) -> tuple[Config, Deployed]:
-    """A config and its deployed network with random weights, float or calibrated at bit widths such as "w8a8"; the same at every call."""
+    """Build a network with random weights, "float" or calibrated at widths such as "w8a8", and its config; every call returns the same."""
     config = RECIPES["micro"]() if bits == FLOAT else at_bits(RECIPES["micro"](), bits)
     torch.manual_seed(0)
     model = detectors.build(config.model).eval()
@@ -54,18 +55,18 @@ def network(bits: str) -> tuple[Config, Deployed]:
 
 
 def differences(config: Config, deployed: Deployed, target: torch.device, allowed: float) -> list[TensorDifference]:
-    """Rows of the CPU, PyTorch on `target`, and the kernels there, each against the one before, with the distance that is allowed."""
+    """Compare PyTorch on `target` with the CPU, and the kernels on `target` with PyTorch there; `allowed` is the largest distance."""
     there = copy.deepcopy(deployed).to(target)
     sides = {
         "cpu": _open(config, deployed, torch.inference_mode),
-        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # with a gradient no kernel is called
+        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # kernels run only without gradients
         f"kernels_{target.type}": _open(config, there, torch.inference_mode),
     }
     return list(compare(list(sides.items()), noise(config, IMAGE_HW), allowed))
 
 
 def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
-    """Of each pair and tensor: lowest cosine, largest distance and difference over the frames, and whether all are within tolerance."""
+    """The worst values over the frames for each pair of models and each tensor; `passed` is true if all are within tolerance."""
     found = []
     for key in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
         mine = [row for row in rows if (row.model, row.reference, row.tensor) == key]
@@ -111,7 +112,7 @@ def _open(config: Config, deployed: Deployed, mode: Callable[[], contextlib.Abst
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Compare a network on the GPU with itself on the CPU; fails if an output is out of tolerance."""
+    """Compare a network on the GPU with the same network on the CPU; fails if an output is out of tolerance."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=main.__doc__)
     parser.add_argument("--bits", default=FLOAT, help="float, or widths of weights and activations, as w8a8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")

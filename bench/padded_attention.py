@@ -1,4 +1,4 @@
-"""Camera cross-attention computed the way the official code does it, on our weights: what bench/attention_cost.py compares with.
+"""Camera cross-attention computed as in the official code, with our weights, for comparison in bench/attention_cost.py.
 
 Queries are re-batched camera by camera, padded to the largest number, before the linear layers, so that a query is projected once for
 every camera that sees it. No model of ours runs this. Source: structure of bevformer modules/spatial_cross_attention.py at 66b65f3.
@@ -18,12 +18,12 @@ from qdbev.detectors.bevformer.encoder import Encoder
 
 
 class PaddedCrossAttention(CameraCrossAttention):
-    """Contract and weights of `CameraCrossAttention`."""
+    """The official form of `CameraCrossAttention`, with the same contract and weights."""
 
     def forward(
         self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Args and result as `CameraCrossAttention.forward`."""
+        """Arguments and result are those of `CameraCrossAttention.forward`."""
         B, _, C = query.shape
         N, D = reference_points.shape[1], reference_points.shape[3]
         seen = [[visible[sample, camera].nonzero().squeeze(1) for camera in range(N)] for sample in range(B)]
@@ -43,7 +43,7 @@ class PaddedCrossAttention(CameraCrossAttention):
         return self.dropout(self.output_proj(slots)) + query
 
     def _attend(self, queries: Tensor, tokens: Tensor, references: Tensor, level_hw: Sequence[tuple[int, int]]) -> Tensor:
-        """queries (B*N, R, C), tokens (B*N, S, C), references (B*N, R, D, 2): (B*N, R, C)."""
+        """Attend from queries (B*N, R, C) to tokens (B*N, S, C) around references (B*N, R, D, 2); returns (B*N, R, C)."""
         cameras, R, C = queries.shape
         inner, D = self.deformable_attention, references.shape[2]
         M, L, P = inner.num_heads, self.num_levels, inner.num_points
@@ -65,7 +65,7 @@ class PaddedCrossAttention(CameraCrossAttention):
 
 
 def pad_attention(encoder: Encoder, config: BEVFormerConfig) -> None:
-    """Swap every camera cross-attention of `encoder` for a padded one with the same weights."""
+    """Replace every camera cross-attention of `encoder` by the padded form with the same weights."""
     for layer in encoder.layers:
         padded = PaddedCrossAttention(config)
         padded.load_state_dict(layer.spatial.state_dict())

@@ -1,7 +1,6 @@
-"""What every exported file of a run measured when it was made: `python -m bench.sizes --run runs/sizes`.
+"""Collects the facts in the seals of a folder's ONNX files and engines: `python -m bench.sizes --run runs/sizes`.
 
-Reads the seals of the ONNX files and engines in the folder and writes sizes.json: parity with PyTorch, trace time, peak memory of the
-export, and what the audit of each engine counted.
+Writes sizes.json with sizes, parity with PyTorch, trace time, peak memory of the export, and the audit counts of each engine.
 """
 
 import argparse
@@ -20,7 +19,7 @@ _PARITY = ("bev", "box_code", "cls_logits")
 
 
 def collect(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """`onnx`: one row a file with the facts of its seal; `engines`: the same, with the audit's counts.
+    """Read the facts of all ONNX files (`onnx`) and engines (`engines`) in a folder, one row for each file.
 
     Raises:
         ArtifactError: There is no ONNX, or a file has changed since it was sealed.
@@ -34,7 +33,7 @@ def collect(run: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Both kinds of row as aligned text."""
+    """The rows of `collect` as aligned text."""
     lines = [f"{'ONNX':<14}{'nodes':>6}{'MB':>7}{'trace s':>9}{'peak GB':>9}" + "".join(f"{name:>12}" for name in _PARITY) + "  (max abs)"]
     for row in rows["onnx"]:
         parity = "".join(f"{row['parity'][f'{name}_max_abs']:>12.1e}" for name in _PARITY)
@@ -49,7 +48,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Collect what the exports and engines of a run measured."""
+    """Collect the facts of the ONNX files and engines in a folder."""
     parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with .onnx and .engine files")
     run = parser.parse_args(argv).run

@@ -1,6 +1,6 @@
-"""What fake quantization and a teacher cost: `python -m bench.step_cost --teacher runs/demo/teacher.pt --bits w4a6`.
+"""Measures how much longer a training step takes with quantizers and with a teacher: `python -m bench.step_cost --teacher F --bits w4a6`.
 
-A float step, a quantization-aware one and one that distills take turns on every batch, so that ratios hold on a busy machine.
+A float, a quantization-aware and a distilling step run in turn on each batch, so that their ratios are also right on a busy machine.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from train.loop import Learner, Run, batches, train_step
 from train.stage_loss import StageLoss
 
 WARM_UP = 3
-"""First steps of each, which are not counted."""
+"""Number of first steps of each kind that are not counted."""
 
 
 def measure(teacher: Detector, config: Config, target: torch.device, steps: int) -> dict[str, float]:

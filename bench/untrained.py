@@ -1,4 +1,4 @@
-"""Random weights in official shapes, sealed as a teacher, to check that a size quantizes, exports and builds; it detects nothing.
+"""Writes a teacher with random weights, to check that a recipe's network can be quantized, exported and built; it detects nothing.
 
 python -m bench.untrained --recipe base --teacher runs/sizes/base.pt
 """
@@ -23,16 +23,16 @@ from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
 
 _RESIDUAL_GAIN = 0.3
-"""Of each residual branch: 33 of them then widen the activations a few times and not ten thousand times."""
+"""Factor of each residual branch. With it, 33 blocks enlarge the activations a few times, otherwise ten thousand times."""
 _PREDICTION_STD = 0.02
-"""Of weights that training starts at zero and that move sampling points or weigh them: with zeros they would hide mistakes."""
+"""Standard deviation of sampling offsets and attention weights, which training starts at zero; zeros would hide errors."""
 _DEFORMATION = 0.3
-"""Pixels that a unit activation moves a tap of a deformable convolution; much more, and the network amplifies every rounding."""
+"""Pixels by which a unit activation shifts a tap of a deformable convolution. Much larger shifts amplify rounding errors."""
 _FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
 
 
 def untrained(config: Config) -> Detector:
-    """A model whose every weight matters and whose activations stay near one; a function of `config.seed`."""
+    """Build a model in which every weight has an effect and activations stay near one; it depends on `config` only."""
     torch.manual_seed(config.seed)
     model = detectors.build(config.model)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def untrained(config: Config) -> Detector:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Write a teacher of random weights."""
+    """Write a teacher with random weights."""
     parser = argparse.ArgumentParser(prog="python -m bench.untrained", description=main.__doc__)
     parser.add_argument("--recipe", required=True, choices=RECIPES)
     parser.add_argument("--teacher", type=Path, required=True, help="file to write")

@@ -1,8 +1,8 @@
-"""Pictures of what one frame is to a model: its cameras with the reference points of the BEV, its features, and its BEV.
+"""Draws one frame in a model: camera images with projected pillar points, image features, and BEV features.
 
     python -m bench.views --model runs/demo/teacher.pt --out runs/demo/views
 
-The frame is seen alone, without what an earlier one would leave for it.
+The frame has no history.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.device) -> Views:
-    """Run one frame through the network and keep what is to be drawn.
+    """Run one frame through the network and collect the values to draw.
 
     Raises:
         DatasetError: The split has no such frame, or an image cannot be read.
@@ -71,7 +71,7 @@ def colors(planes: np.ndarray, transform: ImageTransform) -> np.ndarray:
 
 @torch.inference_mode()
 def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[Output, Tensor, Tensor]:
-    """What the network gives, and where the encoder's pillars fall."""
+    """The network's output, and the projected pillar points with their visibility, from the encoder."""
     batch = to_device(frame_batch([frame], [relative_can_bus(frame.can_bus, None)], [False]), device)
     image_hw = (batch.images.shape[-2], batch.images.shape[-1])
     return model(batch)[0], *geometry.project(model.encoder.pillars, batch.lidar2img, image_hw)
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Draw one frame as the network sees it."""
+    """Draw the projection and the features of one frame."""
     args = parse_args(argv)
     device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)
