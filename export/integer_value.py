@@ -16,12 +16,9 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 def feed_int8_values(model: ir.Model) -> int:
-    """Let every attention read the int8 tensor before the DequantizeLinear of its value; the numbers stay exactly the same.
+    """Let every attention read the int8 tensor before the DequantizeLinear of its value, exactly; returns the number of such attentions.
 
     Other readers keep the DequantizeLinear, and an attention whose value is not quantized keeps its operator.
-
-    Returns:
-        Number of attentions that read int8 values now.
 
     Raises:
         PassError: The value of an attention comes from a DequantizeLinear that cannot be left out.

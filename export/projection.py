@@ -105,7 +105,7 @@ def _expand(node: ir.Node) -> None:
 
 
 def _broadcast(nodes: GraphNodes, operand: ir.Value, term: str, result: str) -> ir.Value:
-    """An operand with the axes of the result in their order and the contracted axis last; axes that it has not get size one."""
+    """An operand with the axes of the result in their order and the contracted axis last; axes that it lacks get size one."""
     order = [term.index(letter) for letter in (*result, term[-1]) if letter in term]
     if order != sorted(order):
         operand = nodes("Transpose", operand, perm=order)

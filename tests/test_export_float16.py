@@ -12,7 +12,7 @@ from onnx_passes import apply
 from engine import audit, backend, build
 from engine.onnx_products import products
 from export.bodies.attach import attach
-from export.float16 import _to_half, to_float16
+from export.float16 import _to_float16, to_float16
 from qdbev.ops import contract
 from qdbev.schema import Interface
 
@@ -159,7 +159,7 @@ def test_a_body_computes_in_float32() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [(1e-10, 2.0**-24), (0.0, 0.0), (2.0**-20, 2.0**-20)])
 def test_a_positive_constant_stays_positive(value: float, expected: float) -> None:
-    assert _to_half("scale", np.float32(value)) == np.float16(expected)
+    assert _to_float16("scale", np.float32(value)) == np.float16(expected)
 
 
 def test_a_constant_too_large_for_float16_is_named() -> None:

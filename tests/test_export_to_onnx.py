@@ -252,7 +252,7 @@ def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_p
     to_onnx.optimize(half, done.model.interface(IMAGE_HW), float16=True)
     ir.save(half, tmp_path / "half.onnx")
     frames = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
-    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.HALF)
+    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.FLOAT16_CHANGE)
     for row in rows:
         assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
 
@@ -273,7 +273,7 @@ def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(expor
     measure, changes = parity.measure, []
     monkeypatch.setattr(parity, "measure", lambda *given: changes.append(given[3]) or measure(*given))
     path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, float16=True)
-    assert changes[-1] == parity.HALF
+    assert changes[-1] == parity.FLOAT16_CHANGE
     facts, proto = artifact.unseal(path, "onnx").facts, onnx.load(path)
     assert (facts["float16"], facts["opset"], exports(kind).made.facts["float16"]) == (True, 19, False)
     onnx.checker.check_model(proto, full_check=True)
