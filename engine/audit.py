@@ -37,7 +37,7 @@ _FLOAT_REASONS: dict[Role, str] = {
 }
 """Reason why a product that the ONNX does not quantize is meant to run in float."""
 _SHOWN = 12
-"""How many layers an error message lists."""
+"""Number of layers that an error message lists."""
 
 
 @dataclass(frozen=True)

@@ -132,11 +132,7 @@ def cuda_runtime() -> Any:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does.
-
-    Raises:
-        EngineError: The call failed.
-    """
+    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does. Raises EngineError if the call failed."""
     return cuda_check.check(result, EngineError)
 
 

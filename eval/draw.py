@@ -39,27 +39,27 @@ MOSAIC = {
     "CAM_BACK_LEFT": (2, 0),
     "CAM_BACK_RIGHT": (2, 1),
 }
-"""Row and column of each camera's image: what is left of the car is on the left."""
+"""Row and column of each camera's image; cameras on the left of the ego are on the left."""
 _IMAGE_WIDTH, _FOOTER = 5.2, 0.7
 GAP, MARGIN, AXIS, HEADER = 0.08, 0.2, 0.5, 0.6
-"""Inches of the page."""
+"""Sizes on the page in inches: space between images, margin, space for axis labels, and height of the heading."""
 PAPER = "#fbfbf9"
 INK = "#2b2d42"
 TRUTH_FACE, TRUTH_EDGE = "#d9dbe1", "#767b8c"
 _CORNERS = np.array([[1, 1, 0], [1, -1, 0], [-1, -1, 0], [-1, 1, 0], [1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1]]) - [0, 0, 0.5]
-"""Along, across and up: half lengths, half widths, whole heights. The first two of each four are the front."""
+"""(8, 3) corners of a box in units of half its length, half its width and its height. The first two of each four are at the front."""
 _EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
 _NEAR = 0.2
-"""Metres in front of a camera where edges are cut off."""
+"""Distance of the near plane from a camera in metres; edges are cut off there."""
 RING_STEP = 10
 _EGO_OUTLINE = np.array([[3.1, 0.0], [2.7, 0.87], [-1.0, 0.87], [-1.0, -0.87], [2.7, -0.87]])
-"""Ego frame, metres: the recording car, with its origin on the rear axle."""
+"""(5, 2) outline of the ego vehicle in metres, ego frame, whose origin is on the rear axle."""
 _ARROW_SECONDS = 1.0
 _SLOW = 0.2
 
 
 class Page:
-    """A sheet of paper, measured in inches from its left and its top."""
+    """A page on which positions are given in inches from its left and top edges."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
@@ -67,18 +67,18 @@ class Page:
         FigureCanvasAgg(self.figure)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """A place to draw."""
+        """Add axes at a position, in inches."""
         corner = left / self.width, 1 - (top + height) / self.height
         return self.figure.add_axes((*corner, width / self.width, height / self.height))
 
     def heading(self, title: str, note: str) -> None:
-        """The top line: what it shows on the left, what to know about it on the right."""
+        """Write the heading: the title on the left, a note on the right."""
         left, right, top = MARGIN / self.width, 1 - MARGIN / self.width, 1 - HEADER / 2 / self.height
         self.figure.text(left, top, title, fontsize=17, color=INK, weight="bold", va="center")
         self.figure.text(right, top, note, fontsize=13, color=INK, ha="right", va="center")
 
     def legend(self, handles: Sequence[Artist], bottom: float) -> None:
-        """A row of a legend, so many inches above the lower edge."""
+        """Add one row of the legend, `bottom` inches above the lower edge."""
         legend = self.figure.legend(
             handles=handles,
             loc="lower left",
@@ -114,7 +114,7 @@ def save(path: Path, scene: Scene, pc_range: tuple[float, ...]) -> None:
     """Draw a scene into a PNG file."""
     height, width = scene.images[0].shape[:2]
     row = _IMAGE_WIDTH * height / width
-    side = 3 * row + 2 * GAP  # of the bird's-eye view
+    side = 3 * row + 2 * GAP  # width and height of the bird's-eye view
     page = Page(3 * MARGIN + 2 * _IMAGE_WIDTH + GAP + AXIS + side, HEADER + side + AXIS + _FOOTER)
     for index, camera in enumerate(CAMERAS):
         line, column = MOSAIC[camera]
@@ -138,10 +138,9 @@ def corners(boxes: np.ndarray) -> np.ndarray:
 
 
 def project_edges(points: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> dict[int, np.ndarray]:
-    """Box number -> (E, 2, 2) pixel segments of those edges that lie in front of the camera, for boxes seen in the image.
+    """Project the edges of boxes with corners `points` (K, 8, 3) in the lidar frame into an image.
 
-    Args:
-        points: (K, 8, 3) corners in the lidar frame.
+    Returns (E, 2, 2) pixel segments of the edges in front of the camera, by box index, for the boxes that appear in the image.
     """
     homogeneous = np.concatenate((points, np.ones((*points.shape[:2], 1))), -1)
     cam = homogeneous @ lidar2img[:3].T  # (K, 8, 3): u * depth, v * depth, depth
@@ -158,7 +157,7 @@ def project_edges(points: np.ndarray, lidar2img: np.ndarray, width: int, height:
 
 
 def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
-    """One camera image with the boxes of ground truth and predictions."""
+    """Draw one camera image with ground truth and predictions."""
     image = scene.images[index]
     height, width = image.shape[:2]
     axes.imshow(image, interpolation="lanczos", aspect="auto")
@@ -171,13 +170,13 @@ def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
 
 
 def draw_truth(axes: Axes, boxes: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> None:
-    """Outlines of the annotated boxes (K, 9) that a camera sees."""
+    """Draw the outlines of the annotated boxes (K, 9) that appear in an image."""
     for segments in project_edges(corners(boxes), lidar2img, width, height).values():
         axes.add_collection(LineCollection(segments, colors="white", linewidths=1.1, linestyles=(0, (3, 2)), alpha=0.9))
 
 
 def frame_image(axes: Axes, width: int, height: int, label: str) -> None:
-    """Cut the axes off at the image and name it in its corner."""
+    """Limit the axes to the image and write its label into the corner."""
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "boxstyle": "round,pad=0.3"}
@@ -185,7 +184,7 @@ def frame_image(axes: Axes, width: int, height: int, label: str) -> None:
 
 
 def draw_bev(axes: Axes, scene: Scene, pc_range: tuple[float, ...]) -> None:
-    """The frame from above, forward up."""
+    """Draw the frame from above; forward is up."""
     axes.set_facecolor("white")
     rings(axes, scene.lidar_from_ego, max(pc_range[3:5]))
     shapes(axes, scene.truth_boxes, [TRUTH_EDGE] * len(scene.truth_boxes), face=TRUTH_FACE, width=1.1)
@@ -194,7 +193,7 @@ def draw_bev(axes: Axes, scene: Scene, pc_range: tuple[float, ...]) -> None:
 
 
 def frame_bev(axes: Axes, lidar_from_ego: np.ndarray, pc_range: tuple[float, ...]) -> None:
-    """The own car, and axes in metres that end where the grid does."""
+    """Draw the ego vehicle, and axes in metres over the range of the BEV grid."""
     x_min, y_min, _, x_max, y_max, _ = pc_range
     outline = _EGO_OUTLINE @ lidar_from_ego[:2, :2].T + lidar_from_ego[:2, 3]
     axes.add_patch(Polygon(outline, facecolor=INK, edgecolor="none", zorder=3))
@@ -206,7 +205,7 @@ def frame_bev(axes: Axes, lidar_from_ego: np.ndarray, pc_range: tuple[float, ...
 
 
 def rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float, line: str = "#dfe1e8", ink: str = "#9a9eae") -> None:
-    """Distances from the own car, below the objects."""
+    """Draw distance rings around the ego vehicle, below the objects."""
     center = lidar_from_ego[:2, 3]
     for radius in range(RING_STEP, int(reach * 1.5), RING_STEP):
         axes.add_patch(Circle(center, radius, fill=False, edgecolor=line, linewidth=0.9, zorder=1))
@@ -216,7 +215,7 @@ def rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float, line: str = "#df
 
 
 def shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: float) -> None:
-    """Outlines with a tick from the centre over the front, and the way each object makes in a second."""
+    """Draw outlines with a line from the centre through the front, and a line as long as each object's motion in one second."""
     if len(boxes) == 0:
         return
     ground = corners(boxes)[:, :4, :2]
@@ -232,7 +231,7 @@ def shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: fl
 
 
 def _cut(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(E, 3) ends `a`, moved along the edge to the near plane where they lie behind it."""
+    """(E, 3) ends `a` of edges a-b; ends behind the near plane are moved along the edge onto it."""
     behind = a[:, 2] < _NEAR
     share = np.where(behind, (_NEAR - a[:, 2]) / np.where(behind, b[:, 2] - a[:, 2], 1), 0)
     return a + share[:, None] * (b - a)
