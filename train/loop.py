@@ -79,7 +79,7 @@ class DivergenceError(FloatingPointError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that one training needs besides model and data."""
+    """Settings of one training, besides model and data."""
 
     config: Config
     schedule: TrainConfig

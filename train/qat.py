@@ -42,11 +42,7 @@ class Teacher(NamedTuple):
 
     @classmethod
     def open(cls, path: Path) -> "Teacher":
-        """Open a teacher.
-
-        Raises:
-            ArtifactError: The file is missing, damaged, or no teacher.
-        """
+        """Open a teacher. Raises ArtifactError if the file is missing, damaged, or no teacher."""
         return cls(path, *restore(path, "teacher"))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from qdbev.detector import Detector
 
 BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
-"""Prefixes under which files hold a ResNet: detectors on mmdet3d, detectors of mmdet, and image classifiers."""
+"""Prefixes of a ResNet's keys in files: of detectors on mmdet3d, detectors of mmdet, and image classifiers."""
 NUM_SHOWN = 20
 """Largest number of lines in a list of differences."""
 
@@ -181,7 +181,7 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], keys: Offic
 
 
 def backbone_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
-    """Return the prefix of a bottleneck ResNet's keys in a file, or None where the file holds no such network."""
+    """Return the prefix of a bottleneck ResNet's keys in a file, or None if the file has no such network."""
     return next((prefix for prefix in BACKBONE_PREFIXES if f"{prefix}layer1.0.conv3.weight" in state_dict), None)
 
 

@@ -36,11 +36,7 @@ class RangeCalibrator:
 
     @torch.no_grad()
     def collect(self, x: Tensor) -> None:
-        """Add one activation of any shape.
-
-        Raises:
-            ValueError: It contains an infinity or a NaN.
-        """
+        """Add one activation of any shape. Raises ValueError if it contains an infinity or a NaN."""
         x = x.detach().float()
         low, high = (float(v) for v in x.aminmax())
         amax = max(-low, high)

@@ -45,11 +45,7 @@ class PackError(ValueError):
 
 
 def pack(model: nn.Module) -> bytes:
-    """The packed form of a prepared model, compressed.
-
-    Raises:
-        ValueError: The model has no quantizers.
-    """
+    """The packed form of a prepared model, compressed. Raises ValueError if the model has no quantizers."""
     return zlib.compress(b"".join(data for _, data in parts(model)), zlib.Z_BEST_COMPRESSION)
 
 

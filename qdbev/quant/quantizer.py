@@ -168,11 +168,7 @@ class Quantizer(TensorQuantizer):
         return (x.float() / self.step(x)).round_().clamp_(*self.qrange)
 
     def enable_quant(self) -> None:
-        """Quantize from now on.
-
-        Raises:
-            ValueError: There is no range yet.
-        """
+        """Quantize from now on. Raises ValueError if there is no range yet."""
         if not self.calibrated:
             raise ValueError("a quantizer without a range cannot be switched on; calibrate the model first")
         super().enable_quant()
