@@ -13,11 +13,11 @@ from synthetic.street import Street
 _MARGIN = 0.1
 """Seconds that messages begin before the first and end after the last key frame."""
 _WHEEL_RADIUS, _WHEEL_BASE = 0.31, 2.6
-"""Metres."""
+"""Radius of the wheels, and distance between the axles, in metres."""
 _STEERING_RATIO = 16.0
 """Angle of the steering wheel divided by that of the front wheels."""
 _GRAVITY = 9.81
-"""m/s^2."""
+"""Acceleration of gravity in m/s^2."""
 _ROUTE_MARGIN = 50.0
 """Metres that the route begins before the first and ends after the last position of the ego."""
 

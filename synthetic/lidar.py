@@ -11,7 +11,7 @@ from qdbev.geometry import rotation_z
 _ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
 """Angles of the beams above the horizontal, in radians."""
 _MAX_RANGE, _MIN_RANGE = 70.0, 1.0
-"""Metres."""
+"""Largest and smallest measured range in metres."""
 _RANGE_SIGMA = 0.015
 """Standard deviation of the range noise in metres."""
 _NOTHING, _GROUND = -2, -1

@@ -15,7 +15,7 @@ from synthetic.solids import Solid, make_building
 _ATTEMPTS = 200
 """Number of random streets tried for a scene."""
 _BUILDING_DEPTH = 12.0
-"""Metres."""
+"""Depth of a house in metres, away from the road."""
 _BUILDING_FRONT = 14.5
 """Distance of the house fronts from the road's axis in metres."""
 
