@@ -135,11 +135,11 @@ def test_rounding_floats_to_half_changes_what_is_not_quantized_and_nothing_else(
     assert changed == {"backbone.bias", "decoder.bias", "head.bias", "shift", "encoder.norm.weight", "encoder.norm.bias"}
     assert after["head.bias"][0] == 1e6
     assert torch.equal(after["decoder.bias"], before["decoder.bias"].half().float())
-    round_floats_to_halfd = pack(net)
+    packed = pack(net)
     round_floats_to_half(net)
-    assert pack(net) == round_floats_to_halfd
+    assert pack(net) == packed
     other = fresh(policy(Bits(weight=4, activation=6)))
-    unpack(round_floats_to_halfd, other)
+    unpack(packed, other)
     assert torch.equal(other(images()), net(images()))
 
 
