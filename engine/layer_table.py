@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the layer launches a kernel on the GPU."""
+        """True if the layer launches a kernel on the GPU."""
         return self.kind.lower() not in _NO_KERNEL
 
 

@@ -43,7 +43,7 @@ def feed_int8_values(model: ir.Model) -> int:
 
 
 def _has_one_scale(dequantize: ir.Node) -> bool:
-    """Whether the output is an integer times one number: a scalar constant scale and zero point 0."""
+    """Return whether the output is an integer times one number: a scalar constant scale and zero point 0."""
     _, scale, *zero = dequantize.inputs
     number = constant(scale)
     zeros = [constant(point) for point in zero]

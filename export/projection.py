@@ -81,7 +81,7 @@ def _equation(node: ir.Node) -> tuple[list[str], str]:
 
 
 def _contracts_last_axes(node: ir.Node) -> bool:
-    """Whether an Einsum of two operands sums over the last axis of both, and keeps every other axis once."""
+    """Return whether an Einsum of two operands sums over the last axis of both, and keeps every other axis once."""
     terms, result = _equation(node)
     if len(terms) != 2 or terms[0][-1] != terms[1][-1] or any(len(set(term)) < len(term) for term in terms):
         return False

@@ -23,12 +23,7 @@ _ROUTE_MARGIN = 50.0
 
 
 def can_messages(street: Street, start_us: int) -> dict[str, list | dict]:
-    """Content of each CAN bus file of the scene; the key is the last part of the file's name (`pose`, `route`, `meta`, ...).
-
-    Args:
-        street: the scene.
-        start_us: time of its first key frame in microseconds.
-    """
+    """Content of each CAN bus file of a scene that starts at `start_us` microseconds; the key is the last part of the file's name."""
     streams: dict[str, list] = {"pose": _stream(street, start_us, 50, _pose)}
     if street.config.full_can_bus:
         streams["ms_imu"] = _stream(street, start_us, 100, _imu)

@@ -24,7 +24,6 @@ def sweep(
     """One revolution of the lidar.
 
     Args:
-        view: pose of the lidar.
         boxes: centres (N, 3), headings (N,) and sizes (N, 3) in the global frame.
         num_columns: firings per revolution.
         rng: draws the noise of ranges and intensities.

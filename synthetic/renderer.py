@@ -53,13 +53,9 @@ class Renderer:
     def render(
         self, view: View, t: float, gain: float, rng: np.random.Generator, skip: Collection[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One image.
+        """Render the image of a camera at time `t` in seconds, with brightness multiplied by `gain` and sensor noise drawn by `rng`.
 
         Args:
-            view: pose and intrinsics of the camera.
-            t: time of exposure in seconds.
-            gain: factor on the brightness.
-            rng: draws the sensor noise.
             skip: indices of actors that are not drawn; their shadows are.
 
         Returns:

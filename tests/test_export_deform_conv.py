@@ -1,4 +1,4 @@
-"""Deformable convolution in ONNX: gather and product, or the standard node; both give what PyTorch gives."""
+"""Deformable convolution in ONNX, as gather and product or as the standard node: both equal PyTorch."""
 
 from contextlib import contextmanager
 
@@ -32,13 +32,13 @@ IMAGE_HW = (64, 96)
 
 
 def small_config() -> Config:
-    """Two deformable stages after strides of two, as in the official networks."""
+    """A network with two deformable stages after strides of two, as in the official networks."""
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2))
     return exported_network(backbone=backbone, decoder_layers=1)
 
 
 def small_model() -> BEVFormer:
-    """Random weights; offsets of about a pixel, so that every tap falls between pixels."""
+    """A network with random weights and offsets of about a pixel, so that every tap is between pixels."""
     torch.manual_seed(0)
     model = BEVFormer(small_config().model).eval()
     for module in model.modules():
@@ -63,7 +63,7 @@ def seal(kind: str) -> Seal:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
+    """Exports of the float model by whether the standard node is used: proto, parity rows and seal."""
     folder, model = tmp_path_factory.mktemp("export"), small_model()
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     made = {}
@@ -77,7 +77,7 @@ def exports(tmp_path_factory):
 
 @contextmanager
 def traced_once(model):
-    """Exports of `model` begin with copies of one graph."""
+    """Let all exports of `model` begin with a copy of one traced graph."""
     traced = to_onnx.trace(model, IMAGE_HW)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "trace", lambda *_: traced.clone())

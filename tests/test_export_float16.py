@@ -1,4 +1,4 @@
-"""Typing a graph as float16: what stays float32, and that integers stay integers."""
+"""Typing a graph as float16 keeps the right tensors in float32, and integers as integers."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def integer_weight(name: str) -> NodeProto:
 
 
 def network(integer: bool) -> onnx.ModelProto:
-    """Deformable attention in small: one tensor gives value, offsets and logits; the motion gives the references."""
+    """A small deformable attention: value, offsets and logits are computed from one tensor, references from the motion."""
     products = {"value": M * C, "offsets": M * P * 2, "logits": M * P, "boxes": 3}
     nodes = [
         node("Gather", ["can_bus", "first"], "motion", axis=1),  # (1, 2)
@@ -91,7 +91,7 @@ def model_of(
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
-    """Type of every tensor; the checker has seen that they fit."""
+    """Type of every tensor, after onnx has checked that they fit."""
     onnx.checker.check_model(model, full_check=True)
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     found = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}

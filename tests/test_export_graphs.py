@@ -1,4 +1,4 @@
-"""The structure of deployed graphs is held by digests, so that a change of a pass that should change nothing can show it."""
+"""Digests record the structure of deployed graphs, so that a refactoring of a pass can be shown to change nothing."""
 
 import json
 from collections.abc import Callable
@@ -37,7 +37,7 @@ FORMS = {
     "w4a6": ("w4a6", {}),
     "w4a6-int4": ("w4a6", {"int4": True}),
 }
-"""Widths of the network, and options of the export, by the name of the form."""
+"""Bit widths of the network and options of the export, by the name of the form."""
 
 
 def traced(kind: str) -> ir.Model:
@@ -69,7 +69,7 @@ def packed() -> Callable[[str], ir.Model]:
 
 
 def deployed(graph: ir.Model, int4: bool = False, standard_deform_conv: bool = False, **options: bool) -> tuple[ir.Model, dict[str, int]]:
-    """The graph in one of the forms, and what the passes did."""
+    """The graph in one of the forms, and the number of changes of each pass."""
     if int4:
         return qdq.pack_int4(graph), {}
     if standard_deform_conv:
@@ -114,7 +114,7 @@ def test_the_projection_is_expanded_whatever_letters_geometry_uses(monkeypatch: 
 
 
 def drawing(axis: int = 1, prefix: str = "", shared: bool = False) -> onnx.ModelProto:
-    """Two branches of x, joined; the same function under other names with a `prefix`."""
+    """A graph of two joined branches of x; a `prefix` changes names only."""
     names = {name: f"{prefix}{name}" for name in ("a", "b", "w", "v")}
     nodes = [
         helper.make_node("MatMul", ["x", names["w"]], [names["a"]], name="first"),

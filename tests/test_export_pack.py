@@ -1,4 +1,4 @@
-"""A student to a packed file and back; quantized embeddings through the exported graph."""
+"""Packing a student into a file and restoring it, and exporting quantized embeddings."""
 
 import dataclasses
 from pathlib import Path
@@ -36,7 +36,7 @@ def small_config(**quant: object) -> Config:
 
 
 def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
-    """A settled student of random weights, sealed and restored; projections that start at zero get some."""
+    """A sealed and restored student with random weights, its floats rounded to float16; no projection is zero."""
     torch.manual_seed(0)
     config = small_config(**quant)
     model = BEVFormer(config.model).eval()
@@ -147,7 +147,7 @@ def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
-    """Three students and their ONNX files: with 4-bit tables, with 8-bit tables and clipped ranges, with one step a weight."""
+    """Three students and their ONNX files: with 4-bit tables, with 8-bit tables and clipped ranges, with one step per weight."""
     folder, (seal, model, _) = tmp_path_factory.mktemp("exports"), student
     students = {
         "tables 4": (seal, model),

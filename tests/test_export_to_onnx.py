@@ -56,7 +56,7 @@ def small_config(kind):
 
 
 def small_model(kind):
-    """Random weights; projections that start at zero get some too, so that every operator matters."""
+    """A network with random weights, also in projections that start at zero, so that every operator has an effect."""
     torch.manual_seed(0)
     config = small_config(kind)
     model = BEVFormer(config.model).eval()

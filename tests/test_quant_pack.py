@@ -1,4 +1,4 @@
-"""The packed form: the same forward to the bit, every byte counted, damage refused."""
+"""The packed form restores exactly the same forward, every byte is counted, and damaged files are refused."""
 
 import copy
 import zlib
@@ -16,7 +16,7 @@ from qdbev.quant.size import packed_bytes, packed_parts, paper_bytes
 
 
 class Net(nn.Module):
-    """Every kind of layer; a norm and a buffer beside."""
+    """A network with every kind of layer, a norm and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def policy(bits: Bits, **changes: object) -> QuantConfig:
 
 
 def fresh(rules: QuantConfig) -> Net:
-    """A prepared net of other weights, as a reader builds it from the config."""
+    """A prepared network with other weights, as it is built from the config before unpacking."""
     torch.manual_seed(99)
     return prepare(Net().eval(), rules)
 

@@ -50,11 +50,7 @@ class OfficialKeys:
     """Prefix of official keys that only a whole detector has."""
 
     def translate(self, key: str, value: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of ours that one official tensor becomes, by name; three for a packed projection.
-
-        Args:
-            own: State dict of the model, whose names show which convolutions are deformable.
-        """
+        """Return our tensors, by name, for one official tensor; three for a packed projection. `own` is the model's state dict."""
         name = _rename(key, self._to_ours)
         stem, _, leaf = name.rpartition(".")
         if leaf in ("in_proj_weight", "in_proj_bias"):

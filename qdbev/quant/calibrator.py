@@ -21,10 +21,7 @@ class RangeCalibrator:
     """Histogram of |x| over all collected values of one activation, with their exact minimum and largest magnitude.
 
     The bins divide 0 to `top`. A larger value doubles `top` until it fits, and each doubling merges neighbouring bins, so that the memory
-    stays the same and at least half of the bins are in use.
-
-    Args:
-        name: Name of the quantizer, for messages.
+    stays the same and at least half of the bins are in use. `name` is the quantizer's, for messages.
     """
 
     def __init__(self, name: str) -> None:

@@ -16,11 +16,7 @@ from qdbev.quant.config import RangeMode
 
 
 class RangeRule:
-    """Base class: the stored size is the step itself, and the range is symmetric for weights.
-
-    Args:
-        is_weight: True for the quantizer of a weight, False for that of an activation.
-    """
+    """Base class: the stored size is the step itself, and the range is symmetric for weights."""
 
     name: ClassVar[str]
     """Short description for printing a model."""
