@@ -1,1 +1,1 @@
-"""Everything that measures or checks the pipeline from outside; nothing imports this package."""
+"""Everything that measures the pipeline or checks it as a whole. No other room imports this package."""

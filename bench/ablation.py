@@ -1,9 +1,12 @@
-"""Trains and evaluates the rows of the method's ablation: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
+"""Trains and evaluates every row of the method's ablation: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
 
-A cell is one row at one bit width with one seed. It is skipped if its metrics exist. The rows are those of QD-BEV's Tables 1 and 3 and
-Figures 3 and 5 (arXiv:2308.10515), and our own for comparison; all rows that train have the same number of epochs. Progressive rows of one
-width and seed share the stages before the last, so they start from the same student. Results: `rows.<row>.<width>.nds` and `.map` are lists
-over the seeds; `curves.<row>` are the scores during the training with the first seed.
+A cell is one row at one width (bits of weights and activations) with one seed. It runs a few commands, the last of which is `eval.run`; a
+cell whose metrics already exist is skipped. The rows are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515), and the
+rows that we compare them with. All rows that train have the same number of epochs in total. Progressive rows of one width and seed continue
+from the same student, because their stages before the last are the same.
+
+The result is ablation.json: `rows.<row>.<width>.nds` and `.map` are lists over the seeds, `curves.<row>` the scores during the training of
+the first seed.
 """
 
 import argparse
@@ -29,39 +32,48 @@ from qdbev.detectors.bevformer.recipes import POLICY, progressive
 from qdbev.quant.config import Stage
 
 RATE, FINE_RATE = 1e-3, 3e-4
-"""Learning rate of training, and that at W4A6, where calibration alone loses little; docs/distillation.md says how they were found."""
+"""Learning rates of rows that train: RATE, and FINE_RATE at W4A6, where calibration alone loses little (see docs/distillation.md)."""
 BEFORE = (0.15, 0.075, 0.15, 0.075)
-"""Epochs of the progressive stages."""
+"""Epochs of the progressive stages before the last one."""
 LAST = 0.3
 """Epochs of the last stage."""
 EPOCHS = sum(BEFORE) + LAST
+"""Epochs of all stages together."""
 LONGER = 3 * EPOCHS
-"""Epochs of the rows that show the effect of longer training."""
+"""Epochs of the rows that show the effect of a longer training."""
 KEEP_EVERY = LAST / 4
+"""Epochs between two students that are kept for a curve."""
 SEARCH_SEED = 100
-"""Seed of the search for weights and temperatures; no row of the results uses it."""
+"""Seed of the search for weights and temperatures; no row is evaluated with it."""
+_COMMAND_LIMIT_S = 24 * 3600.0
+"""Seconds that one command of a cell may take; the longest trainings take hours."""
 
 
 class AblationError(ValueError):
-    """A cell that cannot be run."""
+    """A row that does not exist, or a cell whose commands fail."""
 
 
 @dataclass(frozen=True)
 class AblationRow:
-    """One row: stages and settings of `train.qat`, and the row of STARTS whose student it starts from, if any."""
+    """One row of the ablation."""
 
     name: str
     stages: tuple[Stage, ...] = ()
+    """Stages of the training; their learning rate is replaced by that of the width. Without stages the row only calibrates."""
     settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of `train.qat` by dotted name."""
     mixed: bool = False
+    """Use a width for each layer that bit allocation has chosen."""
     start: str | None = None
+    """Name of the progressive row in `STARTS` whose student the training continues from."""
     curve: bool = False
+    """Keep students during the training and evaluate them."""
     longer: bool = False
-    """True for a row that trains for LONGER epochs, at the stress width, with one seed."""
+    """Train for LONGER epochs, only at the stress width and with one seed."""
 
     @property
     def trains(self) -> bool:
-        """True for a row that trains and therefore runs with several seeds."""
+        """Whether the row trains; a row that trains is run with several seeds."""
         return bool(self.stages)
 
 
@@ -70,17 +82,17 @@ def _calibrated(name: str, **settings: Any) -> AblationRow:
 
 
 def _distilling(name: str, form: str, **settings: float) -> AblationRow:
-    """A row as in the paper: only the last stage distills."""
+    """A row that distils in the last stage only, as in the paper."""
     return AblationRow(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
 
 
 def _distilling_throughout(name: str, form: str, **settings: float) -> AblationRow:
-    """A row of one stage, in which everything is quantized and distills from the first step."""
+    """A row that quantizes everything and distils from the first step on."""
     return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
 
 
 def _longer(row: AblationRow) -> AblationRow:
-    """A copy of a row of one stage that trains for LONGER epochs."""
+    """A row of one stage with a longer training."""
     stages = tuple(dataclasses.replace(stage, epochs=LONGER) for stage in row.stages)
     return dataclasses.replace(row, name=f"{row.name}_longer", stages=stages, curve=False, longer=True)
 
@@ -94,12 +106,12 @@ def _distill(**settings: float | str) -> dict[str, Any]:
 
 
 def _alone(*groups: str) -> list[str]:
-    """Patterns of float layers such that only `groups` are quantized."""
+    """Patterns of float layers with which only `groups` stay quantized."""
     return [*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)]
 
 
 MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
-"""Groups of the four parts of the paper's Table 1, where the decoder includes the head."""
+"""Groups of each part in the paper's Table 1, which counts the head with the decoder."""
 
 _PROGRESSIVE = progressive(BEFORE, RATE)
 _STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
@@ -108,7 +120,7 @@ STARTS = {
     "progressive": AblationRow("progressive", _PROGRESSIVE, curve=True),
     "progressive_fixed": AblationRow("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
-"""Rows whose students other rows start from, by name."""
+"""Progressive rows whose students other rows continue from."""
 
 _QAT = AblationRow("qat", _STANDARD, curve=True)
 _BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
@@ -142,49 +154,53 @@ SEARCH = (
     _distilling_throughout("whole_guided_w2_h4", "guided", weight=2.0, head=4.0),
     _distilling_throughout("whole_bev_w2_h1", "bev", weight=2.0, head=1.0),
 )
-"""Rows of the search for the weight and temperature of each form of distillation, three trainings for each form."""
+"""Weights and temperatures with which each form of distillation was tried."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row at one bit width with one seed, in the folder `run`."""
+    """One row at one width with one seed."""
 
     row: AblationRow
     width: str
+    """Bits of weights and activations, such as w4a6."""
     seed: int
     run: Path
+    """Folder of the whole ablation."""
     curve: bool = False
-    """Keep students during training and evaluate them."""
+    """Keep students during the training and evaluate them."""
 
     @property
     def folder(self) -> Path:
-        """Folder of this cell."""
+        """Folder of this cell's files."""
         return self.run / self.row.name / self.width / f"seed{self.seed}"
 
     @property
     def stages(self) -> list[Stage]:
-        """The row's stages with the learning rate of the width."""
+        """Stages of the row with the learning rate of the width."""
         rate = FINE_RATE if self.width == "w4a6" else RATE
         return [dataclasses.replace(stage, learning_rate=rate) for stage in self.row.stages]
 
     @property
     def student(self) -> Path:
-        """Path of the student's checkpoint."""
+        """Path of the trained checkpoint."""
         return self.folder / "student.pt"
 
     @property
     def metrics(self) -> Path:
-        """Path of the metrics; if the file exists, the cell is finished."""
+        """Path of the metrics; the cell is done when they exist."""
         return self.folder / "eval" / "metrics.json"
 
     @property
     def start(self) -> "Cell | None":
-        """The cell whose student this one starts from."""
+        """The cell whose student this one continues from, if there is one."""
         return None if self.row.start is None else dataclasses.replace(self, row=STARTS[self.row.start])
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
-    """Yield the cells of the rows `names`, or of all. Rows that train have `seeds` seeds, except longer rows and W4A6; all others have one.
+    """All cells of the named rows, or of all rows if no name is given.
+
+    Rows that train get `seeds` seeds at the stress width, and one seed at W4A6 and in longer trainings. W8A8 is only calibrated.
 
     Raises:
         AblationError: A row does not exist.
@@ -199,7 +215,7 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
 
 
 def _widths(row: AblationRow, stress: str) -> list[str]:
-    """Bit widths at which a row is measured."""
+    """Widths at which a row is measured; a row that quantizes nothing is measured once."""
     if row.name == "float_more":
         return ["w8a8"]
     if row.longer:
@@ -208,23 +224,23 @@ def _widths(row: AblationRow, stress: str) -> list[str]:
 
 
 def search_cells(run: Path, stress: str) -> list[Cell]:
-    """One cell for each row of SEARCH."""
+    """One cell for each form, weight and temperature of the search."""
     return [Cell(row, stress, SEARCH_SEED, run) for row in SEARCH]
 
 
 def widths_file(cell: Cell) -> Path:
-    """Path of the bit widths of single layers, which all mixed rows at the cell's width share."""
+    """File with the widths of single layers, which all mixed rows of the cell's width share."""
     return cell.run / f"widths_{cell.width}.json"
 
 
 def commands(cell: Cell, teacher: Path) -> list[list[str]]:
-    """The commands that are still needed for the cell's metrics, in order. The student that it starts from must exist."""
+    """Commands that train and evaluate a cell, in order, without those that are already done. The student of its start must exist."""
     train = [] if cell.student.is_file() else [_train(cell, teacher)]
     return [*train, ["eval.run", "--model", str(cell.student), "--out", str(cell.metrics.parent)]]
 
 
 def curve_commands(cell: Cell) -> list[list[str]]:
-    """The commands that evaluate the students kept during training which have no metrics yet."""
+    """Commands that evaluate the students that were kept during training and have no metrics yet."""
     kept = [student for part in (cell.start, cell) if part is not None for student in part.folder.glob("student.stage*.step*.pt")]
     return [
         ["eval.run", "--model", str(student), "--out", str(student.with_suffix(""))]
@@ -245,7 +261,7 @@ def _train(cell: Cell, teacher: Path) -> list[str]:
 
 
 def run_cell(cell: Cell, teacher: Path, threads: int) -> None:
-    """Train and evaluate a cell, with output to the log in its folder. Raises AblationError if a command fails."""
+    """Train and evaluate a cell; the output of the commands goes to its log. Raises AblationError if a command fails."""
     _timed(cell, commands(cell, teacher), threads)
     for command in curve_commands(cell) if cell.curve else ():
         _execute(command, cell.folder / "log.txt", threads)
@@ -265,16 +281,26 @@ def _execute(command: list[str], log: Path, threads: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, "-m", *command], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *command],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
+                timeout=_COMMAND_LIMIT_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AblationError(f"python -m {command[0]} took more than {_COMMAND_LIMIT_S / 3600:.0f} hours; see {log}") from error
     if done.returncode:
         raise AblationError(f"python -m {command[0]} failed; see {log}")
 
 
 def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
-    """Run cells, `jobs` at a time, and call `done` after each; shared students and widths are made first.
+    """Run cells, `jobs` at a time, and call `done` after each; students and widths that several cells need are made first.
 
     Raises:
-        AblationError: A cell fails; the others are finished first.
+        AblationError: A cell failed; the other cells are finished first.
     """
     threads = max((os.cpu_count() or 1) // jobs, 1)
     starts = {cell.start.folder: cell.start for cell in todo if cell.start is not None and not cell.start.student.is_file()}
@@ -294,7 +320,7 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
 
 
 def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
-    """Choose the bit widths for mixed rows; only the first cell's command measures, the others use its measurements."""
+    """Choose the widths of the layers for mixed rows; the sensitivity that the first cell measures serves all."""
     for cell in mixed:
         measured = [] if cell is mixed[0] else ["--measured", str(widths_file(mixed[0]))]
         command = ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", *measured]
@@ -302,7 +328,7 @@ def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
-    """All results so far, in the form of results/ablation_micro.json; float rows have no width and are repeated under each."""
+    """All scores so far, in the form of results/ablation_micro.json; the float model has no width and is listed under each width."""
     rows: dict[str, Any] = {}
     if teacher_metrics.is_file():
         rows["float"] = dict.fromkeys(("w8a8", "w4a6", "stress"), _scores([teacher_metrics]))
@@ -333,7 +359,7 @@ def _scores(paths: list[Path]) -> dict[str, list[float]]:
 
 
 def _curve(cell: Cell) -> list[dict[str, float]]:
-    """Scores of the students that were kept during a cell's training, in its order, beginning with the calibrated student."""
+    """Scores of the students that were kept during a cell's training, in the order of training; the first one is only calibrated."""
     points = []
     for part in (cell.start, cell):
         for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():
@@ -359,9 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="*", default=[], help="only these rows (default: all)")
     parser.add_argument("--search", action="store_true", help="instead of the rows, try weights and temperatures of distillation")
     parser.add_argument("--stress", default="w3a3", help="width at which calibration alone loses much (default: %(default)s)")
-    parser.add_argument(
-        "--seeds", type=int, default=3, help="number of seeds of rows that train, at the stress width (default: %(default)s)"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="of rows that train, at the stress width (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, among which the cores are shared (default: %(default)s)")
     args = parser.parse_args(argv)
     artifact.load_checkpoint(args.teacher, "teacher")

@@ -1,7 +1,7 @@
-"""Prints the ablation's results beside the paper's and draws its curves: `python -m bench.ablation_report --results FILE --out FOLDER`.
+"""Compares the results of the ablation with the paper's: `python -m bench.ablation_report --results FILE --out FOLDER`.
 
-The paper's detector and dataset differ from ours, so scores are compared as shares of the float teacher's score.
-Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5, of BEVFormer-Tiny at W4A6 on nuScenes.
+Prints a table and draws the curves. Our detector and our data are not the paper's, so both are given as shares of the float teacher's NDS.
+Paper: QD-BEV (arXiv:2308.10515), Tables 1 and 3, Figures 3 and 5: BEVFormer-Tiny at W4A6 on nuScenes.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from qdbev.artifact import atomic
 from qdbev.command import entry_point
 
 WIDTHS = ("w8a8", "w4a6", "stress")
+"""Keys of the widths in the results; `stress` is the width at which calibration alone loses much."""
 PAPER_NDS = {
     "ptq_backbone": 0.310,
     "ptq_neck": 0.353,
@@ -32,25 +33,29 @@ PAPER_NDS = {
     "distill_bev": 0.368,
     "vgd": 0.372,
 }
-"""The paper's NDS at W4A6 of our rows that it has too. It does not say how it calibrates; we assume the largest magnitude (`ptq_max`)."""
+"""NDS at W4A6 of the rows that the paper has too. The paper does not say how it calibrates; we assume largest values (`ptq_max`)."""
 _log = logging.getLogger(__name__)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a file that bench.ablation wrote. Raises EvaluationError if it is missing, damaged, or has no score of the float teacher."""
+    """Read a file that `python -m bench.ablation` wrote.
+
+    Raises:
+        EvaluationError: The file is missing, damaged, or has no score of the float teacher.
+    """
     try:
         content: dict[str, Any] = json.loads(path.read_text())
         content["rows"]["float"]["stress"]["nds"][0]
     except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise EvaluationError(f"{path} holds no ablation ({error!r}); `python -m bench.ablation` makes one") from error
+        raise EvaluationError(f"{path} holds no results of an ablation ({error!r}); make it with `python -m bench.ablation`") from error
     return content
 
 
 def table(content: dict[str, Any]) -> Table:
-    """A table for the terminal: NDS of each row at each width, mean and standard deviation over seeds, and mAP at the stress width.
+    """A table for the terminal: NDS of every row at every width, mean and standard deviation over seeds, and mAP at the stress width.
 
-    `recovered` is the share that training recovers of the NDS that calibration alone loses at the stress width. The last two columns are
-    NDS at W4A6, ours and the paper's, as shares of the float teacher's.
+    `recovered` is the recovered share of the NDS that calibration alone loses at the stress width. The last two columns are our NDS and
+    the paper's at W4A6, each as a share of its float teacher's.
     """
     rows = content["rows"]
     teacher = rows["float"]["stress"]["nds"][0]
@@ -84,7 +89,7 @@ def _share(values: list[float], teacher: float) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Print the table of an ablation's results and draw its curves."""
+    """Print the table of an ablation and draw its curves."""
     parser = argparse.ArgumentParser(prog="python -m bench.ablation_report", description=main.__doc__)
     parser.add_argument("--results", type=Path, required=True, help="file that `python -m bench.ablation` wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for curves.png")

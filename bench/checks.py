@@ -1,4 +1,4 @@
-"""Runs checks one after the other. Each is a command in a process of its own, so that a crash or a hang does not affect the others."""
+"""Runs commands one after the other as checks, each in a process of its own, so that a check that crashes or hangs ends no other."""
 
 import importlib.util
 import json
@@ -18,13 +18,15 @@ from xml.etree import ElementTree
 Figures = dict[str, Any]
 Status = Literal["passed", "failed", "skipped"]
 _LOG_LINES, _LINE_LENGTH = 30, 300
-"""Number of lines and characters per line that are kept of the output of a check that did not pass."""
+"""Number of lines, and characters of a line, that are kept of the output of a check that did not pass."""
 _REFUSED = 1
-"""Exit status of `command.entry_point` after an error with a one-line message."""
+"""Exit status of `command.entry_point` after an error of the user or the machine, which it prints as one line."""
+_KILL_S = 10.0
+"""Seconds that a killed process may take to end; a hanging GPU driver can hold it longer."""
 
 
 class Skipped(Exception):  # noqa: N818 - not an error
-    """Raised if a command ran but had nothing to check; the message says why."""
+    """Raised when a command ran but found nothing to check; the message says why."""
 
 
 def read_json(path: Path) -> Figures:
@@ -34,29 +36,30 @@ def read_json(path: Path) -> Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A command and its requirements. If one of them is missing, the check is skipped and the reason is reported."""
+    """A command and its requirements. A check that lacks one of them is skipped, and its result names what is missing."""
 
     name: str
     command: tuple[str, ...]
-    """Name of a Python module and its arguments."""
+    """Name of the module to run, and its arguments."""
     limit_s: float
+    """Seconds after which the command is ended; the check has then failed."""
     packages: tuple[str, ...] = ()
-    """Modules that the command imports and that may not be installed."""
+    """Packages that the command imports and that a machine may lack."""
     files: tuple[Path, ...] = ()
-    """Files and folders that must exist before the command starts."""
+    """Files that must exist before the command starts."""
     after: tuple[str, ...] = ()
     """Names of checks that must have passed before."""
     figures: Path | None = None
-    """File that the command writes. The check fails if it contains "passed": false anywhere, whatever the exit status."""
+    """File that the command writes. An entry "passed" that is false anywhere in it makes the check fail, whatever the exit status."""
     read: Callable[[Path], Figures] = read_json
-    """Function that reads the figures from that file; may raise Skipped."""
+    """Reads the figures from that file; may raise Skipped."""
     may_be_refused: bool = False
-    """True if an exit with status 1 and an error message counts as skipped, not as failed."""
+    """If true, an exit with status 1 and an error message counts as skipped with that message, not as failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Result of a check. If it did not pass, `reason` says why and `log` is the end of its output."""
+    """The outcome of a check. `reason` and `log`, the end of the output, are empty for a check that passed."""
 
     status: Status
     command: str
@@ -67,25 +70,27 @@ class Result:
 
 
 def run_all(checks: Sequence[Check], folder: Path, limit_s: float) -> Iterator[tuple[str, Result]]:
-    """Run checks in order and yield the name and result of each. The output of each is written to NAME.log in `folder`.
+    """Run the checks in order; yields the name and the result of each.
 
-    After `limit_s` seconds the running check is ended and the others are skipped.
+    Args:
+        folder: Gets the output of each check as NAME.log.
+        limit_s: Seconds for all checks together. The check that runs when they are over is ended, later ones are skipped.
     """
     done: dict[str, Result] = {}
     end = time.monotonic() + limit_s
     for check in checks:
         left = end - time.monotonic()
-        reason = lacks(check, done) or (f"the {limit_s:g} s of all checks are used up" if left <= 0 else "")
+        reason = lacks(check, done) or (f"the time limit of {limit_s:g} s for all checks was reached" if left <= 0 else "")
         skipped = Result(status="skipped", command=shown(check), reason=reason)
         done[check.name] = skipped if reason else run(check, folder / f"{check.name}.log", min(left, check.limit_s))
         yield check.name, done[check.name]
 
 
 def lacks(check: Check, done: Mapping[str, Result]) -> str:
-    """The reason why the check cannot run, or an empty text."""
+    """The reason why a check cannot run, such as a missing package; empty if it can run."""
     missing = [package for package in check.packages if not _importable(package)]
     if missing:
-        return f"no {', '.join(missing)}"
+        return f"missing packages: {', '.join(missing)}"
     for name in check.after:
         if done[name].status != "passed":
             return f"needs {name}, which {'failed' if done[name].status == 'failed' else 'was skipped'}"
@@ -94,7 +99,7 @@ def lacks(check: Check, done: Mapping[str, Result]) -> str:
 
 
 def run(check: Check, log: Path, limit_s: float) -> Result:
-    """Run a check whose requirements are met."""
+    """Run a check whose requirements are met, and return its result."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     status = _execute(check.command, log, limit_s)
@@ -112,12 +117,12 @@ def run(check: Check, log: Path, limit_s: float) -> Result:
 
 
 def shown(check: Check) -> str:
-    """The check's command line."""
+    """The command line that runs the check again."""
     return shlex.join(("python", "-m", *check.command))
 
 
 def _judge(check: Check, status: int | None, limit_s: float, lines: tuple[str, ...]) -> tuple[Status, str, Figures]:
-    """Status, reason and figures of a check. A check that failed may have figures too."""
+    """Status, reason and figures of a command that has ended; the figures of a failed check are kept too."""
     figures, unread = _read(check)
     last = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), "")
     if status is None:
@@ -137,7 +142,7 @@ def _judge(check: Check, status: int | None, limit_s: float, lines: tuple[str, .
 
 
 def _read(check: Check) -> tuple[Figures, Exception | None]:
-    """The figures of a check, and the error if they cannot be read."""
+    """The figures of a check, or the exception that says why there are none."""
     if check.figures is None:
         return {}, None
     try:
@@ -147,8 +152,8 @@ def _read(check: Check) -> tuple[Figures, Exception | None]:
 
 
 def _execute(command: Sequence[str], log: Path, limit_s: float) -> int | None:
-    """Run a command and all processes that it starts; returns the exit status, or None if it was ended after `limit_s` seconds."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # a crash then loses no output
+    """Run a command; returns its exit status, or None if it was ended at its limit. Processes that it started are ended with it."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}  # so that the output of a process that crashes is kept
     with log.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
@@ -162,25 +167,26 @@ def _execute(command: Sequence[str], log: Path, limit_s: float) -> int | None:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
             return None
-        finally:  # also when this process is terminated
+        finally:  # also when this process itself is ended
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_S)
 
 
 def _tail(log: Path) -> tuple[str, ...]:
-    """The last lines of a log, with paths relative to the current folder."""
+    """The last lines of a log, without the path of the working folder."""
     text = log.read_text(errors="replace").replace(f"{Path.cwd()}{os.sep}", "")
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return tuple(line[:_LINE_LENGTH] for line in lines[-_LOG_LINES:])
 
 
 def _not_passed(content: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of all entries that contain "passed": false."""
+    """Dotted names of all entries that hold "passed": false."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         if key == "passed" and value is False:
-            yield name or "the whole"
+            yield name or "the whole file"
         else:
             yield from _not_passed(value, f"{name}.{key}".lstrip("."))
 
@@ -188,5 +194,5 @@ def _not_passed(content: Any, name: str = "") -> Iterator[str]:
 def _importable(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent package is missing
+    except ModuleNotFoundError:  # a package around it is missing
         return False

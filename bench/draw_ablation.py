@@ -1,7 +1,7 @@
-"""Draws the ablation's curves: NDS along the stages, as the paper's Figure 3, and forms of distillation side by side, as its Figure 5.
+"""Draws the curves of the ablation: accuracy over the stages (paper's Figure 3), and forms of distillation side by side (Figure 5).
 
-NDS is drawn as a share of the float teacher's and time as a share of all epochs, so that the paper's curves fit the same axes.
-Source of the paper's curves: QD-BEV (arXiv:2308.10515), Figures 3 and 5, read off the pictures to about 0.002 NDS.
+Accuracy is NDS as a share of the float teacher's, and time is the share of all epochs, so that the paper's curves fit the same axes.
+Source of the paper's curves: QD-BEV (arXiv:2308.10515), Figures 3 and 5, read from the pictures with an error of about 0.002 NDS.
 """
 
 from pathlib import Path
@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from eval.draw import INK, PAPER
 
 PAPER_FLOAT_NDS = 0.354
-"""NDS of the paper's float teacher, BEVFormer-Tiny."""
+"""NDS of the paper's float teacher."""
 _STAGES = ("backbone", "+ neck", "+ encoder", "+ decoder, head", "last stage")
+"""Labels of the progressive stages: the groups that are quantized so far."""
 _FIGURE_3 = (
     ((0, 0.292), (24, 0.341)),
     ((24, 0.348), (34, 0.348)),
@@ -23,9 +24,11 @@ _FIGURE_3 = (
     ((50, 0.335), (59, 0.345)),
     ((59, 0.320), (61, 0.348), (65, 0.354), (73, 0.362), (82, 0.362), (84, 0.371)),
 )
+"""For each stage, points (epoch, NDS) of the paper's Figure 3."""
 _FIGURE_5 = {"distill_image": (0.356, 0.359), "distill_bev": (0.349, 0.368), "vgd": (0.346, 0.371)}
-"""The paper's NDS after the first and the last epoch of distillation, by form."""
+"""NDS after the first and the last epoch of distillation in the paper's Figure 5."""
 _EPOCHS = 84
+"""Epochs of the paper's training."""
 _GRAY = "#a6a8b5"
 _ROWS = {
     "qat": ("all at once, detection loss", "#8d99ae"),
@@ -35,10 +38,11 @@ _ROWS = {
     "vgd": ("+ view-guided, the paper's product", "#9b5de5"),
     "vgd_best": ("all at once, our best form from the first step", "#e4572e"),
 }
+"""Label and colour of each row."""
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write the picture of an ablation's `curves` as PNG."""
+    """Draw the curves in the results of an ablation into a PNG file."""
     figure = Figure(figsize=(13.0, 5.2), facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)
     stages, forms = figure.subplots(1, 2, width_ratios=(1.35, 1.0))
@@ -56,7 +60,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
-    """Draw NDS during all stages, from calibration on."""
+    """Draw NDS over all stages; a stage starts lower where the quantization of the next group costs accuracy."""
     lengths, total = content["stages"], content["epochs"]
     for segment in _FIGURE_3:
         label = "the paper's BEVFormer-Tiny, W4A6" if segment is _FIGURE_3[0] else None
@@ -66,7 +70,7 @@ def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
         title, color = _ROWS[name]
         for stage in sorted({point["stage"] for point in points}):
             if name == "vgd" and stage < len(lengths):
-                continue  # these stages are those of qat_progressive
+                continue  # the same as of qat_progressive
             part = [(point["epochs"], point["nds"]) for point in points if point["stage"] == stage]
             label = title if stage == max(point["stage"] for point in points) else None
             axes.plot(*_scaled(part, total, teacher), color=color, linewidth=1.8, marker="o", markersize=3.5, label=label)
@@ -80,7 +84,7 @@ def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
 
 
 def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
-    """Draw NDS during the last stage only, one curve for each form of distillation."""
+    """Draw the last stage alone, one curve for each form of distillation."""
     last = len(content["stages"])
     begin = content["epochs"] - content["stages"][-1]
     for name in ("qat_progressive", "distill_image", "distill_bev", "vgd"):
@@ -96,5 +100,5 @@ def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
 
 
 def _scaled(points: Any, epochs: float, teacher: float) -> tuple[list[float], list[float]]:
-    """Convert points (epoch, NDS) to percent of `epochs` and percent of the teacher's NDS."""
+    """Points (epoch, NDS) as percent of `epochs` and percent of the teacher's NDS."""
     return [100 * epoch / epochs for epoch, _ in points], [100 * nds / teacher for _, nds in points]

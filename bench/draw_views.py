@@ -1,4 +1,4 @@
-"""Draws one frame in the network: the pillar points of BEV cells projected into the images, and features of images and BEV.
+"""Draws the inner state of BEVFormer for one frame: the projection of the BEV's pillar points into the images, and the features.
 
 Views from above are in the lidar frame (x right, y forward, z up; metres). N cameras, D heights of a pillar, K BEV cells.
 """
@@ -25,31 +25,37 @@ from qdbev import geometry
 from qdbev.schema import CAMERAS
 
 _POINTS_WIDTH, _FEATURES_WIDTH = 6.4, 4.4
-"""Width of one image in inches, on the page of pillar points and on the page of features."""
+"""Width of one image in inches on each of the two pages."""
 _POINTS_FOOTER, _FEATURES_FOOTER = 0.7, 1.15
+"""Height of the legend in inches on each of the two pages."""
 _SEAM = 0.04
-"""Space between the feature maps of one image in inches."""
+"""Inches between the feature maps of one image."""
 _BAR_HEIGHT, _BAR_WIDTH = 0.16, 3.6
+"""Height and width of a colour bar in inches."""
 _SPACING = 4.0
-"""Distance in metres between the pillars that are drawn, which are only some of the network's."""
+"""Approximate distance in metres between two drawn pillars; the network has more."""
 _RING_ANGLES = np.linspace(-np.pi, np.pi, 1441)
+"""Angles of the points of a distance ring in radians."""
 _RING_COLOR = "#8ef9f3"
 _HEAT = matplotlib.colormaps["inferno"]
 _HEIGHTS = matplotlib.colormaps["spring"]
 _SEEN_BY = ("#e9eaee", "#a8c7e6", "#4f8fc6", "#1d4f8b", "#0b2545")
-"""Colour of a cell by the number of cameras that see it; the last one is for four or more."""
+"""Colour of a cell for each number of cameras that see it; the last colour is also for all larger numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """One frame to draw: the network's input, its projected pillar points, and its features.
+    """The content of the pictures of one frame.
 
-    images: N arrays (H, W, 3) uint8 RGB, the network's input without normalisation, padding included.
-    scaled_hw: height and width of an image without padding.
-    lidar2img: (N, 4, 4) to pixels of `images`.
-    pillars: (D, K, 3) metres. points: (N, K, D, 2) their normalised image positions, 0 to 1. visible: (N, K, D) bool.
-    features: per level (N, h, w), norm of the neck's output over the channels.
-    bev: (rows, columns), distance of each cell's features from the mean over all cells.
+    Attributes:
+        images: N images (H, W, 3) uint8 RGB: the network's input as colours, padding included.
+        scaled_hw: Height and width of the part of an image that is not padding.
+        lidar2img: (N, 4, 4) from the lidar frame to pixels of `images`.
+        pillars: (D, K, 3) points of the pillars in metres.
+        points: (N, K, D, 2) projected points as a share of the image's width and height, 0 to 1.
+        visible: (N, K, D) bool, whether a camera sees a point.
+        features: For each level (N, h, w), the norm over the channels of the neck's output.
+        bev: (rows, columns), the distance of a cell's features from the mean over all cells.
     """
 
     title: str
@@ -67,7 +73,7 @@ class Views:
 
 
 def save_points(path: Path, views: Views) -> None:
-    """Draw a PNG with pillar points and distance rings in the images, and the number of cameras that see each cell from above."""
+    """Draw the geometry into a PNG file: pillar points and distance rings in the images, and the number of cameras that see each cell."""
     row = _POINTS_WIDTH * _aspect(views)
     side = 3 * row + 2 * GAP
     page = Page(3 * MARGIN + 2 * _POINTS_WIDTH + GAP + AXIS + side, HEADER + side + AXIS + _POINTS_FOOTER)
@@ -84,10 +90,10 @@ def save_points(path: Path, views: Views) -> None:
 
 
 def save_features(path: Path, views: Views) -> None:
-    """Draw a PNG with the feature maps of each image as heat maps, and the BEV features from above."""
+    """Draw the features into a PNG file: the feature maps beside each image, and the BEV features from above."""
     row = _FEATURES_WIDTH * _aspect(views)
     side = 3 * row + 2 * GAP
-    down = math.ceil(math.sqrt(len(views.features)))  # maps in a column beside an image
+    down = math.ceil(math.sqrt(len(views.features)))  # number of maps in a column beside an image
     across = math.ceil(len(views.features) / down)
     high = (row - (down - 1) * _SEAM) / down
     wide = high / _aspect(views)
@@ -112,7 +118,7 @@ def save_features(path: Path, views: Views) -> None:
 
 
 def draw_points(axes: Axes, views: Views, index: int, camera: str) -> None:
-    """Draw one camera's input with annotated boxes, distance rings, and the visible points of the pillars that `thinned` selects."""
+    """Draw one camera's input with annotated boxes, rings on the ground, and the visible points of every n-th pillar."""
     height, width = views.images[index].shape[:2]
     draw_input(axes, views, index, camera)
     draw.draw_truth(axes, views.truth_boxes, views.lidar2img[index], width, height)
@@ -127,7 +133,7 @@ def draw_points(axes: Axes, views: Views, index: int, camera: str) -> None:
 
 
 def draw_input(axes: Axes, views: Views, index: int, camera: str) -> None:
-    """Draw one camera's input; a dashed line marks the beginning of the padding."""
+    """Draw one camera's input with a dashed line where the padding begins."""
     height, width = views.images[index].shape[:2]
     axes.imshow(views.images[index], interpolation="lanczos", aspect="auto")
     _padding(axes, views)
@@ -135,7 +141,7 @@ def draw_input(axes: Axes, views: Views, index: int, camera: str) -> None:
 
 
 def draw_coverage(axes: Axes, views: Views) -> None:
-    """Draw the number of cameras that see each cell at some height, and the annotated objects, from above."""
+    """Draw from above how many cameras see each cell at one height or more, and the annotated objects."""
     counts = seen_by(views).clip(max=len(_SEEN_BY) - 1)
     limits = {"vmin": -0.5, "vmax": len(_SEEN_BY) - 0.5}
     _from_above(axes, views, counts, cmap=ListedColormap(_SEEN_BY), **limits)
@@ -147,7 +153,7 @@ def draw_coverage(axes: Axes, views: Views) -> None:
 
 
 def draw_features(axes: Axes, views: Views, index: int, level: int, scale: Normalize) -> None:
-    """Draw one feature map as a heat map in the size of its image."""
+    """Draw one feature map, as wide and high as its image."""
     height, width = views.images[index].shape[:2]
     axes.imshow(views.features[level][index], cmap=_HEAT, norm=scale, interpolation="nearest", extent=(0, width, height, 0), aspect="auto")
     _padding(axes, views)
@@ -155,7 +161,7 @@ def draw_features(axes: Axes, views: Views, index: int, level: int, scale: Norma
 
 
 def draw_bev(axes: Axes, views: Views) -> ScalarMappable:
-    """Draw the BEV features and the annotated objects from above; returns the mappable for a colour bar."""
+    """Draw the BEV features from above with the annotated objects; returns the colours for a colour bar."""
     heat = _from_above(axes, views, views.bev, cmap=_HEAT, norm=_scale(views.bev))
     draw.rings(axes, views.lidar_from_ego, max(views.pc_range[3:5]), line="#ffffff80", ink="white")
     draw.shapes(axes, views.truth_boxes, ["white"] * len(views.truth_boxes), face="none", width=1.0)
@@ -164,12 +170,12 @@ def draw_bev(axes: Axes, views: Views) -> ScalarMappable:
 
 
 def seen_by(views: Views) -> np.ndarray:
-    """(rows, columns) number of cameras that see a cell at one height or more."""
+    """Number of cameras that see each cell at one height or more, (rows, columns)."""
     return views.visible.any(2).sum(0).reshape(views.bev.shape)
 
 
 def thinned(views: Views) -> np.ndarray:
-    """Indices of the cells whose pillars are drawn: every n-th row and column, about `_SPACING` metres apart."""
+    """Indices of the cells that are drawn: every n-th row and column, so that they are about `_SPACING` metres apart."""
     rows, columns = views.bev.shape
     x_min, y_min, _, x_max, y_max, _ = views.pc_range
     step = [max(1, round(_SPACING * count / reach)) for count, reach in ((rows, y_max - y_min), (columns, x_max - x_min))]
@@ -178,7 +184,7 @@ def thinned(views: Views) -> np.ndarray:
 
 
 def ground_ring(radius: float, lidar_from_ego: np.ndarray) -> np.ndarray:
-    """(R, 3) points of a closed circle on the ground around the ego's origin, lidar frame."""
+    """Points (R, 3) in the lidar frame of a closed circle on the ground around the own car's origin."""
     zeros, ones = np.zeros_like(_RING_ANGLES), np.ones_like(_RING_ANGLES)
     circle = np.stack((radius * np.cos(_RING_ANGLES), radius * np.sin(_RING_ANGLES), zeros, ones), -1)
     return (circle @ lidar_from_ego.T)[:, :3]
@@ -190,17 +196,17 @@ def _aspect(views: Views) -> float:
 
 
 def _scale(values: np.ndarray) -> Normalize:
-    """Colour scale from the 1st to the 99th percentile, so that a few outliers do not take up the whole range."""
+    """Range of the colours: the 1st to the 99th percentile, so that a few extreme cells do not use up all colours."""
     return Normalize(*np.percentile(values, (1, 99)))
 
 
 def _height_colors(views: Views) -> np.ndarray:
-    """(D, 4) RGBA colours of the heights, the lowest first."""
+    """RGBA colour (D, 4) of each height, the lowest first."""
     return _HEIGHTS(np.linspace(0, 1, len(views.pillars)))
 
 
 def _ground_rings(axes: Axes, views: Views, index: int) -> None:
-    """Draw the distance rings on the ground; labels are placed where they do not overlap."""
+    """Draw the distance rings on the ground in a camera image; their labels are spread over the width so that they do not overlap."""
     height, width = views.images[index].shape[:2]
     radii = range(RING_STEP, int(max(views.pc_range[3:5])), RING_STEP)
     lidar2img = torch.from_numpy(views.lidar2img[None, None, index])
@@ -228,7 +234,7 @@ def _padding(axes: Axes, views: Views) -> None:
 
 
 def _from_above(axes: Axes, views: Views, grid: np.ndarray, **style: object) -> ScalarMappable:
-    """Draw a (rows, columns) grid with its first row at the bottom."""
+    """Draw a grid (rows, columns) from above, with its first row at the bottom."""
     x_min, y_min, _, x_max, y_max, _ = views.pc_range
     return axes.imshow(grid, origin="lower", extent=(x_min, x_max, y_min, y_max), interpolation="nearest", zorder=0, **style)
 

@@ -1,9 +1,10 @@
-"""Runs all checks that need a GPU in under ten minutes: `python -m bench.gpu_check --out results`.
+"""Checks everything that needs a GPU, with one command in under ten minutes: `python -m bench.gpu_check --out results`.
 
-The most important checks come first: the kernels, their PyTorch operators, and the network on the GPU against the CPU. They need only
-torch, cuda-python and NVRTC. With all of requirements.txt, a W8A8 network with random weights is calibrated on a small synthetic world and
-its training steps are timed. With TensorRT or TensorRT-RTX, engines are built, compared with onnxruntime and measured, and the models of
---run are scored as engines. All results so far are written to <gpu>_<date>.json after each check.
+The most valuable checks come first: the kernels, their operators in torch, and the network on the GPU compared with the CPU. These need
+only torch, cuda-python and NVRTC. With all of requirements.txt installed, a W8A8 network is made from random weights and a small synthetic
+world, and its training steps are timed. With TensorRT or TensorRT-RTX, engines of it are built, compared with onnxruntime and measured, and
+the models of --run are scored as engines, beside their ONNX files and checkpoints. The result is <gpu>_<date>.json, which is written after
+each check.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,29 +33,32 @@ from qdbev import artifact
 from qdbev.command import entry_point
 
 LIMIT_S = 580.0
-"""Seconds that all checks together may take."""
+"""Seconds for all checks together."""
 WORK = Path("runs/gpu_check")
-"""Folder for files and output of the checks; emptied at the start."""
+"""Folder for the files and the output of the checks; it is emptied at the start."""
 STUDENTS = ("w8a8", "w4a6")
 """Names of the models of a run that are scored as engines."""
 OPERATOR_TESTS = Path("tests/test_plugins_gpu.py")
-"""The only tests marked gpu or trt that need no TensorRT."""
+"""Tests on a GPU that need no TensorRT; the other tests marked gpu or trt need it."""
 _FULL = ("cv2", "nuscenes", "pytorch_quantization", "scipy")
 _EXPORT = ("onnx", "onnxruntime", "onnxscript", "pytorch_quantization")
 _ITERATIONS = "500"
+"""Frames for which an engine is measured."""
+_QUERY_LIMIT_S = 10.0
+"""Seconds that nvidia-smi may take; it can hang when the driver does."""
 _log = logging.getLogger(__name__)
 
 
 class GpuCheckError(ValueError):
-    """There is no GPU to check on, or a check failed."""
+    """There is no GPU, no check could run, or a check failed."""
 
 
 def gpu() -> dict[str, Any]:
-    """Facts about this machine's first GPU and its driver. Raises GpuCheckError if torch finds no GPU."""
+    """Facts about this machine's first GPU and its driver. Raises GpuCheckError if torch finds none."""
     if not torch.cuda.is_available():
         raise GpuCheckError(
             f"gpu-check needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch {torch.__version__} finds "
-            "none on this machine; run it where there is one. Without: `make test` checks what a CPU can"
+            "none on this machine; run it on a machine with a GPU. `make test` runs all checks that need only a CPU"
         )
     properties = torch.cuda.get_device_properties(0)
     facts: dict[str, Any] = {
@@ -65,25 +70,26 @@ def gpu() -> dict[str, Any]:
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         query = [tool, "--id=0", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
-        values = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().split(", ")
-        facts |= dict(zip(("driver", "max_sm_clock", "power_limit"), values, strict=False))
+        with suppress(subprocess.TimeoutExpired):
+            output = subprocess.run(query, capture_output=True, text=True, check=False, timeout=_QUERY_LIMIT_S).stdout
+            facts |= dict(zip(("driver", "max_sm_clock", "power_limit"), output.strip().split(", "), strict=False))
     return facts
 
 
 def file_name(gpu_name: str, day: str) -> str:
-    """File name of the results, such as nvidia-h100_2026-11-21.json for "NVIDIA H100 80GB HBM3": words up to the memory size."""
+    """Name of the result file: the GPU's name up to its memory size, and the day, such as `nvidia-h100_2026-11-21.json`."""
     words = re.sub(r"[^a-z0-9]+", " ", gpu_name.lower()).split()
     sized = (index for index, word in enumerate(words) if re.fullmatch(r"\d+gb", word))
     return f"{'-'.join(words[: next(sized, len(words))])}_{day}.json"
 
 
 def plan(run: Path, work: Path) -> list[Check]:
-    """All checks in their order; models of `run` are copied into `work`."""
+    """All checks, the most valuable first. The models of `run` are copied into `work`."""
     return [*_kernels(work), *_network_files(work), *_engines(work), *_students(run, work)]
 
 
 def check(checks: Sequence[Check], device: dict[str, Any], out: Path, work: Path, limit_s: float) -> dict[str, Result]:
-    """Run the checks and write all results so far after each."""
+    """Run the checks; after each of them, write all results so far to the file `out`."""
     started = time.monotonic()
     results: dict[str, Result] = {}
     for name, result in run_all(checks, work, limit_s):
@@ -103,18 +109,22 @@ def check(checks: Sequence[Check], device: dict[str, Any], out: Path, work: Path
 
 
 def require_passed(results: dict[str, Result], out: Path) -> None:
-    """Raise GpuCheckError if a check failed or no check passed."""
+    """Raise GpuCheckError if a check failed, or none passed."""
     failed = [name for name, result in results.items() if result.status == "failed"]
     if failed:
         raise GpuCheckError(
-            f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}; {out} says why, with the end of their output"
+            f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}; see {out} for the reasons and the end of their output"
         )
     if not any(result.status == "passed" for result in results.values()):
-        raise GpuCheckError(f"no check could run; {out} says what each lacks")
+        raise GpuCheckError(f"no check could run; {out} says what is missing for each")
 
 
 def test_counts(path: Path) -> Figures:
-    """Names of passed, failed and skipped tests in pytest's JUnit file. Raises Skipped if no test ran."""
+    """Read the tests in pytest's JUnit file; returns their names by outcome.
+
+    Raises:
+        Skipped: All tests were skipped, or there were none.
+    """
     ended: dict[str, Any] = {"passed": [], "failed": [], "skipped": {}}
     for case in ElementTree.parse(path).iter("testcase"):
         name, skip = f"{case.get('classname')}.{case.get('name')}", case.find("skipped")
@@ -128,7 +138,7 @@ def test_counts(path: Path) -> Figures:
 
 
 def _kernels(work: Path) -> Iterator[Check]:
-    """Checks of the kernels alone, as PyTorch operators, and in the network."""
+    """Checks of the kernels: alone, as operators of torch, and in a network; a quantized network needs pytorch-quantization."""
     yield Check(
         name="kernels",
         command=("bench.kernels", "--out", f"{work}/kernels.json"),
@@ -149,7 +159,7 @@ def _kernels(work: Path) -> Iterator[Check]:
 
 
 def _network_files(work: Path) -> Iterator[Check]:
-    """Checks that calibrate a W8A8 network with random weights on a world of three scenes, time its training steps and export it."""
+    """Checks that make a W8A8 network of random weights, calibrated on the GPU with three scenes, and time its training steps."""
     world, teacher, student, cost = work / "world", work / "teacher.pt", work / "untrained.pt", work / "step_cost.json"
     generate = ("synthetic.generate", "--world", "micro", "--scenes", "2", "1", "--workers", "1", "--out", str(world))
     yield Check(name="world", command=generate, limit_s=60, packages=_FULL)
@@ -165,7 +175,7 @@ def _network_files(work: Path) -> Iterator[Check]:
 
 
 def _engines(work: Path) -> Iterator[Check]:
-    """Checks of that network with both TensorRT variants. A TensorRT-RTX engine may refuse this GPU, which counts as skipped."""
+    """Checks of that network's engines with both TensorRT variants. An engine of TensorRT-RTX may refuse this GPU, which is a skip."""
     onnx = work / "untrained.onnx"
     for backend, package in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
         engine = work / f"{package}.engine"
@@ -193,14 +203,14 @@ def _engines(work: Path) -> Iterator[Check]:
 
 
 def _students(run: Path, work: Path) -> Iterator[Check]:
-    """Checks that score a run's models as engines of the installed TensorRT, on the run's data; then the tests that need TensorRT."""
+    """Checks of the engines of a run's models: build, and score on the run's data; then the tests that need TensorRT."""
     package = "tensorrt" if importlib.util.find_spec("tensorrt") else "tensorrt_rtx"
     same = f"{package}_same"
     for name in STUDENTS:
-        here, files = work / "run" / name, tuple(run / f"{name}{suffix}" for suffix in (".pt", ".onnx", ".onnx.seal.json"))
+        copied, files = work / "run" / name, tuple(run / f"{name}{suffix}" for suffix in (".pt", ".onnx", ".onnx.seal.json"))
         present = all(path.is_file() for path in files)
-        data = _copy_model(run, name, here.parent) if present else ()
-        onnx, engine = (str(here.with_suffix(suffix)) for suffix in (".onnx", ".engine"))
+        data = _copy_model(run, name, copied.parent) if present else ()
+        onnx, engine = (str(copied.with_suffix(suffix)) for suffix in (".onnx", ".engine"))
         build = ("engine.build", "--onnx", onnx, "--out", engine, "--backend", package.replace("_", "-"))
         yield Check(name=f"{name}_build", command=build, limit_s=180, packages=(package,), files=files, after=(same,))
         yield Check(
@@ -210,7 +220,7 @@ def _students(run: Path, work: Path) -> Iterator[Check]:
             packages=(*_FULL, "onnxruntime", "cuda.bindings"),
             files=data,
             after=(f"{name}_build",),
-            figures=here.parent / "eval" / f"{name}_engine_compared.json",
+            figures=copied.parent / "eval" / f"{name}_engine_compared.json",
             read=read_scores,
         )
     marked = sorted(path for path in OPERATOR_TESTS.parent.glob("test_*.py") if re.search(r"pytest\.mark\.(gpu|trt)\b", path.read_text()))
@@ -226,7 +236,7 @@ def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Che
         name=name,
         command=("pytest", *options, *map(str, paths)),
         packages=("pytest", "cv2", "cuda.bindings"),
-        files=(OPERATOR_TESTS,),  # stands for the whole folder tests/
+        files=(OPERATOR_TESTS,),  # the other test files are in the same folder
         figures=figures,
         read=test_counts,
         **settings,
@@ -234,7 +244,11 @@ def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Che
 
 
 def _copy_model(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
-    """Copy a model of `run` with its ONNX into `folder`, so that the run's own engine is not replaced; returns the path of its dataset."""
+    """Copy a model of `run`, its ONNX and seal into `folder`, so that its engine does not replace the run's own.
+
+    Returns:
+        Folder of the dataset in the model's config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for path in (run / f"{name}.pt", *run.glob(f"{name}.onnx*")):
         shutil.copy(path, folder)
@@ -242,24 +256,25 @@ def _copy_model(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
 
 
 def read_scores(path: Path) -> Figures:
-    """Read the results of eval.engine_eval, without the differences of every frame."""
+    """Read the result of eval.engine_eval without the rows of every frame."""
     content = json.loads(path.read_text())
     return {name: value for name, value in content.items() if name not in ("rows", "made")}
 
 
 def end(number: int, _: object) -> None:
+    """Handle a signal by ending the process in the normal way, so that the running check is ended too."""
     sys.exit(f"ended by {signal.Signals(number).name}")
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Run all checks that need a GPU; fails if a check fails."""
+    """Run all checks that need a GPU; fails if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for <gpu>_<date>.json")
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run whose w8a8 and w4a6 are scored (default: %(default)s)")
     args = parser.parse_args(argv)
     device = gpu()
-    signal.signal(signal.SIGTERM, end)  # so that the running check is ended too
+    signal.signal(signal.SIGTERM, end)  # so that the running check is ended as well
     shutil.rmtree(WORK, ignore_errors=True)
     out = args.out / file_name(device["name"], datetime.now(UTC).date().isoformat())
     results = check(plan(args.run, WORK), device, out, WORK, LIMIT_S)

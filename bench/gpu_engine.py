@@ -1,6 +1,6 @@
-"""Compares an engine with its ONNX in onnxruntime, on frames of noise: `python -m bench.gpu_engine --engine F --onnx F --out FILE`.
+"""Compares an engine on this GPU with its ONNX in onnxruntime on noise: `python -m bench.gpu_engine --engine F --onnx F --out FILE`.
 
-It needs no dataset; eval.engine_eval is the full comparison on a dataset.
+It needs no dataset. With a dataset, eval.engine_eval compares scores too.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from qdbev.command import entry_point
 
 
 def differences(engine: Path, onnx: Path) -> list[TensorDifference]:
-    """The differences between the engine's outputs and the ONNX's, on two successive frames.
+    """Compare the outputs of an engine and its ONNX on two successive frames of noise.
 
     Raises:
         ArtifactError: A file is missing or damaged, or the engine was made from another one.
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare an engine with its ONNX; fails if an output is out of tolerance."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_engine", description=main.__doc__)
     parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--onnx", type=Path, required=True, help="what it was built from")
+    parser.add_argument("--onnx", type=Path, required=True, help="ONNX that it was built from")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     args = parser.parse_args(argv)
     gpu_network.save(differences(args.engine, args.onnx), args.out)

@@ -1,7 +1,7 @@
-"""Compares the outputs of a network on a GPU and on the CPU: `python -m bench.gpu_network --bits w8a8 --out network.json`.
+"""Compares a network on the GPU with itself on the CPU, output by output: `python -m bench.gpu_network --bits w8a8 --out network.json`.
 
-The network is that of the micro recipe with random weights, on two frames of noise, so it needs neither a checkpoint nor a dataset. On the
-GPU it runs with PyTorch's operators, which are compared with the CPU, and with the kernels, which are compared with PyTorch's operators.
+The network is the micro recipe with random weights and runs on two successive frames of noise, so neither a checkpoint nor a dataset is
+needed. On the GPU it runs twice: with PyTorch's operators, compared with the CPU, and with our kernels, compared with PyTorch's operators.
 """
 
 import argparse
@@ -26,23 +26,29 @@ from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
 
 IMAGE_HW = (96, 160)
-"""Padded height and width of the images in pixels."""
+"""Padded height and width of the images in pixels, as in the recipe."""
 FLOAT = "float"
+"""Value of --bits for a network without quantization."""
 FLOAT_DISTANCE = 1e-4
-"""Largest allowed relative distance between outputs of float networks. Images changed by one part in a million move the BEV by 3e-7;
-sampling points shifted by a thousandth of a cell move it by 2e-4."""
+"""Largest relative distance between outputs of float networks. For scale: changing the images by one part in a million changes the BEV by
+3e-7, and sampling a thousandth of a cell away by 2e-4."""
 _WEIGHT_STD = 0.02
-"""Standard deviation of noise that is added to every weight. Sampling offsets and attention weights start at zero, which hides errors."""
+"""Standard deviation of the noise added to every weight. Weights that training initialises to zero (sampling offsets, attention weights)
+would otherwise hide errors."""
 _log = logging.getLogger(__name__)
 
 
 def noise(config: Config, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
-    """Two successive frames that a network of `config` can run on where there is no data."""
+    """Two successive frames of noise for a network of `config`."""
     return noise_frames(config.data, config.model.num_cameras, image_hw)
 
 
 def network(bits: str) -> tuple[Config, Deployed]:
-    """Build a network with random weights, "float" or calibrated at widths such as "w8a8", and its config; every call returns the same."""
+    """A config and its deployed network with random weights; the same at every call.
+
+    Args:
+        bits: "float", or bits of weights and activations such as "w8a8", at which the network is then calibrated.
+    """
     config = RECIPES["micro"]() if bits == FLOAT else at_bits(RECIPES["micro"](), bits)
     torch.manual_seed(0)
     model = detectors.build(config.model).eval()
@@ -55,18 +61,22 @@ def network(bits: str) -> tuple[Config, Deployed]:
 
 
 def differences(config: Config, deployed: Deployed, target: torch.device, allowed: float) -> list[TensorDifference]:
-    """Compare PyTorch on `target` with the CPU, and the kernels on `target` with PyTorch there; `allowed` is the largest distance."""
+    """Compare the network on the CPU, with PyTorch's operators on `target`, and with our kernels there, each with the one before.
+
+    Args:
+        allowed: Largest relative distance at which outputs count as the same.
+    """
     there = copy.deepcopy(deployed).to(target)
     sides = {
         "cpu": _open(config, deployed, torch.inference_mode),
-        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # kernels run only without gradients
+        f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # our kernels are only used without gradients
         f"kernels_{target.type}": _open(config, there, torch.inference_mode),
     }
     return list(compare(list(sides.items()), noise(config, IMAGE_HW), allowed))
 
 
 def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
-    """The worst values over the frames for each pair of models and each tensor; `passed` is true if all are within tolerance."""
+    """Summarise each pair and tensor over the frames: lowest cosine, largest distance and difference, and whether all passed."""
     found = []
     for key in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
         mine = [row for row in rows if (row.model, row.reference, row.tensor) == key]
@@ -83,12 +93,14 @@ def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
 
 
 def save(rows: Sequence[TensorDifference], out: Path) -> None:
-    """Write the worst of each tensor, then raise ComparisonError if one is out of tolerance."""
+    """Write the summary of each tensor as JSON, then raise ComparisonError if a tensor is out of tolerance."""
     found = worst(rows)
     with artifact.atomic(out) as temporary:
         temporary.write_text(json.dumps({"tensors": found}, indent=1) + "\n")
     for row in found:
-        _log.info("%(model)s against %(reference)s, %(tensor)s: cosine %(cosine).7f, distance %(distance).1e, max abs %(max_abs).1e", row)
+        _log.info(
+            "%(model)s compared with %(reference)s, %(tensor)s: cosine %(cosine).7f, distance %(distance).1e, max abs %(max_abs).1e", row
+        )
     require_same(rows)
 
 
@@ -112,7 +124,7 @@ def _open(config: Config, deployed: Deployed, mode: Callable[[], contextlib.Abst
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Compare a network on the GPU with the same network on the CPU; fails if an output is out of tolerance."""
+    """Compare a network on the GPU with itself on the CPU; fails if an output is out of tolerance."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=main.__doc__)
     parser.add_argument("--bits", default=FLOAT, help="float, or widths of weights and activations, as w8a8 (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")

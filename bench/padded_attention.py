@@ -1,7 +1,7 @@
-"""Camera cross-attention computed as in the official code, with our weights, for comparison in bench/attention_cost.py.
+"""Camera cross-attention computed as in the official code, with our weights; bench/attention_cost.py compares ours with it.
 
-Queries are re-batched camera by camera, padded to the largest number, before the linear layers, so that a query is projected once for
-every camera that sees it. No model of ours runs this. Source: structure of bevformer modules/spatial_cross_attention.py at 66b65f3.
+Queries are sorted by camera and padded to the largest number before the linear layers, so a query is projected once for every camera that
+sees it. Our models do not use this. Source: structure of bevformer modules/spatial_cross_attention.py at 66b65f3.
 
 B batch, N cameras, S keys of all levels, K BEV cells, R re-batched queries of a camera, M heads, C width, L levels, P points, D heights.
 """
@@ -18,7 +18,7 @@ from qdbev.detectors.bevformer.encoder import Encoder
 
 
 class PaddedCrossAttention(CameraCrossAttention):
-    """The official form of `CameraCrossAttention`, with the same contract and weights."""
+    """Camera cross-attention with the inputs, outputs and weights of `CameraCrossAttention`, but padded queries."""
 
     def forward(
         self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
@@ -43,7 +43,7 @@ class PaddedCrossAttention(CameraCrossAttention):
         return self.dropout(self.output_proj(slots)) + query
 
     def _attend(self, queries: Tensor, tokens: Tensor, references: Tensor, level_hw: Sequence[tuple[int, int]]) -> Tensor:
-        """Attend from queries (B*N, R, C) to tokens (B*N, S, C) around references (B*N, R, D, 2); returns (B*N, R, C)."""
+        """Deformable attention of queries (B*N, R, C) at references (B*N, R, D, 2) to tokens (B*N, S, C); returns (B*N, R, C)."""
         cameras, R, C = queries.shape
         inner, D = self.deformable_attention, references.shape[2]
         M, L, P = inner.num_heads, self.num_levels, inner.num_points
@@ -65,7 +65,7 @@ class PaddedCrossAttention(CameraCrossAttention):
 
 
 def pad_attention(encoder: Encoder, config: BEVFormerConfig) -> None:
-    """Replace every camera cross-attention of `encoder` by the padded form with the same weights."""
+    """Replace every camera cross-attention of `encoder` by a padded one with the same weights."""
     for layer in encoder.layers:
         padded = PaddedCrossAttention(config)
         padded.load_state_dict(layer.spatial.state_dict())

@@ -1,6 +1,6 @@
-"""Collects the facts in the seals of a folder's ONNX files and engines: `python -m bench.sizes --run runs/sizes`.
+"""Collects the measurements in the seals of a run's ONNX files and engines: `python -m bench.sizes --run runs/sizes`.
 
-Writes sizes.json with sizes, parity with PyTorch, trace time, peak memory of the export, and the audit counts of each engine.
+Writes sizes.json with parity with PyTorch, trace time and peak memory of each export, and the counts of each engine's audit.
 """
 
 import argparse
@@ -15,25 +15,26 @@ from qdbev import artifact
 from qdbev.command import entry_point
 
 FILE = "sizes.json"
+"""Name of the file that is written into the folder of the run."""
 _PARITY = ("bev", "box_code", "cls_logits")
 
 
 def collect(run: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the facts of all ONNX files (`onnx`) and engines (`engines`) in a folder, one row for each file.
+    """Read the facts in the seals of a run's files: `onnx` has a row for each ONNX file, `engines` a row for each engine.
 
     Raises:
         ArtifactError: There is no ONNX, or a file has changed since it was sealed.
     """
     files = [path for path in sorted(run.glob("*.onnx")) if not path.name.endswith(".int4.onnx")]
     if not files:
-        raise artifact.ArtifactError(f"{run} holds no .onnx; `make sizes` makes them, or `python -m export.to_onnx`")
+        raise artifact.ArtifactError(f"{run} holds no .onnx file; make them with `make sizes` or `python -m export.to_onnx`")
     onnx = [{"name": path.stem, **asdict(artifact.unseal(path, "onnx").facts)} for path in files]
     engines = [{"name": path.stem, **asdict(artifact.unseal(path, "engine").facts)} for path in sorted(run.glob("*.engine"))]
     return {"onnx": onnx, "engines": engines}
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """The rows of `collect` as aligned text."""
+    """The rows as aligned lines of text."""
     lines = [f"{'ONNX':<14}{'nodes':>6}{'MB':>7}{'trace s':>9}{'peak GB':>9}" + "".join(f"{name:>12}" for name in _PARITY) + "  (max abs)"]
     for row in rows["onnx"]:
         parity = "".join(f"{row['parity'][f'{name}_max_abs']:>12.1e}" for name in _PARITY)
@@ -48,7 +49,7 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Collect the facts of the ONNX files and engines in a folder."""
+    """Collect the measurements of a run's exports and engines."""
     parser = argparse.ArgumentParser(prog="python -m bench.sizes", description=main.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with .onnx and .engine files")
     run = parser.parse_args(argv).run

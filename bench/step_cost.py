@@ -1,6 +1,7 @@
-"""Measures how much longer a training step takes with quantizers and with a teacher: `python -m bench.step_cost --teacher F --bits w4a6`.
+"""Measures the cost of fake quantization and of distillation: `python -m bench.step_cost --teacher runs/demo/teacher.pt --bits w4a6`.
 
-A float, a quantization-aware and a distilling step run in turn on each batch, so that their ratios are also right on a busy machine.
+A float step, a quantization-aware step and a distilling step take turns on every batch, so that their ratios are also right on a busy
+machine.
 """
 
 import argparse
@@ -27,11 +28,11 @@ from train.loop import Learner, Run, batches, train_step
 from train.stage_loss import StageLoss
 
 WARM_UP = 3
-"""Number of first steps of each kind that are not counted."""
+"""Number of first steps of each kind that are not measured."""
 
 
 def measure(teacher: Detector, config: Config, target: torch.device, steps: int) -> dict[str, float]:
-    """Median seconds of each kind of step over `steps` batches, and medians of the ratios to the float step of the same batch."""
+    """Measure each kind of step over `steps` batches: median seconds, and the median ratio to the float step of the same batch."""
     frames = open_frames(config, config.data.train_split, training=True)
     student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
     world = World()
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the cost of a float training step with a quantization-aware and a distilling one."""
     parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--bits", required=True, help="widths of weights and activations, as w4a6")
+    parser.add_argument("--bits", required=True, help="bits of weights and activations, such as w4a6")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_settings(parser)

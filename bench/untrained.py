@@ -1,4 +1,6 @@
-"""Writes a teacher with random weights, to check that a recipe's network can be quantized, exported and built; it detects nothing.
+"""Writes a teacher with random weights, to check that a network of official size can be quantized, exported and built.
+
+It detects nothing:
 
 python -m bench.untrained --recipe base --teacher runs/sizes/base.pt
 """
@@ -23,16 +25,19 @@ from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.recipes import RECIPES
 
 _RESIDUAL_GAIN = 0.3
-"""Factor of each residual branch. With it, 33 blocks enlarge the activations a few times, otherwise ten thousand times."""
+"""Scale of each residual branch. With it 33 branches increase the activations a few times; without it, ten thousand times."""
 _PREDICTION_STD = 0.02
-"""Standard deviation of sampling offsets and attention weights, which training starts at zero; zeros would hide errors."""
+"""Standard deviation of weights that training initialises to zero (sampling offsets, attention weights). With zeros, an error in them
+would not show."""
 _DEFORMATION = 0.3
-"""Pixels by which a unit activation shifts a tap of a deformable convolution. Much larger shifts amplify rounding errors."""
+"""Pixels by which a unit activation moves a sampling point of a deformable convolution. With much more, the network amplifies every
+rounding error."""
 _FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
+"""Ends of the names of weights that training initialises to zero."""
 
 
 def untrained(config: Config) -> Detector:
-    """Build a model in which every weight has an effect and activations stay near one; it depends on `config` only."""
+    """A network in which every weight has an effect and activations stay near one. The weights depend only on `config.seed`."""
     torch.manual_seed(config.seed)
     model = detectors.build(config.model)
     with torch.no_grad():

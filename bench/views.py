@@ -1,8 +1,8 @@
-"""Draws one frame in a model: camera images with projected pillar points, image features, and BEV features.
+"""Draws the inner state of BEVFormer for one frame: reference points of the BEV in the cameras, image features, and BEV features.
 
     python -m bench.views --model runs/demo/teacher.pt --out runs/demo/views
 
-The frame has no history.
+The frame has no history: the previous BEV is empty.
 """
 
 import argparse
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.device) -> Views:
-    """Run one frame through the network and collect the values to draw.
+    """Run one frame through the network and collect the content of the pictures.
 
     Raises:
         DatasetError: The split has no such frame, or an image cannot be read.
@@ -45,7 +45,7 @@ def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.
         raise DatasetError(f"--frame is {index}, the split has {len(dataset)} frames; choose one from 0 to {len(dataset) - 1}")
     frame, info = dataset.frame(index), dataset.info(index)
     output, points, visible = _run(model.to(device), frame, device)
-    cells = output.bev[0] - output.bev[0].mean(0)  # a LayerNorm comes last, so that the norm itself is much the same everywhere
+    cells = output.bev[0] - output.bev[0].mean(0)  # the norm itself hardly varies, because the last layer is a LayerNorm
     return Views(
         title=f"frame {index} · {frame.token[:8]}",
         images=[colors(planes, dataset.transform) for planes in frame.images],
@@ -71,7 +71,7 @@ def colors(planes: np.ndarray, transform: ImageTransform) -> np.ndarray:
 
 @torch.inference_mode()
 def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[Output, Tensor, Tensor]:
-    """The network's output, and the projected pillar points with their visibility, from the encoder."""
+    """The network's output, and the projection of the encoder's pillar points: (1, N, K, D, 2) and visibility (1, N, K, D)."""
     batch = to_device(frame_batch([frame], [relative_can_bus(frame.can_bus, None)], [False]), device)
     image_hw = (batch.images.shape[-2], batch.images.shape[-1])
     return model(batch)[0], *geometry.project(model.encoder.pillars, batch.lidar2img, image_hw)
@@ -89,7 +89,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Draw the projection and the features of one frame."""
+    """Draw reference points and features of one frame."""
     args = parse_args(argv)
     device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)

@@ -1,7 +1,7 @@
 """Draws one frame: six camera images with projected boxes on the left, the bird's-eye view on the right, a legend below.
 
-Predictions have their class's colour; ground truth is a pale dashed outline in the images and a grey shape from above. Everything is in
-the lidar frame (x right, y forward, z up; metres).
+Predictions have the colour of their class. Ground truth is a pale dashed outline in the images and a grey shape in the bird's-eye view. All
+boxes are in the lidar frame (x right, y forward, z up; metres).
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,7 @@ COLORS = {
     "pedestrian": "#3a86ff",
     "traffic_cone": "#2ec4b6",
 }
+"""Colour of each class."""
 MOSAIC = {
     "CAM_FRONT": (0, 0),
     "CAM_BACK": (0, 1),
@@ -39,27 +40,36 @@ MOSAIC = {
     "CAM_BACK_LEFT": (2, 0),
     "CAM_BACK_RIGHT": (2, 1),
 }
-"""Row and column of each camera's image; cameras on the left of the ego are on the left."""
+"""Row and column of each camera's image on the page; cameras on the left of the car are on the left."""
 _IMAGE_WIDTH, _FOOTER = 5.2, 0.7
+"""Width of a camera image and height of the legend in inches."""
 GAP, MARGIN, AXIS, HEADER = 0.08, 0.2, 0.5, 0.6
-"""Sizes on the page in inches: space between images, margin, space for axis labels, and height of the heading."""
+"""Inches: gap between images, margin of the page, room for the labels of an axis, height of the heading."""
 PAPER = "#fbfbf9"
+"""Colour of the page."""
 INK = "#2b2d42"
+"""Colour of text and lines."""
 TRUTH_FACE, TRUTH_EDGE = "#d9dbe1", "#767b8c"
+"""Fill and outline colour of ground truth in the bird's-eye view."""
 _CORNERS = np.array([[1, 1, 0], [1, -1, 0], [-1, -1, 0], [-1, 1, 0], [1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1]]) - [0, 0, 0.5]
-"""(8, 3) corners of a box in units of half its length, half its width and its height. The first two of each four are at the front."""
+"""Corners of a box along, across and up, in units of half its length, half its width and its height. The first two of each four corners
+are at the front."""
 _EDGES = np.array([[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], [5, 6], [6, 7], [7, 4], [0, 4], [1, 5], [2, 6], [3, 7]])
+"""Pairs of corners that an edge connects."""
 _NEAR = 0.2
-"""Distance of the near plane from a camera in metres; edges are cut off there."""
+"""Distance in metres in front of a camera at which edges are cut off."""
 RING_STEP = 10
+"""Metres between two distance rings."""
 _EGO_OUTLINE = np.array([[3.1, 0.0], [2.7, 0.87], [-1.0, 0.87], [-1.0, -0.87], [2.7, -0.87]])
-"""(5, 2) outline of the ego vehicle in metres, ego frame, whose origin is on the rear axle."""
+"""Outline of the recording car in metres, ego frame, whose origin is on the rear axle."""
 _ARROW_SECONDS = 1.0
+"""The arrow of an object shows its motion in this time."""
 _SLOW = 0.2
+"""Speed in metres per second up to which an object gets no arrow."""
 
 
 class Page:
-    """A page on which positions are given in inches from its left and top edges."""
+    """A page on which places are given in inches from its left and upper edge."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height
@@ -67,7 +77,7 @@ class Page:
         FigureCanvasAgg(self.figure)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Add axes at a position, in inches."""
+        """Add axes at a place of the page."""
         corner = left / self.width, 1 - (top + height) / self.height
         return self.figure.add_axes((*corner, width / self.width, height / self.height))
 
@@ -78,7 +88,7 @@ class Page:
         self.figure.text(right, top, note, fontsize=13, color=INK, ha="right", va="center")
 
     def legend(self, handles: Sequence[Artist], bottom: float) -> None:
-        """Add one row of the legend, `bottom` inches above the lower edge."""
+        """Add a row of a legend, `bottom` inches above the lower edge."""
         legend = self.figure.legend(
             handles=handles,
             loc="lower left",
@@ -96,7 +106,17 @@ class Page:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One frame to draw: N RGB images (H, W, 3) uint8, lidar2img (N, 4, 4) for them, boxes (K, 9) as in `schema.Frame`."""
+    """The content of a picture of one frame.
+
+    Attributes:
+        title: Text of the heading.
+        images: N RGB images (H, W, 3) uint8.
+        lidar2img: (N, 4, 4) from the lidar frame to pixels of these images.
+        lidar_from_ego: (4, 4) from the ego frame to the lidar frame.
+        truth_boxes, truth_labels: Ground truth, (G, 9) and (G,) as in `schema.Frame`.
+        boxes, scores, labels: Predictions, (K, 9), (K,) and (K,).
+        threshold: Lowest score of the predictions.
+    """
 
     title: str
     images: list[np.ndarray]
@@ -111,7 +131,7 @@ class Scene:
 
 
 def save(path: Path, scene: Scene, pc_range: tuple[float, ...]) -> None:
-    """Draw a scene into a PNG file."""
+    """Draw a frame into a PNG file. `pc_range` is the range of the bird's-eye view: x, y, z minimum, then maximum, in metres."""
     height, width = scene.images[0].shape[:2]
     row = _IMAGE_WIDTH * height / width
     side = 3 * row + 2 * GAP  # width and height of the bird's-eye view
@@ -128,7 +148,7 @@ def save(path: Path, scene: Scene, pc_range: tuple[float, ...]) -> None:
 
 
 def corners(boxes: np.ndarray) -> np.ndarray:
-    """(K, 8, 3) corners of (K, 9) boxes: four at the bottom, four at the top, the first two of each at the front."""
+    """Corners (K, 8, 3) of boxes (K, 9): four at the bottom, then four at the top; the first two of each four are at the front."""
     yaw = -boxes[:, 6] - np.pi / 2  # counter-clockwise from x
     along = _CORNERS[:, 0] * boxes[:, 4:5] / 2  # (K, 8)
     across = _CORNERS[:, 1] * boxes[:, 3:4] / 2
@@ -138,9 +158,14 @@ def corners(boxes: np.ndarray) -> np.ndarray:
 
 
 def project_edges(points: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> dict[int, np.ndarray]:
-    """Project the edges of boxes with corners `points` (K, 8, 3) in the lidar frame into an image.
+    """Project the edges of boxes into an image.
 
-    Returns (E, 2, 2) pixel segments of the edges in front of the camera, by box index, for the boxes that appear in the image.
+    Args:
+        points: (K, 8, 3) corners in the lidar frame.
+        lidar2img: (4, 4) from the lidar frame to pixels.
+
+    Returns:
+        For each box that is visible in the image, by its index, the segments (E, 2, 2) in pixels of its edges in front of the camera.
     """
     homogeneous = np.concatenate((points, np.ones((*points.shape[:2], 1))), -1)
     cam = homogeneous @ lidar2img[:3].T  # (K, 8, 3): u * depth, v * depth, depth
@@ -157,7 +182,7 @@ def project_edges(points: np.ndarray, lidar2img: np.ndarray, width: int, height:
 
 
 def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
-    """Draw one camera image with ground truth and predictions."""
+    """Draw one camera image with the boxes of ground truth and predictions."""
     image = scene.images[index]
     height, width = image.shape[:2]
     axes.imshow(image, interpolation="lanczos", aspect="auto")
@@ -170,13 +195,13 @@ def draw_camera(axes: Axes, scene: Scene, index: int, camera: str) -> None:
 
 
 def draw_truth(axes: Axes, boxes: np.ndarray, lidar2img: np.ndarray, width: int, height: int) -> None:
-    """Draw the outlines of the annotated boxes (K, 9) that appear in an image."""
+    """Draw the outlines of the annotated boxes (G, 9) that a camera sees."""
     for segments in project_edges(corners(boxes), lidar2img, width, height).values():
         axes.add_collection(LineCollection(segments, colors="white", linewidths=1.1, linestyles=(0, (3, 2)), alpha=0.9))
 
 
 def frame_image(axes: Axes, width: int, height: int, label: str) -> None:
-    """Limit the axes to the image and write its label into the corner."""
+    """Limit the axes to the image and write its name into its corner."""
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     box = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "boxstyle": "round,pad=0.3"}
@@ -184,7 +209,7 @@ def frame_image(axes: Axes, width: int, height: int, label: str) -> None:
 
 
 def draw_bev(axes: Axes, scene: Scene, pc_range: tuple[float, ...]) -> None:
-    """Draw the frame from above; forward is up."""
+    """Draw the frame from above; the car drives upwards."""
     axes.set_facecolor("white")
     rings(axes, scene.lidar_from_ego, max(pc_range[3:5]))
     shapes(axes, scene.truth_boxes, [TRUTH_EDGE] * len(scene.truth_boxes), face=TRUTH_FACE, width=1.1)
@@ -193,7 +218,7 @@ def draw_bev(axes: Axes, scene: Scene, pc_range: tuple[float, ...]) -> None:
 
 
 def frame_bev(axes: Axes, lidar_from_ego: np.ndarray, pc_range: tuple[float, ...]) -> None:
-    """Draw the ego vehicle, and axes in metres over the range of the BEV grid."""
+    """Draw the own car, and axes in metres that end at `pc_range`."""
     x_min, y_min, _, x_max, y_max, _ = pc_range
     outline = _EGO_OUTLINE @ lidar_from_ego[:2, :2].T + lidar_from_ego[:2, 3]
     axes.add_patch(Polygon(outline, facecolor=INK, edgecolor="none", zorder=3))
@@ -205,7 +230,7 @@ def frame_bev(axes: Axes, lidar_from_ego: np.ndarray, pc_range: tuple[float, ...
 
 
 def rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float, line: str = "#dfe1e8", ink: str = "#9a9eae") -> None:
-    """Draw distance rings around the ego vehicle, below the objects."""
+    """Draw rings of equal distance from the own car, below the objects. `reach` is the distance in metres up to which they are labelled."""
     center = lidar_from_ego[:2, 3]
     for radius in range(RING_STEP, int(reach * 1.5), RING_STEP):
         axes.add_patch(Circle(center, radius, fill=False, edgecolor=line, linewidth=0.9, zorder=1))
@@ -215,7 +240,7 @@ def rings(axes: Axes, lidar_from_ego: np.ndarray, reach: float, line: str = "#df
 
 
 def shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: float) -> None:
-    """Draw outlines with a line from the centre through the front, and a line as long as each object's motion in one second."""
+    """Draw the outlines of boxes from above, with a tick from the centre to the front and an arrow for the motion of one second."""
     if len(boxes) == 0:
         return
     ground = corners(boxes)[:, :4, :2]
@@ -231,7 +256,7 @@ def shapes(axes: Axes, boxes: np.ndarray, edges: list[str], face: str, width: fl
 
 
 def _cut(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(E, 3) ends `a` of edges a-b; ends behind the near plane are moved along the edge onto it."""
+    """The ends `a` (E, 3) of edges; those behind the near plane are moved along their edge onto it."""
     behind = a[:, 2] < _NEAR
     share = np.where(behind, (_NEAR - a[:, 2]) / np.where(behind, b[:, 2] - a[:, 2], 1), 0)
     return a + share[:, None] * (b - a)
@@ -248,7 +273,7 @@ def _legend(page: Page) -> None:
         Line2D([], [], color=INK, linewidth=2, label="prediction (colour of its class)"),
         Line2D([], [], color="#8a8a8a", linewidth=1.5, linestyle=(0, (3, 2)), label="ground truth in the images (white)"),
         Patch(facecolor=TRUTH_FACE, edgecolor=TRUTH_EDGE, label="ground truth from above"),
-        Line2D([], [], color=INK, linewidth=1.6, marker=(3, 0, -90), label=f"way in {_ARROW_SECONDS:g} s"),
+        Line2D([], [], color=INK, linewidth=1.6, marker=(3, 0, -90), label=f"motion in {_ARROW_SECONDS:g} s"),
         Line2D([], [], color=INK, linewidth=1.6, label="tick: front"),
         Patch(facecolor=INK, label="own car"),
     ]

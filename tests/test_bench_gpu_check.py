@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from sealed_facts import engine_facts, onnx_facts
@@ -19,13 +18,10 @@ from small_checks import assert_gone, code, leaves, results
 from bench import checks, gpu_check, gpu_engine, gpu_network
 from bench.checks import Check, Result
 from bench.gpu_check import STUDENTS, GpuCheckError, file_name, plan
-from eval.comparison import DISTANCE, ComparisonError, TensorDifference
+from eval.comparison import ComparisonError
 from eval.open_model import open_model
 from plugins import torch_ops
 from qdbev import artifact
-from qdbev.data import rig
-from qdbev.data.config import DataConfig
-from qdbev.data.noise_frames import noise_frames
 
 ROOT = Path(__file__).parent.parent
 H100 = {"name": "NVIDIA H100 80GB HBM3"}
@@ -262,29 +258,3 @@ def test_an_engine_of_another_onnx_is_not_compared(monkeypatch):
     with pytest.raises(artifact.ArtifactError, match=r"net\.engine was made from 000000000000, not from net\.onnx"):
         gpu_engine.differences(Path("net.engine"), Path("net.onnx"))
     assert opened == ["net.onnx", "net.engine"]
-
-
-def test_points_ahead_and_behind_are_in_the_middle_of_the_front_and_rear_images():
-    matrices = rig.lidar2img(7, 160)
-    assert matrices.shape == (7, 4, 4) and np.array_equal(matrices[6], matrices[0])
-    for camera, point, depth in ((0, (0, 20, 1.51 - 1.84), 20 + 0.94 - 1.70), (3, (0, -20, 1.58 - 1.84), 20 - 0.94 + 0.03)):
-        u, v, w, _ = matrices[camera] @ (*point, 1)
-        np.testing.assert_allclose((u / w, v / w, w), (81.6, 49.1, depth), atol=1e-9)
-
-
-def test_noise_frames_are_successive_and_the_same_at_every_call():
-    data = DataConfig(root="", std=(19.0, 19.0, 19.0))
-    first, second = noise_frames(data, 2, (32, 64))
-    again, _ = noise_frames(data, 2, (32, 64))
-    assert np.array_equal(first.images, again.images) and not np.array_equal(first.images, second.images)
-    assert first.images.dtype == first.lidar2img.dtype == np.float32
-    assert first.images.std() == pytest.approx(57.0 / 19.0, rel=0.02)
-    assert first.scene_token == second.scene_token and first.timestamp_us < second.timestamp_us
-    assert second.can_bus[0] - first.can_bus[0] == 2.5 and second.can_bus[17] == pytest.approx(2.0)
-
-
-def test_the_tolerance_of_a_row_is_a_distance_and_its_cosine():
-    row = TensorDifference("b", "a", 0, "t", "bev", cosine=0.9991, distance=0.04, max_abs=1.0, allowed=DISTANCE)
-    assert row.passed and row.least_cosine == pytest.approx(0.999)
-    assert not row._replace(cosine=0.9989).passed
-    assert not row._replace(distance=0.045).passed

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from small_networks import DATA, exported_network
 from engine import backend
 from engine.backend import Backend, Gpu
 from eval import comparison, engine_eval
-from eval.comparison import ComparisonError
+from eval.comparison import DISTANCE, ComparisonError, TensorDifference
 from eval.loop import FramesInOrder
 from eval.nds import EvaluationError
 from eval.open_model import OpenModel
@@ -29,6 +30,7 @@ from qdbev.detector import Arrays
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
+from qdbev.schema import Frame
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +202,41 @@ def test_files_that_do_not_belong_together_are_refused_before_any_frame(run: Pat
     with pytest.raises(SystemExit, match=r"net\.onnx .*net\.pt"):
         command("--model", run / "net.onnx")
     assert not (run / "eval").exists()
+
+
+class CountedFrames:
+    """A dataset of frames of noise that counts how many of its frames exist at the same time."""
+
+    def __init__(self, config: Config, count: int) -> None:
+        self._first, self._second = noise_frames(config.data, config.model.num_cameras, (96, 160))
+        self._count = count
+        self._alive = self.most = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def frame(self, index: int) -> Frame:
+        frame = dataclasses.replace(self._second, timestamp_us=index, can_bus=self._first.can_bus + index)
+        self._alive += 1
+        self.most = max(self.most, self._alive)
+        weakref.finalize(frame, self._forget)
+        return frame
+
+    def _forget(self) -> None:
+        self._alive -= 1
+
+
+def test_a_comparison_of_many_frames_keeps_only_a_few_in_memory(config: Config) -> None:
+    """At the size of base a frame of images takes 107 MB, so that 40 frames at once would take 4 GB."""
+    frames = CountedFrames(config, 40)
+    models = [("a", recorder(config, [], 1.0)), ("b", recorder(config, [], 1.0))]
+    rows = list(comparison.compare(models, FramesInOrder(frames, 40)))
+    assert len({row.frame for row in rows}) == 40
+    assert frames.most <= 3
+
+
+def test_the_tolerance_of_a_row_is_a_distance_and_its_cosine():
+    row = TensorDifference("b", "a", 0, "t", "bev", cosine=0.9991, distance=0.04, max_abs=1.0, allowed=DISTANCE)
+    assert row.passed and row.least_cosine == pytest.approx(0.999)
+    assert not row._replace(cosine=0.9989).passed
+    assert not row._replace(distance=0.045).passed

@@ -37,6 +37,7 @@ ONE_LEVEL, TWO_LEVELS = [(5, 7)], [(6, 9), (3, 5)]
 ATOL = 2e-6  # float32 sums of up to 64 products of order one, in another order
 IMAGE_HW = (64, 96)
 B, N, Q, M, C = 2, 3, 5, 2, 3
+Exports = dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]
 
 
 def tensors_of(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) -> list[torch.Tensor]:
@@ -102,7 +103,7 @@ def inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]:
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """A quantized network with deformable convolutions, for TensorRT 8.6 or not."""
     torch.manual_seed(0)
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(2,))
@@ -126,14 +127,14 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
     return made
 
 
-def test_the_whole_network_computes_what_pytorch_computes(exports: dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]) -> None:
+def test_the_whole_network_computes_what_pytorch_computes(exports: Exports) -> None:
     _, rows = exports[True]
     assert all(row.passed for row in rows), parity.table(rows)
     for row, usual in zip(rows, exports[False][1], strict=True):
         assert row.cosine == pytest.approx(usual.cosine, abs=1e-4)
 
 
-def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]) -> None:
+def test_tensorrt_8_can_read_the_file(exports: Exports) -> None:
     model, _ = exports[True]
     trt86_check.check(model, PLUGINS)
     deployed_graph.check(Path("net.onnx"), model, deployed_graph.bevformer_interface(model), PLUGINS)
@@ -147,12 +148,12 @@ def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto,
             assert node.op_type == "QuantizeLinear" or node.input[0] not in constants, node.name
 
 
-def test_the_usual_file_is_refused_with_the_option_that_helps(exports: dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]) -> None:
+def test_the_usual_file_is_refused_with_the_option_that_helps(exports: Exports) -> None:
     with pytest.raises(EngineError, match="of operator set 18; .* Export it with --builtin-plugin, or build with TensorRT 10"):
         trt86_check.check(exports[False][0], PLUGINS)
 
 
-def test_the_same_layers_are_quantized(exports: dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]) -> None:
+def test_the_same_layers_are_quantized(exports: Exports) -> None:
     found = [onnx_products.products(model, deployed_graph.bevformer_interface(model).geometry) for model, _ in exports.values()]
     roles = [{product.name: (product.role, product.problem) for product in products} for products in found]
     assert roles[0] == roles[1]
