@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_passes import apply
-from small_networks import DATA, exported_network
+from small_networks import DATA, IMAGE_HW, calibrate_on_noise, exported_network
 
 from engine import onnx_products, trt86_check
 from engine.backend import EngineError
@@ -17,7 +17,7 @@ from export import parity, to_onnx
 from export.bodies.attach import attach
 from export.builtin_plugin import replace_attention_with_builtin_plugin, with_bodies
 from export.trace import trace
-from qdbev import deployed_graph, temporal
+from qdbev import deployed_graph
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -28,14 +28,13 @@ from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
-from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
 
 PLUGINS = frozenset({("MultiscaleDeformableAttnPlugin_TRT", "1", "")})
 """The attention plugin as TensorRT 8.6 registers it: name, version and namespace."""
 ONE_LEVEL, TWO_LEVELS = [(5, 7)], [(6, 9), (3, 5)]
 ATOL = 2e-6  # float32 sums of up to 64 products of order one, in another order
-IMAGE_HW = (64, 96)
+INTERFACE = exported_network().model.interface(IMAGE_HW)
 B, N, Q, M, C = 2, 3, 5, 2, 3
 Exports = dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]
 
@@ -114,8 +113,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
             torch.nn.init.normal_(module.offset.weight, std=0.05)
     model = quantized(config, model).eval()
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
-    feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
-    calibrate(model, lambda: model(*feeds), "max")
+    calibrate_on_noise(model)
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)
     parent = Seal(kind="student", config=to_dict(config), parent=None, facts=StudentFacts(), provenance={}, sha256="student")
     made = {}
@@ -137,7 +135,7 @@ def test_the_whole_network_computes_what_pytorch_computes(exports: Exports) -> N
 def test_tensorrt_8_can_read_the_file(exports: Exports) -> None:
     model, _ = exports[True]
     trt86_check.check(model, PLUGINS)
-    deployed_graph.check(Path("net.onnx"), model, deployed_graph.bevformer_interface(model), PLUGINS)
+    deployed_graph.check(Path("net.onnx"), model, INTERFACE, PLUGINS)
     assert (model.ir_version, len(model.functions)) == (8, 0)
     assert {"Shape", "Constant", "Range"}.isdisjoint(node.op_type for node in model.graph.node)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -154,7 +152,7 @@ def test_the_usual_file_is_refused_with_the_option_that_helps(exports: Exports) 
 
 
 def test_the_same_layers_are_quantized(exports: Exports) -> None:
-    found = [onnx_products.products(model, deployed_graph.bevformer_interface(model).geometry) for model, _ in exports.values()]
+    found = [onnx_products.products(model, INTERFACE.geometry) for model, _ in exports.values()]
     roles = [{product.name: (product.role, product.problem) for product in products} for products in found]
     assert roles[0] == roles[1]
     assert ("quantized", "") in roles[0].values()

@@ -10,22 +10,19 @@ import pytest
 import torch
 from graph_digest import describe, digest
 from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from small_networks import IMAGE_HW, calibrate_on_noise, exported_network
 
 from bench.untrained import untrained
 from export import deform_conv, qdq, to_onnx
 from export.trace import trace
-from qdbev import deployed_graph, temporal
-from qdbev.config import BackboneConfig
-from qdbev.data.noise_frames import noise_frames
+from qdbev.nn.config import BackboneConfig
 from qdbev.ops import contract
-from qdbev.quant.calibrate import calibrate
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized
 
 GOLDEN = Path(__file__).with_name("golden_graphs.json")
 """Digest of each form, with a dated list of the reasons why digests changed."""
-IMAGE_HW = (64, 96)
+INTERFACE = exported_network().model.interface(IMAGE_HW)
 FORMS = {
     "float": ("float", {}),
     "float-float16": ("float", {"float16": True}),
@@ -47,9 +44,7 @@ def traced(kind: str) -> ir.Model:
     model = untrained(config).eval()
     if kind != "float":
         model = quantized(at_bits(config, kind), model).eval()
-        frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
-        feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frame, None, model.config).values()]
-        calibrate(model, lambda: model(*feeds), "max")
+        calibrate_on_noise(model)
     return trace(model, IMAGE_HW)
 
 
@@ -74,7 +69,7 @@ def deployed(graph: ir.Model, int4: bool = False, standard_deform_conv: bool = F
         return qdq.pack_int4(graph), {}
     if standard_deform_conv:
         assert deform_conv.use_standard_node(graph) == 2
-    return graph, to_onnx.optimize(graph, deployed_graph.bevformer_interface(ir.to_proto(graph)), **options)
+    return graph, to_onnx.optimize(graph, INTERFACE, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,7 +104,7 @@ def test_the_projection_is_expanded_whatever_letters_geometry_uses(monkeypatch: 
     graph = trace(untrained(exported_network(decoder_layers=1)).eval(), IMAGE_HW)
     found = {node.attributes["equation"].as_string() for node in graph.graph if node.op_type == "Einsum"}
     assert found == set(renamed)
-    assert to_onnx.optimize(graph, deployed_graph.bevformer_interface(ir.to_proto(graph)))["projections"] == 1
+    assert to_onnx.optimize(graph, INTERFACE)["projections"] == 1
     assert "Einsum" not in {node.op_type for node in graph.graph}
 
 

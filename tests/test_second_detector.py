@@ -56,7 +56,7 @@ def test_its_onnx_has_its_own_interface_and_no_custom_operator(run):
 
 
 def test_its_engine_runs_every_quantized_layer_in_int8(run):
-    report = audit.of_files(run / "w4a6.engine", run / "w4a6.onnx")
+    report = audit.audit_files(run / "w4a6.engine", run / "w4a6.onnx")
     assert len(report.rows) > 5
     assert not report.offenders
     assert artifact.unseal(run / "w4a6.engine", "engine").facts.interface == OnnxRunner(run / "w4a6.onnx").interface
