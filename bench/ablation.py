@@ -145,11 +145,7 @@ def _train(cell: Cell, teacher: Path) -> list[str]:
 
 
 def run_cell(cell: Cell, teacher: Path, threads: int) -> None:
-    """Train and evaluate a cell; the output of the commands goes to its log.
-
-    Raises:
-        AblationError: A command fails.
-    """
+    """Train and evaluate a cell; the output of the commands goes to its log. Raises AblationError if a command fails."""
     _timed(cell, commands(cell, teacher), threads)
     for command in curve_commands(cell) if cell.curve else ():
         _execute(command, cell.folder / "log.txt", threads)

@@ -21,8 +21,6 @@ from qdbev.command import entry_point
 
 WIDTHS = ("w8a8", "w4a6", "stress")
 """Keys of the widths in the results; `stress` is the width at which calibration alone loses much."""
-PAPER_FLOAT = 0.354
-"""NDS of the paper's float teacher."""
 PAPER_NDS = {
     "ptq_backbone": 0.310,
     "ptq_neck": 0.353,
@@ -75,7 +73,7 @@ def table(content: dict[str, Any]) -> Table:
             _spread(stress["map"]) if stress else "",
             _share([nds - calibrated for nds in stress["nds"]], teacher - calibrated) if stress and teacher > calibrated else "",
             _share(row["w4a6"]["nds"], teacher) if "w4a6" in row else "",
-            _share([paper], PAPER_FLOAT) if paper else "",
+            _share([paper], draw_ablation.PAPER_FLOAT_NDS) if paper else "",
         )
     return grid
 

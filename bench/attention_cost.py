@@ -85,7 +85,6 @@ def compare(case: Case, limit: int) -> dict[str, object]:
     The ratios are the second form's figure over the first's.
 
     Args:
-        case: The case to run.
         limit: Bytes of memory that the process of each form may take.
 
     Raises:
@@ -107,7 +106,7 @@ def compare(case: Case, limit: int) -> dict[str, object]:
 
 @contextmanager
 def _freed_memory_returned() -> Iterator[None]:
-    """Let glibc give freed blocks back at once in processes started inside, so that a peak counts live tensors and no reserves."""
+    """Make glibc return freed blocks to the system at once in processes started inside, so that a peak counts live tensors only."""
     kept = os.environ.get(_MMAP_THRESHOLD)
     os.environ[_MMAP_THRESHOLD] = str(1 << 16)
     try:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from eval.draw import INK, PAPER
 
-_TEACHER = 0.354
+PAPER_FLOAT_NDS = 0.354
 """NDS of the paper's float teacher."""
 _STAGES = ("backbone", "+ neck", "+ encoder", "+ decoder, head", "last stage")
 """Labels of the progressive stages: the groups that are quantized so far."""
@@ -64,7 +64,7 @@ def _draw_stages(axes: Axes, content: dict[str, Any], teacher: float) -> None:
     lengths, total = content["stages"], content["epochs"]
     for segment in _FIGURE_3:
         label = "the paper's BEVFormer-Tiny, W4A6" if segment is _FIGURE_3[0] else None
-        axes.plot(*_scaled(segment, _EPOCHS, _TEACHER), color=_GRAY, linewidth=1.2, label=label)
+        axes.plot(*_scaled(segment, _EPOCHS, PAPER_FLOAT_NDS), color=_GRAY, linewidth=1.2, label=label)
     for name in ("qat", "qat_progressive", "vgd", "vgd_best"):
         points = content["curves"].get(name, [])
         title, color = _ROWS[name]
@@ -94,7 +94,7 @@ def _draw_forms(axes: Axes, content: dict[str, Any], teacher: float) -> None:
         axes.plot(*_scaled(part, content["stages"][-1], teacher), color=color, linewidth=1.8, marker="o", markersize=3.5, label=title)
         if name in _FIGURE_5:
             first, end = _FIGURE_5[name]
-            axes.plot([4, 100], [100 * first / _TEACHER, 100 * end / _TEACHER], color=color, linewidth=1.0, linestyle=":")
+            axes.plot([4, 100], [100 * first / PAPER_FLOAT_NDS, 100 * end / PAPER_FLOAT_NDS], color=color, linewidth=1.0, linestyle=":")
     axes.plot([], [], color=_GRAY, linestyle=":", label="the paper's, W4A6, first and last epoch")
     axes.set_xlabel("% of the last stage")
 

@@ -54,11 +54,7 @@ class GpuCheckError(ValueError):
 
 
 def gpu() -> dict[str, Any]:
-    """Facts about this machine's first GPU and its driver.
-
-    Raises:
-        GpuCheckError: torch finds none.
-    """
+    """Facts about this machine's first GPU and its driver. Raises GpuCheckError if torch finds none."""
     if not torch.cuda.is_available():
         raise GpuCheckError(
             f"gpu-check needs an NVIDIA GPU with its driver (libcuda.so.1) and a CUDA build of torch, and torch {torch.__version__} finds "

@@ -23,14 +23,7 @@ from qdbev.data.transforms import load_images, read_image
 
 
 def measure(root: Path, infos: Infos, scale: float, num_frames: int) -> dict[str, float]:
-    """Medians over the first `num_frames` key frames in milliseconds, and the number of frames measured, which may be smaller.
-
-    Args:
-        root: Folder of the dataset.
-        infos: Infos of its version.
-        scale: Scale of the images, as `data.image_scale`.
-        num_frames: Number of key frames to measure.
-    """
+    """Medians in milliseconds over the first `num_frames` key frames, and the number of frames measured, which may be smaller."""
     cv2.setNumThreads(0)
     height, width = infos.image_hw.tolist()
     transform = image_transform(DataConfig(root=str(root), image_scale=scale), (height, width))

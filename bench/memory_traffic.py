@@ -29,15 +29,7 @@ class Traffic:
 
 
 def traffic(variant: Variant, batch: int, num_cameras: int, num_query: int, corners: int) -> Traffic:
-    """Count the traffic of one launch.
-
-    Args:
-        variant: The kernel.
-        batch: Batch size.
-        num_cameras: Number of cameras.
-        num_query: Number of queries.
-        corners: Number of corners that are read, over all samples, queries, cameras that see them, heads, levels and points.
-    """
+    """Count the traffic of one launch that reads `corners` corners in all, as `corners_inside` counts them."""
     B, N, Q, M, C = batch, num_cameras, num_query, variant.num_heads, variant.channels
     samples = len(variant.level_hw) * variant.num_points
     out_bytes = 4 if variant.out == "float32" else 2

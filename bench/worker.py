@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 _POLL_S = 0.02
-"""Seconds between two looks at the memory of a running process."""
+"""Seconds between two checks of the memory of a running process."""
 _KILL_S = 10.0
 """Seconds that a killed process may take to end; the kernel can hold it longer only in an uninterruptible call."""
 

@@ -37,7 +37,7 @@ _FLOAT_REASONS: dict[Role, str] = {
 }
 """Reason why a product that the ONNX does not quantize is meant to run in float."""
 _SHOWN = 12
-"""How many layers an error message lists."""
+"""Number of layers that an error message lists."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +129,13 @@ def audit(wanted: list[Product], table: list[Layer]) -> Report:
 
 
 def is_product(layer: Layer) -> bool:
-    """Whether the kernel is a convolution or matrix product of TensorRT's own library."""
+    """Return whether the kernel is a convolution or matrix product of TensorRT's own library."""
     text = layer.kind.lower() + (" mha" if "mha" in layer.name.lower() else "")
     return any(kind in text for kind in _COMPUTE_KINDS)
 
 
 def is_integer_product(layer: Layer) -> bool:
-    """Whether the kernel multiplies INT8 with INT8. Its operands come first among inputs and constants; scales, bias and a fused residual
-    may follow."""
+    """Return whether the kernel multiplies INT8 with INT8. Its operands are the first inputs and constants; scales and others follow."""
     operands = layer.inputs + layer.constants
     return is_product(layer) and operands[:1] == ("INT8",) and operands.count("INT8") >= 2
 

@@ -46,7 +46,7 @@ class Backend:
 
     @property
     def strongly_typed(self) -> bool:
-        """Whether it takes each tensor's type from the ONNX and reads the ONNX's local functions. TensorRT 8.6 does neither."""
+        """True if tensors have the types that the ONNX states, and its local functions are read. TensorRT 8.6 does neither."""
         return self.name == "tensorrt-rtx" or release(self.version) >= _STRONGLY_TYPED_FROM
 
 
@@ -132,11 +132,7 @@ def cuda_runtime() -> Any:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does.
-
-    Raises:
-        EngineError: The call failed.
-    """
+    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does. Raises EngineError if the call failed."""
     return cuda_check.check(result, EngineError)
 
 

@@ -120,8 +120,7 @@ def report_path(engine: Path) -> Path:
 def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: Path) -> list[str]:
     """The command line with which trtexec measures `iterations` frames one after the other, copies included, with a CUDA graph.
 
-    Args:
-        folder: Holds each input as NAME.bin; trtexec writes times.json there.
+    `folder` contains each input as NAME.bin; trtexec writes times.json there.
     """
     made_by = seal.facts.backend
     files = ",".join(f"{name}:{folder / name}.bin" for name in seal.facts.interface.inputs)

@@ -29,12 +29,12 @@ from qdbev.facts import BackendVersion, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
-"""How many errors of the parser a message lists."""
+"""Number of errors of the parser that a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to build; None leaves the choice to TensorRT."""
+    """Options of a build; None leaves the choice to TensorRT."""
 
     backend: BackendName | None = None
     compute_capabilities: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
 
 
 def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
-    """Sorted operators of the graph that the parser takes from `plugins` and not from a function body."""
+    """Sorted operators of the graph that run as one of `plugins` and not as a function body."""
     taken = set()
     for node in model.graph.node:
         named = {attribute.name: attribute.s.decode() for attribute in node.attribute if attribute.name.startswith("plugin_")}
@@ -173,7 +173,7 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
 
 
 def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
-    """Name and operator of the node that a parser error is about; TensorRT 8.6 gives only its index."""
+    """Name and operator of the node that a parser error is about; TensorRT 8.6 reports only its index."""
     if hasattr(error, "node_name"):
         return error.node_name(), error.node_operator()
     nodes, index = deployed_graph.load(onnx_path).graph.node, error.node()

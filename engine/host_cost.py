@@ -18,7 +18,7 @@ _WARM_UP = 5
 
 
 def measure(config: Config, interface: Interface) -> dict[str, Any]:
-    """Measure frames of noise; the camera images are the largest that the network takes.
+    """Measure frames of noise; the camera images are the largest that fit the network.
 
     Returns:
         "before" and "after": milliseconds of each run. "camera_hw": height and width of the camera images in pixels.

@@ -42,7 +42,7 @@ class Layer:
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the layer launches a kernel on the GPU."""
+        """True if the layer launches a kernel on the GPU."""
         return self.kind.lower() not in _NO_KERNEL
 
 
@@ -77,14 +77,7 @@ def save(path: Path, layers: list[Layer]) -> None:
 
 
 def load(path: Path, sha256: str) -> list[Layer]:
-    """Read the rows that `save` wrote.
-
-    Args:
-        sha256: Hash of the file in the engine's seal.
-
-    Raises:
-        EngineError: The file is missing or has another hash.
-    """
+    """Read the rows that `save` wrote. Raises EngineError if the file is missing or its hash is not `sha256` of the engine's seal."""
     if not path.is_file():
         raise EngineError(f"{path} does not exist; it is written when the engine is built: copy it beside the engine, or build again")
     actual = artifact.sha256(path)

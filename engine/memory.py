@@ -40,11 +40,8 @@ class Buffers:
     def device(self, purpose: str, size: int) -> int:
         """Allocate `size` bytes on the GPU, set them to zero and return their address.
 
-        Args:
-            purpose: The use of the memory, for the error message.
-
         Raises:
-            EngineError: The GPU has too little free memory.
+            EngineError: The GPU has too little free memory; the message names the `purpose`.
         """
         size = max(1, size)
         status, pointer = self._runtime.cudaMalloc(size)
@@ -61,11 +58,8 @@ class Buffers:
     def pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """Allocate a page-locked array on the host; it must not be used after the buffers are freed.
 
-        Args:
-            purpose: The use of the memory, for the error message.
-
         Raises:
-            EngineError: The system has too little page-locked memory.
+            EngineError: The system has too little page-locked memory; the message names the `purpose`.
         """
         size = max(1, int(np.prod(shape)) * dtype.itemsize)
         status, pointer = self._runtime.cudaHostAlloc(size, _PAGE_LOCKED)
@@ -78,7 +72,7 @@ class Buffers:
         return np.frombuffer(block, dtype, count=int(np.prod(shape))).reshape(shape)
 
     def state(self) -> str:
-        """The state of the GPU's memory, for error messages."""
+        """Describe free and used GPU memory, for error messages."""
         status, free, total = self._runtime.cudaMemGetInfo()
         if int(status) != 0:
             return f"how much GPU memory is free is unknown ({status.name})"

@@ -1,4 +1,4 @@
-"""Makes a frame for the network from what a vehicle delivers: unscaled camera images, calibration and pose.
+"""Makes the network's input frame from a vehicle's data: unscaled camera images, calibration and pose.
 
 The images are scaled and normalised by the same code as in training and evaluation (qdbev/data/transforms.py).
 """
@@ -15,18 +15,14 @@ from qdbev.schema import CAMERAS, Frame
 
 
 class FrameError(ValueError):
-    """A frame that the network cannot take. Later frames are not affected."""
+    """Raised for a frame that does not fit the network. Later frames are not affected."""
 
 
 class Preprocessor:
     """Makes frames for one network from camera images. N is the number of cameras; H and W are the size of their images before scaling."""
 
     def __init__(self, config: DataConfig, images_shape: tuple[int, ...]) -> None:
-        """
-        Args:
-            config: Data settings with which the network was trained.
-            images_shape: (N, 3, height, width) of the network's images, which are scaled and padded.
-        """
+        """Prepare for the data settings of the training, and images_shape (N, 3, height, width) of the network's scaled, padded images."""
         self._config = config
         self._num_cameras = images_shape[0]
         self._padded_hw = (images_shape[2], images_shape[3])

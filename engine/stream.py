@@ -28,19 +28,14 @@ Run = Callable[[Arrays], Mapping[str, np.ndarray]]
 """A function that runs the deployed graph: outputs by name from inputs by name. It may keep recurrent outputs and leave them out."""
 
 _ON_THE_GPU = np.zeros(0, np.float32)
-"""Empty array in the place of a recurrent tensor that never leaves the GPU."""
+"""Placeholder for a recurrent tensor that never leaves the GPU."""
 
 
 class StreamingDetector:
     """A network with the memory of the current scene. Use it from one thread at a time."""
 
     def __init__(self, run: Run, config: Config, interface: Interface) -> None:
-        """
-        Args:
-            run: Runs the network: an engine, onnxruntime or PyTorch.
-            config: The config in the model's seal.
-            interface: Names and shapes of the network's inputs and outputs.
-        """
+        """Make a detector from a function that runs the network, and the config and interface in the model's seal."""
         self._run = run
         self._stream = detectors.stream(config.model)
         fields = [field.name for field in dataclasses.fields(Frame)]

@@ -47,7 +47,7 @@ class TensorDifference(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Whether the tensors count as the same."""
+        """True if the tensors count as the same."""
         return self.cosine >= self.least_cosine and self.distance <= self.allowed
 
     @property
@@ -57,12 +57,9 @@ class TensorDifference(NamedTuple):
 
 
 def compare(models: Sequence[tuple[str, OpenModel]], frames: Iterable[Frame], allowed: float = DISTANCE) -> Iterator[TensorDifference]:
-    """Compare each model with the one before it, on the inputs of that reference model; yields the differences of all frames.
+    """Compare each model with the one before it, from which it was made, on that model's inputs; yields the differences of all frames.
 
-    Args:
-        models: Names and models, each made from the one before it.
-        frames: Frames in order of time; iterated once for every pair of models.
-        allowed: Largest distance at which tensors count as the same.
+    `frames` are in order of time and are iterated once for each pair. `allowed` is the largest distance at which tensors count as the same.
 
     Raises:
         ComparisonError: An output is NaN or infinite.

@@ -56,13 +56,11 @@ def family(model: Path) -> list[Path]:
 
 
 def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Path, device: str | None) -> dict[str, Any]:
-    """Compare and score models, each made from the one before it.
+    """Compare and score models, each made from the one before it, the checkpoint first.
 
     Args:
-        paths: The models' files, the checkpoint first.
         config: The config of the checkpoint with the dataset to use.
-        split: Name of the split to score.
-        out: Folder that gets a folder of metrics for each model.
+        out: Folder in which a folder of metrics is written for each model.
         device: Device of the checkpoint, or None for the CPU.
 
     Returns:

@@ -29,14 +29,7 @@ METRICS = "metrics.json"
 def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Path) -> dict[str, Any]:
     """Run a model over a split, score it, and write the files into the folder `out`, which changes only when everything is done.
 
-    Args:
-        path: The model's file.
-        model: The opened model.
-        config: The model's config with the dataset to use.
-        split: Name of the split.
-
-    Returns:
-        The content of metrics.json.
+    `config` is the model's config with the dataset to use. Returns the content of metrics.json.
 
     Raises:
         DatasetError: The dataset or the split is missing or incomplete.

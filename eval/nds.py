@@ -61,11 +61,7 @@ class Metrics:
 
 
 def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
-    """Score a results file against the annotations of a split.
-
-    Args:
-        root: Folder of the dataset.
-        version: Name of the folder with its tables, such as v1.0-trainval.
+    """Score a results file against the annotations of a split of the dataset in `root`.
 
     Raises:
         EvaluationError: Dataset, split or results are missing, or the results are for other samples.

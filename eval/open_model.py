@@ -45,7 +45,6 @@ def open_model(path: Path, device: str | None = None) -> Iterator[SealedModel]:
     """Open a `.pt`, `.onnx` or `.engine` file.
 
     Args:
-        path: A sealed artifact.
         device: Where a checkpoint runs, "cpu" when left out. An ONNX file always runs on the CPU, an engine on the GPU it was built for.
 
     Raises:

@@ -55,11 +55,7 @@ def collect(run: Path) -> list[ModelSummary]:
 
 
 def engines(run: Path) -> list[EngineSummary]:
-    """Read the counts in the audit of every engine of a run.
-
-    Raises:
-        EvaluationError: An audit cannot be read.
-    """
+    """Read the counts in the audit of every engine of a run. Raises EvaluationError if an audit cannot be read."""
     found = []
     for path in sorted(run.glob("*.engine.audit.json")):
         engine = path.with_name(path.name.removesuffix(".audit.json"))

@@ -58,7 +58,6 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
     """The records of one sample; boxes beyond their class range are left out.
 
     Args:
-        token: Token of the sample.
         detections: Boxes (K, 9) in the lidar frame of the key frame: gravity centre, SECOND yaw.
         ego_from_lidar: (4, 4) pose of the key frame's lidar in the ego frame.
         global_from_ego: (4, 4) pose of the ego vehicle in the global frame at the time of the key frame's lidar.
@@ -119,7 +118,7 @@ def placeholder(token: str, global_from_ego: np.ndarray) -> Record:
 
 
 def write(path: Path, results: dict[str, list[Record]]) -> None:
-    """Write the official results file. `results` holds the records of every sample of the split by its token."""
+    """Write the official results file from the records of every sample of the split, by its token."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps({"meta": META, "results": results}, allow_nan=False))
 

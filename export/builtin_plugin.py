@@ -1,11 +1,11 @@
-"""Exports the attentions as the plugin that TensorRT itself brings, for versions that cannot take this project's plugins: 8.6 to 10.6.
+"""Exports the attentions as TensorRT's own plugin, for versions that cannot use this project's plugins: 8.6 to 10.6.
 
 Never run on TensorRT 8.6: written from the sources below, and checked in onnxruntime with an ONNX body in the plugin's place.
 
 Softmax and sampling locations become plain nodes around `MultiscaleDeformableAttnPlugin_TRT`; the cameras of spatial cross-attention become
 its batch. The plugin has one type for values and locations, float32 or float16, and float16 would move the points.
 
-The file holds no body for the plugin: TensorRT 8.6 ignores local functions, but 9.0 to 10.6 prefer one to a plugin of that name.
+The file contains no body for the plugin: TensorRT 8.6 ignores local functions, but 9.0 to 10.6 prefer one to a plugin of that name.
 `with_bodies` adds bodies for onnxruntime. The node has this project's domain, because onnx checks the nodes of its own; TensorRT's parser
 looks for a plugin by name, version and the attribute plugin_namespace.
 

@@ -14,13 +14,10 @@ from export.graph import PRODUCTS, PassError, add_constant, remove_unused, sourc
 
 
 def fold_constant_products(model: ir.Model, products: Sequence[str] = PRODUCTS) -> int:
-    """Replace what the network reads from nodes of the types `products` that depend on no input by constants.
+    """Replace the results of nodes of the types `products` that depend on no input by constants; returns how many nodes were removed.
 
-    onnxruntime computes the constants, with Q/DQ executed literally, so the numbers are those that the whole graph gives there. Constants
-    in which no such node takes part stay as they are: integer weights behind a DequantizeLinear would grow.
-
-    Returns:
-        Number of nodes of these types that were removed.
+    onnxruntime computes the constants, with Q/DQ executed literally, so the numbers are those of the whole graph there. Constants in which
+    no such node takes part stay as they are: integer weights behind a DequantizeLinear would grow.
 
     Raises:
         PassError: A product that depends on no input is left.

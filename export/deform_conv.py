@@ -1,6 +1,6 @@
 """Exports deformable convolution as ONNX's own DeformConv instead of a gather and a product: one node, in float only.
 
-onnxruntime and TensorRT 10.1 or newer have DeformConv. TensorRT-RTX has not, and an integer product needs the gather.
+onnxruntime and TensorRT 10.1 or newer support DeformConv. TensorRT-RTX does not, and an integer product needs the gather.
 Source: ONNX operator DeformConv-19; its offsets have the order of qdbev/ops/deform_conv.py.
 """
 
@@ -18,10 +18,7 @@ _SIDE = 3
 
 
 def use_standard_node(model: ir.Model) -> int:
-    """Replace every gather and the product after it by a DeformConv.
-
-    Returns:
-        Number of replacements.
+    """Replace every gather and the product after it by a DeformConv; returns the number of replacements.
 
     Raises:
         ValueError: There is no deformable convolution, or its product is quantized, which DeformConv cannot express.

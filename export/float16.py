@@ -58,10 +58,7 @@ class _Typing:
     """Gives every node of a graph its type, in order, and adds the casts that it needs."""
 
     def __init__(self, graph: ir.Graph, wide: set[ir.Value]) -> None:
-        """
-        Args:
-            wide: First outputs of the nodes that stay float32.
-        """
+        """Prepare to type `graph`; the nodes whose first outputs are in `wide` stay float32."""
         self._graph, self._wide = graph, wide
         known = (*graph.inputs, *graph.initializers.values())
         self._floats = {value for value in (*known, *(value for node in graph for value in node.outputs)) if value.dtype == _WIDE}
@@ -73,7 +70,7 @@ class _Typing:
             self._forms[value][_WIDE] = value
 
     def type_node(self, node: ir.Node) -> None:
-        """Type the next node. A DequantizeLinear waits for its first reader and takes the type that this one wants."""
+        """Type the next node. A DequantizeLinear is typed later, when its first reader is, as this reader needs it."""
         if node.op_type == "DequantizeLinear":
             return
         kind = self._kind(node)
@@ -112,7 +109,7 @@ class _Typing:
             return forms[kind]
         producer = value.producer()
         if value.is_initializer():
-            forms[kind] = add_constant(self._graph, f"{value.name}.{kind.name.lower()}", _to_half(value.name, constant(value)))
+            forms[kind] = add_constant(self._graph, f"{value.name}.{kind.name.lower()}", _to_float16(value.name, constant(value)))
         elif producer is not None and producer.op_type == "DequantizeLinear":
             scale = self._in_type(self._scales.setdefault(producer, producer.inputs[1]), kind, producer)
             if not forms:
@@ -188,7 +185,7 @@ def _is_integer_product(product: ir.Node) -> bool:
     return weight is not None and weight.op_type == "DequantizeLinear"
 
 
-def _to_half(name: str, values: np.ndarray) -> np.ndarray:
+def _to_float16(name: str, values: np.ndarray) -> np.ndarray:
     """A constant in float16. A positive number stays positive, as a scale must."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)

@@ -81,7 +81,7 @@ class NodeBuilder:
         return self.add(ir.Node(domain, op_type, values, attributes=ir.convenience.convert_attributes(attributes)))
 
     def add(self, node: ir.Node) -> ir.Value:
-        """Take a node as the next one and return its first output."""
+        """Add a node as the next one and return its first output."""
         node.name = self.node_name(node)
         self.nodes.append(node)
         return node.outputs[0]

@@ -16,12 +16,9 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 def feed_int8_values(model: ir.Model) -> int:
-    """Let every attention read the int8 tensor before the DequantizeLinear of its value; the numbers stay exactly the same.
+    """Let every attention read the int8 tensor before the DequantizeLinear of its value, exactly; returns the number of such attentions.
 
     Other readers keep the DequantizeLinear, and an attention whose value is not quantized keeps its operator.
-
-    Returns:
-        Number of attentions that read int8 values now.
 
     Raises:
         PassError: The value of an attention comes from a DequantizeLinear that cannot be left out.
@@ -46,7 +43,7 @@ def feed_int8_values(model: ir.Model) -> int:
 
 
 def _has_one_scale(dequantize: ir.Node) -> bool:
-    """Whether the output is an integer times one number: a scalar constant scale and zero point 0."""
+    """Return whether the output is an integer times one number: a scalar constant scale and zero point 0."""
     _, scale, *zero = dequantize.inputs
     number = constant(scale)
     zeros = [constant(point) for point in zero]

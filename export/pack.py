@@ -1,7 +1,7 @@
-"""Packs a student for storage: `python -m export.pack --student runs/demo/w4a6.pt --packed runs/demo/w4a6.packed.pt`.
+"""Packs a student into a small file: `python -m export.pack --student runs/demo/w4a6.pt --packed runs/demo/w4a6.packed.pt`.
 
-The packed file holds 4-bit weights two a byte (qdbev/quant/pack.py) and restores like a checkpoint. Nothing is written unless it gives
-the student's outputs to the bit on two synthetic frames. Its sizes and bit operations are printed beside the paper's.
+Two 4-bit weights take one byte (qdbev/quant/pack.py), and the file can be opened like a checkpoint. It is written only if its outputs on
+two frames of noise equal the student's exactly. Sizes and bit operations are printed, ours and as the paper counts them.
 """
 
 import argparse
@@ -34,16 +34,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--packed", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
-    artifact.load_checkpoint(args.student, "student")  # and nothing else
+    artifact.load_checkpoint(args.student, "student")  # raises for other kinds
     seal, student = restore(args.student)
     sys.stdout.write(report(write(student, seal, args.packed)) + "\n")
 
 
 def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
-    """Pack the content of the student checkpoint `parent` into the file `path`; what it measures.
+    """Pack `student`, the content of the checkpoint `parent`, into the file `path`; returns sizes and operations.
 
     Raises:
-        ArtifactError: The student does not say its image size, or the packed form does not give its outputs; no file is left.
+        ArtifactError: The seal has no image size, or the outputs of the packed form differ from the student's; no file is left.
     """
     config = from_dict(parent.config)
     if parent.facts.image_hw is None:
@@ -70,11 +70,11 @@ def write(student: Detector, parent: Seal, path: Path) -> dict[str, Any]:
 
 def report(measured: dict[str, Any]) -> str:
     """Sizes and bit operations, ours and the paper's, as text."""
-    held = ", ".join(f"{part} {size}" for part, size in measured["parts"].items())
+    sizes = ", ".join(f"{part} {size}" for part, size in measured["parts"].items())
     smaller, cheaper = measured["float_bytes"] / measured["bytes"], measured["float_bops"] / measured["bops"]
     return (
         f"packed file {measured['bytes']} bytes, float32 parameters / {smaller:.2f}\n"
-        f"before deflation {sum(measured['parts'].values())}: {held}\n"
+        f"before deflation {sum(measured['parts'].values())}: {sizes}\n"
         f"the paper's count {measured['paper_bytes']:.0f} bytes of {measured['float_bytes']:.0f}\n"
         f"one frame {measured['macs']} multiply-accumulates, {measured['bops']} bit operations, float / {cheaper:.1f}"
     )

@@ -1,16 +1,16 @@
-"""PyTorch against onnxruntime on two consecutive frames, each side carrying its own BEV from the first to the second.
+"""Compares an ONNX in onnxruntime with its model in PyTorch, on two consecutive frames, each side with its own memory.
 
-What counts as equal:
+These outputs count as equal:
 
-float       every output within `FLOAT_TOLERANCE` everywhere. Both sides compute the same sums in another order.
-quantized   1 - cosine of every output at most `QUANTIZED_TOLERANCE`, or `SELF_FACTOR` times what PyTorch differs from itself when the
-            images are changed by one part in a million, whichever is more, but never above `WORST_TOLERANCE`.
-float16     the same, with images changed by what float16 rounds away.
+float       Every value differs by at most `FLOAT_TOLERANCE`. Both sides compute the same sums in another order.
+quantized   1 - cosine is at most `QUANTIZED_TOLERANCE`, or `SELF_FACTOR` times the difference of PyTorch from itself with images changed by
+            one part in a million, whichever is larger, but at most `WORST_TOLERANCE`.
+float16     The same, with images changed by the rounding of float16.
 
-Why: two orders of summation differ by about 1e-7, and where that straddles a rounding boundary a value moves by a whole step, which
-later layers carry on. How far that goes depends on the network and its bits, so PyTorch's distance from itself is the yardstick: it
-comes from the same cause, and comes out at the same size. The largest difference is a matter of luck and only reported. A wrong scale,
-weight or clip moves every value of a layer, which the cosine shows.
+Two orders of summation differ by about 1e-7. At a rounding boundary this changes a value by a whole step, and the change spreads through
+later layers. Its size depends on the network and its bits, so it is compared with PyTorch's difference from itself, which has the same
+cause and the same size. The largest difference is random and only reported. A wrong scale, weight or clip changes every value of a layer,
+which the cosine shows.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ FLOAT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 1e-3
 WORST_TOLERANCE = 1e-2
 SELF_FACTOR = 4.0
-ORDER = 1e-6
-"""Relative change of the images that stands for sums in another order."""
-HALF = 2.0**-11
-"""The same for rounding to float16."""
+SUM_ORDER_CHANGE = 1e-6
+"""Relative change of the images whose effect is like that of another order of summation."""
+FLOAT16_CHANGE = 2.0**-11
+"""Relative change of the images whose effect is like that of rounding to float16."""
 
 Side = Callable[[Arrays], Arrays]
 """One implementation of the deployed graph: outputs by name from inputs by name."""
 
 
 class OutputParity(NamedTuple):
-    """One output of one frame: how far ONNX is from PyTorch, how far PyTorch is from itself (quantized only), and the verdict."""
+    """Difference of one output of one frame between ONNX and PyTorch, and of PyTorch from itself (quantized and float16 only)."""
 
     frame: int
     output: str
@@ -53,7 +53,7 @@ def measure(model: Detector, runner: OnnxRunner, frames: Sequence[Frame], change
     """Run both sides over consecutive frames of one scene and compare every output.
 
     Args:
-        change: ORDER or HALF; none where both sides compute the same in float32.
+        change: SUM_ORDER_CHANGE for a quantized model, FLOAT16_CHANGE for float16, None for float32.
     """
     deployed = Deployed(model).eval()
 
@@ -63,7 +63,7 @@ def measure(model: Detector, runner: OnnxRunner, frames: Sequence[Frame], change
 
     ours = _chain(torch_side, frames, model)
     itself = ours if change is None else _chain(torch_side, _changed(frames, change), model)
-    theirs = _chain(runner, frames, model)  # last: onnxruntime keeps what memory it took
+    theirs = _chain(runner, frames, model)  # last, because onnxruntime does not return its memory
     return [
         _compare(index, name, ours[index][name], theirs[index][name], itself[index][name], change is not None)
         for index in range(len(frames))
@@ -112,7 +112,7 @@ def _compare(frame: int, name: str, ours: np.ndarray, theirs: np.ndarray, itself
 
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float:
-    """Of the flattened arrays; two zero arrays agree, and NaN agrees with nothing."""
+    """Cosine of two flattened arrays; 1 for two arrays of zeros, NaN if one contains NaN."""
     a, b = first.astype(np.float64).ravel(), second.astype(np.float64).ravel()
     if not a.any() and not b.any():
         return 1.0

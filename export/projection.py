@@ -81,7 +81,7 @@ def _equation(node: ir.Node) -> tuple[list[str], str]:
 
 
 def _contracts_last_axes(node: ir.Node) -> bool:
-    """Whether an Einsum of two operands sums over the last axis of both, and keeps every other axis once."""
+    """Return whether an Einsum of two operands sums over the last axis of both, and keeps every other axis once."""
     terms, result = _equation(node)
     if len(terms) != 2 or terms[0][-1] != terms[1][-1] or any(len(set(term)) < len(term) for term in terms):
         return False
@@ -105,7 +105,7 @@ def _expand(node: ir.Node) -> None:
 
 
 def _broadcast(nodes: GraphNodes, operand: ir.Value, term: str, result: str) -> ir.Value:
-    """An operand with the axes of the result in their order and the contracted axis last; axes that it has not get size one."""
+    """An operand with the axes of the result in their order and the contracted axis last; axes that it lacks get size one."""
     order = [term.index(letter) for letter in (*result, term[-1]) if letter in term]
     if order != sorted(order):
         operand = nodes("Transpose", operand, perm=order)

@@ -1,7 +1,7 @@
-"""Quantized graphs in the form that engines want: int8 weights behind DequantizeLinear; and the 4-bit form for storage.
+"""Quantized graphs in the form that engines need: int8 weights behind DequantizeLinear; and the 4-bit form for storage.
 
-The exporter gives float weights on their quantization grid, QuantizeLinear, DequantizeLinear and, for linear layers, Transpose. Engines
-want
+The exporter writes float weights on their quantization grid, QuantizeLinear, DequantizeLinear and, for linear layers, Transpose. Engines
+need
 
     x -> [Clip] -> QuantizeLinear -> DequantizeLinear -> MatMul(DequantizeLinear(int8 W (in, out), axis 1)) + bias
 

@@ -18,9 +18,6 @@ class OnnxRunner:
 
     Q/DQ are executed literally, not fused into integer kernels with other rounding.
 
-    Args:
-        path: The ONNX file, with its seal beside it.
-
     Raises:
         ArtifactError: File or seal is missing or damaged, or onnxruntime refuses the graph.
         DeployedGraphError: The file is no deployed graph, lacks an operator's body, or has NaN weights.

@@ -17,7 +17,7 @@ from export.graph import add_constant, constant, declare_opset, infer_shapes, re
 
 OPSET = 17
 _IR_VERSION = 8
-"""That of ONNX 1.13, with which TensorRT 8.6 is built."""
+"""IR version of ONNX 1.13, with which TensorRT 8.6 is built."""
 _NEW_ATTRIBUTES = {
     "Split": {"num_outputs": None},
     "Resize": {"antialias": 0, "axes": (), "keep_aspect_ratio_policy": "stretch"},
@@ -26,11 +26,7 @@ _NEW_ATTRIBUTES = {
 
 
 def convert(model: ir.Model) -> None:
-    """Convert `model`, of operator set 18, in place.
-
-    Raises:
-        ValueError: A node has no form in operator set 17.
-    """
+    """Convert `model`, of operator set 18, in place. Raises ValueError if a node has no form in operator set 17."""
     common.InlinePass()(model)
     _replace_shapes(model)
     fold_constant_products(model, ["Constant"])
@@ -58,7 +54,7 @@ def _replace_shapes(model: ir.Model) -> None:
 
 
 def _expand_dequantize(node: ir.Node) -> None:
-    """Add the zero point that the parser wants, and a QuantizeLinear of float weights where integers are stored, which it may not read."""
+    """Add the zero point that the parser requires, and replace stored integers by float weights and a QuantizeLinear."""
     graph, (stored, scale, *zero) = node.graph, node.inputs
     steps, values = constant(scale), constant(stored)
     if not zero:

@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
     forms = {"standard_deform_conv": args.standard_deform_conv, "float16": args.float16, "builtin_plugin": args.builtin_plugin}
-    rows, made = export(model, seal, args.onnx, image_hw, frames, **forms)
-    facts = made.facts
+    rows, sealed = export(model, seal, args.onnx, image_hw, frames, **forms)
+    facts = sealed.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
     sys.stdout.write(f"traced in {facts.trace_s} s\n")
 
@@ -78,10 +78,9 @@ def export(
     float16: bool = False,
     builtin_plugin: bool = False,
 ) -> tuple[list[parity.OutputParity], Seal]:
-    """Write and seal the ONNX of `model`, the content of the checkpoint `parent`, and return how close it came.
+    """Write and seal the ONNX of `model`, the content of the checkpoint `parent`; returns its parity with PyTorch and its seal.
 
     Args:
-        image_hw: Height and width of the padded images.
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
         standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
         float16: The float part becomes float16, except geometry (float16.py).
@@ -90,7 +89,7 @@ def export(
     Raises:
         ValueError: `standard_deform_conv` or `float16` does not fit the model, or `builtin_plugin` is combined with one of them.
         PassError: A pass over the graph left something that it exists to remove; no file is written.
-        ParityError: They differ; the message holds the table, and no file is written.
+        ParityError: ONNX and PyTorch differ; the message contains the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
     if builtin_plugin and (float16 or standard_deform_conv):
@@ -114,7 +113,7 @@ def export(
         temporary = files.enter_context(artifact.atomic(path))
         size, int4_size = _save(graph, temporary), None
         runner = _open(temporary, path, interface)
-        rows = parity.measure(model, runner, frames, parity.HALF if float16 else parity.ORDER if quantized else None)
+        rows = parity.measure(model, runner, frames, parity.FLOAT16_CHANGE if float16 else parity.SUM_ORDER_CHANGE if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:
@@ -132,17 +131,14 @@ def export(
         int4_bytes=int4_size,
         parity=parity.worst(rows),
     )
-    made = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
+    sealed = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
     if int4_size is not None:
-        artifact.seal(storage, config=parent.config, parent=made, facts=OnnxFacts(interface=interface, bytes=int4_size))
-    return rows, made
+        artifact.seal(storage, config=parent.config, parent=sealed, facts=OnnxFacts(interface=interface, bytes=int4_size))
+    return rows, sealed
 
 
 def optimize(graph: ir.Model, interface: Interface, float16: bool = False, builtin_plugin: bool = False) -> dict[str, int]:
-    """Turn the traced and packed graph, which is also the stored one, into the deployed one, in place.
-
-    Returns:
-        How many places each pass changed, for the seal.
+    """Turn the traced and packed graph into the deployed one, in place; returns how many places each pass changed.
 
     Raises:
         PassError: A pass left something that it exists to remove.
@@ -159,7 +155,7 @@ def optimize(graph: ir.Model, interface: Interface, float16: bool = False, built
 
 
 def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[int, int]:
-    """Padded image size: as given, else what training noted."""
+    """Padded image size: `given` if it is set, else that in the checkpoint's seal."""
     found = given or seal.facts.image_hw
     if found is None:
         raise ArtifactError(f"{checkpoint} does not say its image size (fact image_hw); give it, for example --image-hw 480 800")
@@ -175,7 +171,7 @@ def _save(graph: ir.Model, path: Path) -> int:
 
 
 def _open(temporary: Path, path: Path, interface: Interface) -> OnnxRunner:
-    """A runner whose errors name the file that the user asked for."""
+    """Open the file `temporary`; errors name `path` instead, which is the file that the user asked for."""
     try:
         return OnnxRunner.unsealed(temporary, interface)
     except (ArtifactError, DeployedGraphError) as error:

@@ -161,7 +161,7 @@ def _module_path(node: ir.Node) -> str:
 
 
 def _remove_metadata(model: ir.Model) -> None:
-    """Remove stack traces and other notes of the exporter, which hold paths of this machine."""
+    """Remove stack traces and other notes of the exporter, which contain paths of this machine."""
     common.ClearMetadataAndDocStringPass()(model)
     for item in (model, model.graph, *model.graph.inputs, *model.graph.initializers.values()):
         item.metadata_props.clear()

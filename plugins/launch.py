@@ -23,14 +23,12 @@ _check = functools.partial(check, error=LaunchError)
 
 
 def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes) -> Tensor:
-    """Compute an operator with its kernel on the current stream.
+    """Compute an operator of plugins.operators.KERNELS with its kernel on the current stream.
 
     Args:
-        operator: An operator in plugins.operators.KERNELS.
         inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first input has a number type for
             which there is a kernel; `value_scale` is float32 or float16. All other inputs may have any type and are converted to
             float32.
-        attributes: Value of each attribute by name, as a sequence of integers.
 
     Returns:
         The output, with the shape of the contract. Its number type is that of `value_scale` if the operator has this input, else
@@ -58,11 +56,7 @@ def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes
 
 
 def _types(operator: Operator, tensors: Mapping[str, Tensor]) -> Types:
-    """Return the number types of the first input and of the output.
-
-    Raises:
-        LaunchError: There is no kernel for them.
-    """
+    """Return the number types of the first input and of the output. Raises LaunchError if there is no kernel for them."""
     names = operator.value_inputs
     value, out = (str(tensors[name].dtype).removeprefix("torch.") for name in (names[0], names[-1]))
     known = KERNELS[operator].types
@@ -103,16 +97,9 @@ def run(
     values: tuple[int, ...],
     types: tuple[type, ...],
 ) -> None:
-    """Launch a kernel on PyTorch's current stream. It is compiled and loaded the first time it is used on a device.
+    """Launch the kernel function `entry` on PyTorch's current stream. It is compiled and loaded when first used on a device.
 
-    Args:
-        device: A GPU.
-        source: CUDA C++ source.
-        entry: Name of the kernel function in the source.
-        grid: Number of blocks along x, y and z.
-        threads: Threads per block, along x.
-        values: The kernel's arguments; pointers as integers.
-        types: The ctypes type of each argument.
+    `grid` is the number of blocks along x, y and z. `values` are the kernel's arguments, pointers as integers, and `types` their ctypes.
 
     Raises:
         LaunchError: A CUDA call failed.

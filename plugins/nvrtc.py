@@ -92,11 +92,7 @@ def build(source: str, architecture: str) -> tuple[bytes, Usage]:
 
 
 def version() -> tuple[int, int]:
-    """Return the major and minor version of NVRTC.
-
-    Raises:
-        CompileError: NVRTC is not installed.
-    """
+    """Return the major and minor version of NVRTC. Raises CompileError if NVRTC is not installed."""
     try:
         return _check(_nvrtc().nvrtcVersion())
     except (ImportError, RuntimeError) as error:  # RuntimeError: the Python binding is installed, but not the library

@@ -25,10 +25,7 @@ _TENSORRT_TYPES: dict[ValueType, str] = {"float32": "FP32", "float16": "FP16", "
 
 
 def register(architecture: str) -> list[str]:
-    """Register all kernels as TensorRT plugins; calling it again does nothing.
-
-    Args:
-        architecture: Architecture of the GPU on which and for which engines will be built, such as sm_90.
+    """Register all kernels as TensorRT plugins for a GPU architecture such as sm_90; calling it again does nothing.
 
     Returns:
         A list to which one line is added for each plugin that fails while TensorRT builds an engine. TensorRT itself prints the

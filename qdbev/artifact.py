@@ -1,7 +1,7 @@
-"""Sealed files: how stages talk.
+"""Sealed files, with which the stages pass on their results.
 
-An artifact carries what it is, the config it came from, the hash of the artifact it was made of, and the facts measured when it was
-made. A checkpoint holds its seal inside; any other file has it beside, as `<file>.seal.json`. Files are written whole or not at all.
+The seal of an artifact contains its kind, its config, the hash of the artifact that it was made from, and the facts measured when it was
+made. It is part of a checkpoint; any other file has it beside, as `<file>.seal.json`. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Seal:
-    """What an artifact says about itself."""
+    """Kind, config, origin and facts of an artifact."""
 
     kind: Kind
     config: dict[str, Any]
@@ -101,8 +101,8 @@ def save_checkpoint(
     facts: Facts,
     state: Any = None,
 ) -> None:
-    """Write weights and their seal as one file; the class of `facts` decides its kind. `state` is what `--resume` needs besides."""
-    import torch  # not above: a session in a vehicle reads seals without it
+    """Write weights and their seal as one file; the class of `facts` decides its kind. `state` is additional data for `--resume`."""
+    import torch  # here, because a session in a vehicle reads seals without torch
 
     with atomic(path) as temporary:
         torch.save({"seal": _to_dict(_new_seal(config, parent, facts)), "weights": weights, "state": state}, temporary)
@@ -141,7 +141,7 @@ def _to_dict(seal_: Seal) -> dict[str, Any]:
 
 
 def _from_dict(values: Any) -> Seal:
-    """A seal from what `_to_dict` gave, now or in an earlier version.
+    """A seal from the values that `_to_dict` returned, in this or an earlier version.
 
     Raises:
         ConfigError: A field is missing, unknown or of the wrong type, or the seal is of a later version.
@@ -163,7 +163,7 @@ def _a(noun: str) -> str:
 
 
 def seal_path(path: Path) -> Path:
-    """Where the seal of `path` lies."""
+    """Path of the seal of `path`."""
     return path.with_name(path.name + ".seal.json")
 
 

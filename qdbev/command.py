@@ -58,11 +58,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_device(name: str) -> torch.device:
-    """Return the device called `name`.
-
-    Raises:
-        ValueError: This machine has no such device.
-    """
+    """Return the device called `name`. Raises ValueError if this machine has no such device."""
     try:
         found = torch.device(name)
     except RuntimeError as error:

@@ -8,17 +8,9 @@ class CudaError(ValueError):
 
 
 def check(result: tuple[Any, ...], error: type[ValueError] = CudaError) -> Any:
-    """Return the values of a cuda-python call, which returns the tuple (status, values...).
+    """Return the values of a cuda-python call from its result (status, values...): a single value itself, else a tuple.
 
-    Args:
-        result: The tuple that the call returned.
-        error: Class of the error to raise.
-
-    Returns:
-        The value if there is exactly one, else a tuple of all values.
-
-    Raises:
-        CudaError: The call failed; or the class passed as `error`.
+    Raises `error` if the call failed.
     """
     status, *values = result
     if int(status) != 0:

@@ -28,11 +28,7 @@ class DeployedGraphError(ValueError):
 
 
 def load(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        DeployedGraphError: It is missing, empty, damaged or no ONNX.
-    """
+    """Read an ONNX file. Raises DeployedGraphError if it is missing, empty, damaged or no ONNX."""
     if not path.is_file():
         raise DeployedGraphError(f"{path} does not exist; export it first: python -m export.to_onnx")
     try:

@@ -65,9 +65,9 @@ class StudentFacts:
     """Training steps of all stages so far."""
     final_loss: float | None = None
     stage: int | None = None
-    """Of a student kept on the way: the stage, counted from 1."""
+    """Stage, counted from 1, of a student that was kept during training."""
     epochs: float | None = None
-    """Of a student kept on the way: epochs of all stages so far."""
+    """Epochs of all stages so far, of a student that was kept during training."""
     paper_bytes: float | None = None
     """Size as QD-BEV counts it: every parameter at the width of the weights."""
     packed_bytes: int | None = None

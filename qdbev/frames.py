@@ -5,12 +5,5 @@ from qdbev.data.dataset import FrameDataset
 
 
 def open_frames(config: Config, split: str, training: bool = False) -> FrameDataset:
-    """Open the key frames of `split`; objects outside the detector's `pc_range` are left out.
-
-    Args:
-        training: Distort the images of training queues, if the config asks for it.
-
-    Raises:
-        DatasetError: The dataset or the split is missing or incomplete.
-    """
+    """Open the key frames of `split`; objects outside the detector's `pc_range` are left out. Raises DatasetError if they are missing."""
     return FrameDataset(config.data, config.model.pc_range, split, training=training, seed=config.seed)

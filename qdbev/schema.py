@@ -1,6 +1,6 @@
 """The data that passes between rooms.
 
-B batch, N cameras, H W padded image size, C embedding width, Q object queries. Boxes and grids live in the lidar frame
+B batch, N cameras, H W padded image size, C embedding width, Q object queries. Boxes and grids are in the lidar frame
 (x right, y forward, z up; metres, radians, seconds) of the key frame.
 """
 
@@ -37,7 +37,7 @@ CODE_SIZE = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Interface:
-    """Names and shapes of a detector's deployed graph, batch 1; it travels in the seals of ONNX files and engines.
+    """Names and shapes of a detector's deployed graph, batch 1; it is part of the seals of ONNX files and engines.
 
     All tensors are float32. Whatever an engine must know about a detector is here, so that `engine/` names none.
     """
@@ -49,7 +49,7 @@ class Interface:
     recurrent: tuple[tuple[str, str], ...] = ()
     """Pairs (output, input): the output of one frame is the input of the next frame of the scene."""
     geometry: tuple[str, ...] = ()
-    """Inputs that hold calibration and motion: what depends on these alone is never quantized and stays float32."""
+    """Inputs with calibration and motion. Tensors that depend on these alone are never quantized and stay float32."""
     coordinates: tuple[str, ...] = ()
     """Outputs in metres and the like, which stay float32 up to the matrix product that produces them."""
 

@@ -1,6 +1,6 @@
-"""Seals written by earlier versions of this project, brought to the present format.
+"""Converts seals that earlier versions of this project wrote to the present format.
 
-A seal carries its format version. A change that renames, moves or removes a field of a seal or of its facts must append a function to
+A seal has a format version. A change that renames, moves or removes a field of a seal or of its facts must append a function to
 `MIGRATIONS` that converts a seal of the previous format to the new one. Seals without a version have format 1. The config inside
 a seal has a format of its own (qdbev/config_migrations.py).
 """

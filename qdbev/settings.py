@@ -76,12 +76,9 @@ def override(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 
 def migrate(values: Any, migrations: tuple[Migration, ...], what: str) -> dict[str, Any]:
-    """A copy of saved values in the present format, without their entry `format`.
+    """A copy of saved values in the present format, without their entry `format`, which is 1 if it is missing.
 
-    Args:
-        values: A mapping; its entry `format` is its version, 1 if it has none.
-        migrations: Step k leads from format k + 1 to format k + 2, so that the present format is one more than there are steps.
-        what: What the values are, for messages.
+    Step k of `migrations` leads from format k + 1 to format k + 2. `what` names the values in messages.
 
     Raises:
         ConfigError: The values are of a later format.

@@ -37,7 +37,7 @@ def box_corners(centres: np.ndarray, yaws: np.ndarray, wlh: np.ndarray) -> np.nd
 
 
 def outlines_overlap(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Whether two rectangles overlap, by the separating axis test. Outlines (..., 4, 2) are broadcast; the result is (...)."""
+    """Return (...) bool, true where two rectangles (..., 4, 2) overlap, by the separating axis test; the outlines are broadcast."""
     apart = np.zeros(np.broadcast_shapes(first.shape[:-2], second.shape[:-2]), dtype=bool)
     for outline in (first, second):
         for corner in (1, 3):

@@ -13,22 +13,17 @@ from synthetic.street import Street
 _MARGIN = 0.1
 """Seconds that messages begin before the first and end after the last key frame."""
 _WHEEL_RADIUS, _WHEEL_BASE = 0.31, 2.6
-"""Metres."""
+"""Radius of the wheels, and distance between the axles, in metres."""
 _STEERING_RATIO = 16.0
 """Angle of the steering wheel divided by that of the front wheels."""
 _GRAVITY = 9.81
-"""m/s^2."""
+"""Acceleration of gravity in m/s^2."""
 _ROUTE_MARGIN = 50.0
 """Metres that the route begins before the first and ends after the last position of the ego."""
 
 
 def can_messages(street: Street, start_us: int) -> dict[str, list | dict]:
-    """Content of each CAN bus file of the scene; the key is the last part of the file's name (`pose`, `route`, `meta`, ...).
-
-    Args:
-        street: the scene.
-        start_us: time of its first key frame in microseconds.
-    """
+    """Content of each CAN bus file of a scene that starts at `start_us` microseconds; the key is the last part of the file's name."""
     streams: dict[str, list] = {"pose": _stream(street, start_us, 50, _pose)}
     if street.config.full_can_bus:
         streams["ms_imu"] = _stream(street, start_us, 100, _imu)

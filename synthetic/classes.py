@@ -41,7 +41,7 @@ CLASSES = {
     "barrier": ObjectClass("movable_object.barrier", (2.53, 0.50, 0.98), (0.25, 0.05, 0.08), (45, 40, 205), 0.134),
 }
 
-"""By the name of the detection class."""
+"""The detection classes by name."""
 
 CATEGORIES = (
     "human.pedestrian.adult",

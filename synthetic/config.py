@@ -60,11 +60,7 @@ class WorldConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check every field.
-
-        Raises:
-            ValueError: A field has a value that is not allowed; the message names both and what is allowed.
-        """
+        """Check every field. Raises ValueError if a field has a value that is not allowed; the message names both and what is allowed."""
         height, width = self.image_hw
         slowest, fastest = self.ego_speed
         fewest, most = self.mean_annotated

@@ -35,7 +35,6 @@ def generate(config: WorldConfig, root: Path, num_workers: int = 1) -> bool:
     """Write a world, or the missing part of one whose writing was interrupted.
 
     Args:
-        config: settings of the world.
         root: a new or empty folder, or one with a part of a world of the same settings.
         num_workers: number of processes; the files do not depend on it.
 

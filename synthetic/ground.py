@@ -12,7 +12,7 @@ HAZE_PER_METRE = 0.004
 """Weight of the haze colour per metre of distance."""
 _MIP_DISTANCES = (12.0, 25.0, 50.0)
 """Distances in metres from which the next coarser texture is used, for texels of 0.12 m and images 1600 pixels wide."""
-_SUBPIXEL_BITS = 4
+SUBPIXEL_BITS = 4
 """Fractional bits of OpenCV's fixed-point coordinates."""
 GRASS, PAVING, ASPHALT, KERB = (78, 120, 98), (150, 154, 156), (88, 86, 84), (190, 190, 190)
 LINE_WHITE, LINE_YELLOW = (226, 226, 226), (40, 190, 235)
@@ -104,8 +104,8 @@ _STREET_BANDS = (
 
 def _fill(texture: np.ndarray, outline: np.ndarray, colour: tuple) -> None:
     """Fill a polygon (n, 2), given in texels, in place."""
-    points = np.round(outline * 2**_SUBPIXEL_BITS).astype(np.int32)
-    cv2.fillPoly(texture, [points], colour, cv2.LINE_AA, _SUBPIXEL_BITS)
+    points = np.round(outline * 2**SUBPIXEL_BITS).astype(np.int32)
+    cv2.fillPoly(texture, [points], colour, cv2.LINE_AA, SUBPIXEL_BITS)
 
 
 def _add_noise(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

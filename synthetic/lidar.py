@@ -11,7 +11,7 @@ from qdbev.geometry import rotation_z
 _ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
 """Angles of the beams above the horizontal, in radians."""
 _MAX_RANGE, _MIN_RANGE = 70.0, 1.0
-"""Metres."""
+"""Largest and smallest measured range in metres."""
 _RANGE_SIGMA = 0.015
 """Standard deviation of the range noise in metres."""
 _NOTHING, _GROUND = -2, -1
@@ -24,7 +24,6 @@ def sweep(
     """One revolution of the lidar.
 
     Args:
-        view: pose of the lidar.
         boxes: centres (N, 3), headings (N,) and sizes (N, 3) in the global frame.
         num_columns: firings per revolution.
         rng: draws the noise of ranges and intensities.

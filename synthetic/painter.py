@@ -13,7 +13,7 @@ import numpy as np
 from qdbev.data.rig import View
 from qdbev.geometry import rotation_z
 from synthetic.boxes import footprints
-from synthetic.ground import HAZE, HAZE_PER_METRE
+from synthetic.ground import HAZE, HAZE_PER_METRE, SUBPIXEL_BITS
 from synthetic.solids import DECAL_PX_PER_M, Solid
 
 NEAR = 0.3
@@ -24,8 +24,6 @@ _AMBIENT = 0.5
 """Brightness of a face that is not in the sun, relative to one that faces it."""
 _MAX_DISTANCE = 110.0
 """Solids farther away than this, in metres, are not drawn."""
-SUBPIXEL_BITS = 4
-"""Fractional bits of OpenCV's fixed-point coordinates."""
 _FAR_PIXEL = 3e4
 """Image coordinates are clipped to plus or minus this, so that they fit OpenCV's fixed-point format."""
 

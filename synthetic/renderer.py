@@ -7,9 +7,8 @@ import numpy as np
 
 from qdbev.data.rig import View
 from synthetic.boxes import footprints
-from synthetic.ground import HAZE, paint_ground
+from synthetic.ground import HAZE, SUBPIXEL_BITS, paint_ground
 from synthetic.painter import (
-    SUBPIXEL_BITS,
     SUN,
     Placement,
     clip_near,
@@ -24,7 +23,7 @@ from synthetic.street import Street
 _ZENITH = np.array([205.0, 150.0, 105.0])
 """Colour of the sky at the top of the image."""
 _SHADOW_HEIGHT = 2.5
-"""Metres. Taller objects cast a shadow of this height, as longer shadows would cross the road."""
+"""Largest height in metres for shadows; those of taller objects would cross the road."""
 _SHADOW_REACH = 60.0
 """Objects farther from the camera than this, in metres, have no shadow."""
 _SHADOW_STRENGTH = 127
@@ -54,13 +53,9 @@ class Renderer:
     def render(
         self, view: View, t: float, gain: float, rng: np.random.Generator, skip: Collection[int] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One image.
+        """Render the image of a camera at time `t` in seconds, with brightness multiplied by `gain` and sensor noise drawn by `rng`.
 
         Args:
-            view: pose and intrinsics of the camera.
-            t: time of exposure in seconds.
-            gain: factor on the brightness.
-            rng: draws the sensor noise.
             skip: indices of actors that are not drawn; their shadows are.
 
         Returns:

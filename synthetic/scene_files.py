@@ -25,12 +25,7 @@ _GAIN_RANGE = (0.92, 1.08)
 
 
 class SceneCameras:
-    """Renders the images of one scene. Images do not depend on which others are rendered, or in which order.
-
-    Attributes:
-        street: the scene.
-        sensors: the sensors of the vehicle, by channel.
-    """
+    """Renders the images of one scene. Images do not depend on which others are rendered, or in which order."""
 
     def __init__(self, config: WorldConfig, scene_name: str) -> None:
         self.street: Street = build_street(config, scene_name)

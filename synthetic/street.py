@@ -15,7 +15,7 @@ from synthetic.solids import Solid, make_building
 _ATTEMPTS = 200
 """Number of random streets tried for a scene."""
 _BUILDING_DEPTH = 12.0
-"""Metres."""
+"""Depth of a house in metres, away from the road."""
 _BUILDING_FRONT = 14.5
 """Distance of the house fronts from the road's axis in metres."""
 
@@ -108,7 +108,7 @@ def _draw_ego(config: WorldConfig, rng: np.random.Generator) -> EgoMotion:
 
 
 def _is_acceptable(street: Street) -> bool:
-    """Whether the number of objects in range is allowed and, in the square layout, whether every class can be evaluated."""
+    """Return whether the number of objects in range is allowed and, in the square layout, whether every class can be evaluated."""
     in_range = np.array([street.in_range(t) for t in street.key_times])  # (F, N)
     fewest, most = street.config.mean_annotated
     if not fewest <= in_range.sum(1).mean() <= most:
@@ -117,7 +117,7 @@ def _is_acceptable(street: Street) -> bool:
 
 
 def _every_class_can_be_evaluated(street: Street, in_range: np.ndarray) -> bool:
-    """Whether each class is in range in at least half of the key frames, and has lidar points in one of about three of them."""
+    """Return whether each class is in range in half of the key frames or more, and has lidar points in one of about three of them."""
     names = np.array([actor.class_name for actor in street.actors])
     if any(in_range[:, names == name].any(1).mean() < 0.5 for name in CLASSES):
         return False

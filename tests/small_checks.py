@@ -11,7 +11,7 @@ from bench.checks import Check, Result, run_all
 
 
 def code(name: str, text: str) -> str:
-    """A module of the working folder."""
+    """Write a module into the working folder."""
     Path(f"{name}.py").write_text(text)
     return name
 
@@ -22,12 +22,12 @@ def script(name: str, text: str, **settings) -> Check:
 
 
 def leaves(name: str, content: object) -> Check:
-    """A check whose figures are `content`."""
+    """A check that writes `content` as its figures."""
     return script(name, f"open('{name}.json', 'w').write({json.dumps(content)!r})", figures=Path(f"{name}.json"))
 
 
 def results(*wanted: Check, limit_s: float = 60.0) -> dict[str, Result]:
-    """All checks run, in a folder `work`."""
+    """Run checks in a folder `work` and return their results by name."""
     return dict(run_all(wanted, Path("work"), limit_s))
 
 

@@ -2,13 +2,22 @@
 
 import dataclasses
 
+import numpy as np
+
+from qdbev import detectors
 from qdbev.config import Config
+from qdbev.data.noise_frames import noise_frames
+from qdbev.detector import Arrays, Deployed
 from qdbev.detectors.bevformer.config import BEVFormerConfig
+from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.nn.config import BackboneConfig
+from qdbev.quant.calibrate import calibrate
 from qdbev.recipes import RECIPES
 
 DATA = RECIPES["micro"]().data
 """Data settings of the networks here."""
+IMAGE_HW = (64, 96)
+"""Padded height and width in pixels of the images of exported networks."""
 
 INPUTS, OUTPUTS = (tuple(names) for names in (BEVFormerConfig().interface((64, 64)).inputs, BEVFormerConfig().interface((64, 64)).outputs))
 """Names of the inputs and outputs of BEVFormer's deployed graph, in order."""
@@ -51,3 +60,15 @@ def exported_network(**changes: object) -> Config:
     }
     model: BEVFormerConfig = dataclasses.replace(config.model, **{**small, **changes})
     return dataclasses.replace(config, model=model)
+
+
+def first_inputs(model: BEVFormer) -> Arrays:
+    """Return the deployed graph's inputs, by name, for a first frame of noise in images of `IMAGE_HW`."""
+    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
+    return detectors.stream(model.config).inputs(frame, None)
+
+
+def calibrate_on_noise(model: BEVFormer, **changes: np.ndarray) -> None:
+    """Calibrate a prepared network with `max` on its `first_inputs`; `changes` replace inputs by name."""
+    deployed = Deployed(model).eval()
+    calibrate(model, lambda: deployed.run({**first_inputs(model), **changes}), "max")

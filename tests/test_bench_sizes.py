@@ -32,7 +32,7 @@ ENGINE = EngineFacts(
 
 
 def sealed(path, facts):
-    """Write a file with a seal that holds these facts."""
+    """Write a file with a seal that contains these facts."""
     path.write_bytes(b"content of " + path.name.encode())
     artifact.seal(path, config={}, parent=None, facts=facts)
 

@@ -1,4 +1,4 @@
-"""Random teachers of official shape are determined by their seed, and none of their weights is zero, which could hide a bug."""
+"""Random teachers of official shape depend on their seed only, and none of their weights is zero, which could hide a bug."""
 
 import torch
 

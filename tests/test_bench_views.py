@@ -1,4 +1,4 @@
-"""The pictures of reference points, features and BEV show what the encoder works with, where it belongs."""
+"""The pictures show the encoder's reference points, the features and the BEV at the right places."""
 
 import dataclasses
 from pathlib import Path
@@ -57,7 +57,7 @@ def command(*arguments: object) -> None:
 
 
 def pixel(page: Page, axes: matplotlib.axes.Axes, x: float, y: float) -> np.ndarray:
-    """(3,) RGB that the page has at a point of the axes' data."""
+    """(3,) RGB of the page at a point in data coordinates of the axes."""
     page.figure.canvas.draw()
     image = np.asarray(page.figure.canvas.buffer_rgba())
     column, row = axes.transData.transform((x, y)).astype(int)
@@ -119,7 +119,7 @@ def test_the_input_goes_back_to_the_stored_colours(to_rgb: bool) -> None:
 
 
 def test_every_drawn_point_is_a_visible_one_at_its_pixel(seen: Views) -> None:
-    """The pixels are computed again, in float64, from the matrix."""
+    """The expected pixels are computed in float64 from the matrix."""
     index = CAMERAS.index("CAM_BACK")
     height, width = seen.images[index].shape[:2]
     axes = Page(4, 3).axes(0, 0, 4, 3)

@@ -18,7 +18,7 @@ PATH = Path("net.onnx")
 
 
 def model_of(op: str = "Identity", weight: np.ndarray | None = None, body: list[onnx.NodeProto] | None = None) -> onnx.ModelProto:
-    """`boxes` from images, the pose and a weight; with a `body`, `op` is a custom operator that has it."""
+    """A model that computes `boxes` from images, the pose and a weight; with a `body`, `op` is a custom operator with that body."""
     domain = contract.DOMAIN if op != "Identity" else ""
     nodes = [
         helper.make_node("MatMul", ["pose", "w"], ["moved"], name="moved"),

@@ -43,12 +43,12 @@ def seen(can_bus: np.ndarray, time_s: float, scene: str = "a", images: np.ndarra
 
 
 def remember(frame: Frame, bev: np.ndarray) -> Memory:
-    """The memory that a frame leaves for the next one."""
+    """The memory for the frame after `frame`."""
     return BEVFormerStream(BEVFormerConfig()).remember(frame, {"bev": bev})
 
 
 def heading(degrees: float) -> np.ndarray:
-    """(18,) can_bus of a vehicle that stands and looks that way."""
+    """(18,) can_bus of a standing vehicle with this heading."""
     can_bus = np.zeros(18)
     can_bus[layout.YAW_DEG], can_bus[layout.YAW_RAD] = degrees, np.deg2rad(degrees)
     return can_bus
@@ -66,7 +66,7 @@ def streamed(frames: list[Frame]) -> tuple[np.ndarray, list[bool]]:
 
 
 def turned(degrees: float, center: tuple[float, float] = (10.0, 10.0)) -> Tensor:
-    """(400, 3): the golden map after a turn."""
+    """(400, 3) golden map rotated by `degrees`."""
     given = torch.from_numpy(make_rotate_input()).flatten(1).T[None]
     return rotate_bev(given, torch.tensor([degrees]), (20, 20), center)[0]
 
@@ -158,7 +158,7 @@ def test_another_scene_may_have_been_recorded_earlier():
 
 
 class Stream:
-    """What the evaluation loop asks of a dataset."""
+    """The part of a dataset that the evaluation loop uses."""
 
     def __init__(self, frames: list[Frame]) -> None:
         self.frames = frames
@@ -171,7 +171,7 @@ class Stream:
 
 
 def evaluated(frames: list[Frame]) -> list[Arrays]:
-    """The inputs that a detector gets; it gives the number of its call as BEV."""
+    """The inputs of a model whose BEV is the number of the call."""
     config, given = Config(name="small", data=DataConfig(root=""), model=small_config()), []
 
     def run(inputs: Arrays) -> Arrays:
@@ -209,7 +209,7 @@ def small_config() -> BEVFormerConfig:
 
 @pytest.fixture(scope="module")
 def model() -> BEVFormer:
-    """Small, with random weights."""
+    """A small network with random weights."""
     torch.manual_seed(0)
     return BEVFormer(small_config()).eval()
 
@@ -227,7 +227,7 @@ def frames() -> dict[str, Frame]:
 
 @torch.no_grad()
 def last_bev(model: BEVFormer, *queues: list[Frame]) -> Tensor:
-    """(B, BEV cells, C) of the last frames, by the steps of training."""
+    """(B, BEV cells, C) BEV of the last frames, computed as in training."""
     history, current = queue_batch(list(queues))
     return model.advance(current, history_state(model, history))
 

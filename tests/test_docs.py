@@ -1,4 +1,4 @@
-"""The pages tell the truth about the repository: links lead to files, commands and imports exist."""
+"""The pages agree with the repository: targets of links, commands and imports exist."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (RO
 FOREIGN = {"pip", "pytest", "venv", "ruff", "build"}
 """Modules that pages and Makefile run and that are not ours."""
 RESULTS_NOT_YET_MEASURED = {"results/kernel_bench.json"}
-"""Files that results/README.md describes as not here yet."""
+"""Files that results/README.md describes as not yet measured."""
 SHOWN = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 

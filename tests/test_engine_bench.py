@@ -42,7 +42,7 @@ def engine(folder: Path, version: str = "10.13.3.9") -> tuple[Path, Seal]:
 
 
 def on_path(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of that name, before all others."""
+    """Put a program of that name first on PATH."""
     (folder / "bin").mkdir(exist_ok=True)
     program = folder / "bin" / name
     program.write_text(f"#!/bin/sh\n{script}\n")

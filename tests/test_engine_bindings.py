@@ -1,6 +1,6 @@
 """Every name of TensorRT that the engine room uses exists in the bindings, as far as some can be imported here.
 
-Without a GPU most of it never runs; a slip in a name would show on the user's machine only.
+Without a GPU most of that code never runs, so a wrong name would only be found on the user's machine.
 """
 
 import ast
@@ -25,7 +25,7 @@ CLASSES = {
     "context": "IExecutionContext",
     "_context": "IExecutionContext",
 }
-"""What the variables of these names are."""
+"""Class of TensorRT objects by the name of the variable that the engine room uses for them."""
 FILES = ("build", "captured_context", "trt_callbacks", "session", "backend")
 OF_8_6 = {
     "BuilderFlag.INT8",
@@ -55,7 +55,7 @@ SINCE_10 = {
 
 
 def used() -> set[str]:
-    """Names as the module has them, as Builder.create_network."""
+    """Names of TensorRT that the engine room uses, such as Builder.create_network."""
     return {name for file in FILES for name in names(ast.parse((ENGINE / f"{file}.py").read_text()))}
 
 
@@ -92,7 +92,7 @@ def missing(trt: ModuleType) -> set[str]:
 
 
 def allowed(trt: ModuleType) -> set[str]:
-    """What this binding need not have, because the code asks for its version or for the name first."""
+    """Names that this binding may lack, because the code checks its version or the name first."""
     if trt.__name__ == "tensorrt_rtx":
         return OF_8_6
     return OF_RTX | (SINCE_10 if trt.__version__.startswith("8.") else OF_8_6)

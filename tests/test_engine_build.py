@@ -51,7 +51,7 @@ class Drawing:
         return f"{name}:0"
 
     def quantized(self, x: str, name: str, scales: int = 1, axis: int = -1) -> str:
-        """Q -> DQ; below 8 bits a Clip comes first, as the exporter writes it."""
+        """Add QuantizeLinear and DequantizeLinear; below 8 bits a Clip comes first, as the exporter writes it."""
         scale = np.float32(0.05)
         if self.bits < 8:
             low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
@@ -79,7 +79,7 @@ class Drawing:
         return self.node("Add", [product, self.constant(f"{name}.bias", np.ones(cout, np.float32))], f"{name}.add")
 
     def save(self, path: Path, bev: str) -> Path:
-        """The model, with `bev` (1, 64, 32) as its network and the other inputs and outputs beside it; sealed."""
+        """Write and seal the model with the output `bev` (1, 64, 32); the other inputs and outputs are not connected to it."""
         self.node("Add", [bev, "prev_bev"], "next")
         self.node("Mul", ["next:0", "has_prev"], "gated")
         outputs = {"next:0": "bev", "gated:0": "box_code"}
@@ -97,7 +97,7 @@ class Drawing:
 
 
 def detector(path: Path, *, bits: int = 8, scales: int = 1) -> Path:
-    """A residual convolution block, two linears and an attention; `scales` > 1 gives the first linear's input one scale a channel."""
+    """A residual convolution block, two linears and an attention; `scales` > 1 gives the first linear's input one scale per channel."""
     d = Drawing(bits)
     x = d.quantized(d.conv(d.quantized("images", "backbone.in"), "backbone.conv1", 3, 32), "backbone.q1")
     y = d.node("Relu", [d.node("Add", [d.conv(x, "backbone.conv2", 32, 32), x], "backbone.add")], "backbone.relu")
@@ -137,13 +137,13 @@ def reseal(path: Path, model: onnx.ModelProto) -> Path:
 
 
 def fell_back(facts: dict[str, list[dict[str, str]]]) -> list[str]:
-    """Quantized layers that run in float, by an audit's facts."""
+    """Names of the quantized layers that run in float, from the facts of an audit."""
     return [layer["name"] for layer in facts["float_layers"] if layer["reason"].startswith("fell back")]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(onnx, engine) of `detector`, made by the command line."""
+    """Paths of the ONNX and the engine of `detector`, built by the command line."""
     path = detector(tmp_path_factory.mktemp("run") / "w8a8.onnx")
     build.main(["--onnx", str(path), "--backend", "tensorrt-rtx", "--compute-capability", "8.6", "8.9", "--memory-limit", "256"])
     return path, path.with_suffix(".engine")

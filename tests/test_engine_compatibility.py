@@ -1,4 +1,4 @@
-"""Which engine runs where, the command that builds it again, and what TensorRT 8.6 can read; none of it needs a GPU."""
+"""The checks of an engine's GPU and version, the command that builds it again, and the check for TensorRT 8.6; none needs a GPU."""
 
 import dataclasses
 import shlex
@@ -119,7 +119,7 @@ def test_a_version_between_the_supported_ones_is_refused(version: str, monkeypat
 def network(
     opset: int = 17, op: str = PLUGIN[0], weight: np.dtype | type = np.float32, cast: int = TensorProto.FLOAT, body: bool = False
 ) -> onnx.ModelProto:
-    """An attention, a product and a cast."""
+    """A network of an attention, a product and a cast."""
     nodes = [
         helper.make_node(op, ["x"], ["y"], name="encoder.attention", domain=contract.DOMAIN),
         helper.make_node("MatMul", ["y", "w"], ["z"], name="encoder.linear"),
@@ -179,7 +179,7 @@ def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) 
 
 
 def test_a_build_with_tensorrt_8_reads_the_onnx_as_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The binding is reduced to what is asked before the parser: TensorRT 8.6 cannot be installed without its GPU libraries."""
+    """The binding has only the names used before parsing, because TensorRT 8.6 cannot be installed without its GPU libraries."""
     registered = SimpleNamespace(plugin_creator_list=[SimpleNamespace(name=PLUGIN[0], plugin_version="1", plugin_namespace="")])
     module = SimpleNamespace(init_libnvinfer_plugins=lambda logger, namespace: None, get_plugin_registry=lambda: registered)
     monkeypatch.setattr(backend, "select", lambda wanted: Backend(name="tensorrt", module=module, version="8.6.1"))

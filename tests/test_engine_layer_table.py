@@ -1,4 +1,4 @@
-"""Reading layer tables, TensorRT-RTX's log message and EngineInspector's JSON, and what the audit makes of them and of an ONNX."""
+"""Layer tables are read from TensorRT-RTX's log message and EngineInspector's JSON, and audited against an ONNX."""
 
 import json
 from pathlib import Path
@@ -126,7 +126,7 @@ def kernel(*nodes: str, kind: str = "gemm", inputs: tuple[str, ...] = ("INT8",),
 
 @pytest.fixture
 def drawn() -> list[Product]:
-    """A product of each role: 4096 operations quantized, 2048 float by policy, 128 geometry, 64 constant."""
+    """One product of each role, with 4096 operations quantized, 2048 float by policy, 128 geometry and 64 constant."""
     nodes = [
         *quantized("prev_bev", "x"),
         helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["weight"]),

@@ -1,4 +1,4 @@
-"""Running and measuring engines: what can be known without a GPU, and what only a GPU shows."""
+"""Running and measuring engines: checks that need no GPU, and tests on a GPU."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ INTERFACE = BEVFormerConfig().interface((480, 800))
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Path:
-    """A sealed file that claims to be an engine; good enough for everything that comes before running it."""
+    """A sealed file that claims to be an engine, which is enough for all steps before running it."""
     path = tmp_path / "w8a8.engine"
     path.write_bytes(b"plan")
     artifact.seal(path, config={}, parent=None, facts=engine_facts(INTERFACE))

@@ -34,7 +34,7 @@ def dataset(tiny_world: Path) -> FrameDataset:
 
 @pytest.fixture(scope="module")
 def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
-    """A small network for that world's images, as ONNX."""
+    """A small network for the images of `dataset`, exported to ONNX."""
     torch.manual_seed(0)
     config = exported_network()
     model = BEVFormer(config.model).eval()
@@ -50,7 +50,7 @@ def detector(runner: OnnxRunner) -> StreamingDetector:
 
 
 def evaluated(runner: OnnxRunner, dataset: FrameDataset) -> list[Detections]:
-    """What the evaluation loop finds, frame by frame."""
+    """Detections of the evaluation loop for each frame."""
     return [step.detections for step in evaluate_frames(OpenModel(exported_network(), runner), dataset)]
 
 
@@ -81,14 +81,14 @@ def test_a_reset_is_the_beginning_of_a_scene(detector: StreamingDetector, datase
 
 
 def without_nan(value: np.ndarray) -> np.ndarray:
-    """The same with a single NaN in the middle."""
+    """A copy of an array with one NaN in the middle."""
     changed = value.copy()
     changed.flat[changed.size // 2] = np.nan
     return changed
 
 
 def changed(frame: Frame, name: str) -> Frame:
-    """`frame` with one mistake."""
+    """A copy of a frame in which the field `name` is wrong."""
     later = dataclasses.replace(frame, timestamp_us=frame.timestamp_us + 500_000)
     return {
         "nan in images": lambda: dataclasses.replace(later, images=without_nan(frame.images)),

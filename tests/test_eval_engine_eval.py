@@ -70,7 +70,7 @@ def command(*arguments: object) -> None:
 
 
 def reseal(path: Path, model: onnx.ModelProto) -> None:
-    """Write another content as if it had been made the same way."""
+    """Replace an ONNX by another model, with a seal as if it had been exported from the same checkpoint."""
     made = artifact.unseal(path, "onnx")
     parent = dataclasses.replace(made, sha256=made.parent or "")
     onnx.save(model, path)
@@ -136,7 +136,7 @@ def test_the_first_tensor_out_of_tolerance_is_named_and_the_comparison_is_kept(r
 
 
 def recorder(config: Config, seen: list[Arrays], bev: float, poison: bool = False) -> OpenModel:
-    """A model that appends its inputs to `seen` and whose outputs hold `bev` everywhere; `poison` puts a NaN into the second frame."""
+    """A model that appends its inputs to `seen` and whose outputs are `bev` everywhere; `poison` puts a NaN into the second frame."""
     outputs_of = config.model.interface((96, 160)).outputs
 
     def run(inputs: Arrays) -> Arrays:

@@ -14,14 +14,14 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def include_folders() -> list[Path]:
-    """Folders that may hold the headers, besides those that the compiler searches by itself."""
+    """Folders that may contain the headers, besides those that the compiler searches by itself."""
     roots = [Path(os.environ[name]) for name in ("TENSORRT_ROOT", "CUDA_HOME") if os.environ.get(name)]
     wheels = [folder for packages in site.getsitepackages() for folder in Path(packages).glob("nvidia/*/include")]
     return [folder for folder in (*(root / "include" for root in (*roots, Path("/usr/local/cuda"))), *wheels) if folder.is_dir()]
 
 
 def compiled(source: str, folder: Path = CPP) -> subprocess.CompletedProcess[str]:
-    """The compiler's verdict on a C++17 source; nothing is written, and warnings of the vendor's headers do not count."""
+    """Compile a C++17 source without writing a file; warnings in the vendor's headers are ignored."""
     includes = [argument for path in include_folders() for argument in ("-isystem", str(path))]
     command = [COMPILER, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{folder}", *includes, "-x", "c++", "-"]
     return subprocess.run(command, input=source, capture_output=True, text=True, check=False, timeout=120)

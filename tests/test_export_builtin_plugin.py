@@ -1,4 +1,4 @@
-"""The export for TensorRT 8.6: its own attention plugin computes what our operators compute, and its rules are kept."""
+"""The export for TensorRT 8.6: its own attention plugin gives the results of our operators, and the graph follows its rules."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_passes import apply
-from small_networks import DATA, exported_network
+from small_networks import DATA, IMAGE_HW, calibrate_on_noise, exported_network
 
 from engine import onnx_products, trt86_check
 from engine.backend import EngineError
@@ -17,7 +17,7 @@ from export import parity, to_onnx
 from export.bodies.attach import attach
 from export.builtin_plugin import replace_attention_with_builtin_plugin, with_bodies
 from export.trace import trace
-from qdbev import deployed_graph, temporal
+from qdbev import deployed_graph
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -28,15 +28,15 @@ from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
-from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
 
 PLUGINS = frozenset({("MultiscaleDeformableAttnPlugin_TRT", "1", "")})
-"""As TensorRT 8.6 registers it."""
+"""The attention plugin as TensorRT 8.6 registers it: name, version and namespace."""
 ONE_LEVEL, TWO_LEVELS = [(5, 7)], [(6, 9), (3, 5)]
 ATOL = 2e-6  # float32 sums of up to 64 products of order one, in another order
-IMAGE_HW = (64, 96)
+INTERFACE = exported_network().model.interface(IMAGE_HW)
 B, N, Q, M, C = 2, 3, 5, 2, 3
+Exports = dict[bool, tuple[onnx.ModelProto, list[parity.OutputParity]]]
 
 
 def tensors_of(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def tensors_of(op_type: str, level_hw: list[tuple[int, int]], D: int, P: int) ->
 
 
 def replaced(op_type: str, level_hw: list[tuple[int, int]], D: int = 2, P: int = 4) -> tuple[onnx.ModelProto, list[torch.Tensor]]:
-    """A model of one attention, by the plugin, and its inputs."""
+    """A model in which the plugin computes one attention, and its inputs."""
     tensors, names = tensors_of(op_type, level_hw, D, P), contract.OPERATORS[op_type].inputs
     flat = [size for hw in level_hw for size in hw]
     node = helper.make_node(op_type, names, ["out"], name="attention", domain=contract.DOMAIN, level_hw=flat, **contract.PLUGIN_ATTRIBUTES)
@@ -102,7 +102,7 @@ def inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]:
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """A quantized network with deformable convolutions, for TensorRT 8.6 or not."""
     torch.manual_seed(0)
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(2,))
@@ -113,8 +113,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
             torch.nn.init.normal_(module.offset.weight, std=0.05)
     model = quantized(config, model).eval()
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
-    feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
-    calibrate(model, lambda: model(*feeds), "max")
+    calibrate_on_noise(model)
     folder, traced = tmp_path_factory.mktemp("export"), trace(model, IMAGE_HW)
     parent = Seal(kind="student", config=to_dict(config), parent=None, facts=StudentFacts(), provenance={}, sha256="student")
     made = {}
@@ -126,17 +125,17 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[onnx.M
     return made
 
 
-def test_the_whole_network_computes_what_pytorch_computes(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
+def test_the_whole_network_computes_what_pytorch_computes(exports: Exports) -> None:
     _, rows = exports[True]
     assert all(row.passed for row in rows), parity.table(rows)
     for row, usual in zip(rows, exports[False][1], strict=True):
         assert row.cosine == pytest.approx(usual.cosine, abs=1e-4)
 
 
-def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
+def test_tensorrt_8_can_read_the_file(exports: Exports) -> None:
     model, _ = exports[True]
     trt86_check.check(model, PLUGINS)
-    deployed_graph.check(Path("net.onnx"), model, deployed_graph.bevformer_interface(model), PLUGINS)
+    deployed_graph.check(Path("net.onnx"), model, INTERFACE, PLUGINS)
     assert (model.ir_version, len(model.functions)) == (8, 0)
     assert {"Shape", "Constant", "Range"}.isdisjoint(node.op_type for node in model.graph.node)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -147,13 +146,13 @@ def test_tensorrt_8_can_read_the_file(exports: dict[bool, tuple[onnx.ModelProto,
             assert node.op_type == "QuantizeLinear" or node.input[0] not in constants, node.name
 
 
-def test_the_usual_file_is_refused_with_the_option_that_helps(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
+def test_the_usual_file_is_refused_with_the_option_that_helps(exports: Exports) -> None:
     with pytest.raises(EngineError, match="of operator set 18; .* Export it with --builtin-plugin, or build with TensorRT 10"):
         trt86_check.check(exports[False][0], PLUGINS)
 
 
-def test_the_same_layers_are_quantized(exports: dict[bool, tuple[onnx.ModelProto, list[parity.Row]]]) -> None:
-    found = [onnx_products.products(model, deployed_graph.bevformer_interface(model).geometry) for model, _ in exports.values()]
+def test_the_same_layers_are_quantized(exports: Exports) -> None:
+    found = [onnx_products.products(model, INTERFACE.geometry) for model, _ in exports.values()]
     roles = [{product.name: (product.role, product.problem) for product in products} for products in found]
     assert roles[0] == roles[1]
     assert ("quantized", "") in roles[0].values()

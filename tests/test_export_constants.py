@@ -1,4 +1,4 @@
-"""What an export computes beforehand or writes out gives the same numbers, and leaves everything else as it is."""
+"""Folding constants and expanding projections at export keep the numbers, and change nothing else."""
 
 import numpy as np
 import onnx
@@ -33,7 +33,7 @@ def run(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
 
 
 def attention_to_a_table() -> onnx.ModelProto:
-    """A quantized product of a table and a softmax of it, before anything was read; behind it a quantized product of the input."""
+    """A quantized product of a table and a softmax of it, which depend on no input, and then a quantized product of the input."""
     nodes = [
         helper.make_node("QuantizeLinear", ["table", "scale", "zero"], ["table.int8"]),
         helper.make_node("DequantizeLinear", ["table.int8", "scale", "zero"], ["rounded"]),
@@ -94,7 +94,7 @@ def test_a_product_of_constants_that_cannot_be_computed_fails_the_export() -> No
 
 
 def projection(equation: str, rows: int = 4, op_type: str = "Einsum", points_shape: tuple[int, ...] = (4, 25, 4)) -> onnx.ModelProto:
-    """Points in rows of a matrix from an input; all axes have different sizes but the contracted one."""
+    """A model that transforms points by a matrix from an input; all axes but the contracted one have different sizes."""
     attributes = {"equation": equation} if op_type == "Einsum" else {}
     nodes = [
         helper.make_node("Slice", ["lidar2img", "start", "end", "axis"], ["chosen"]),

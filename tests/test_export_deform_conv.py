@@ -1,4 +1,4 @@
-"""Deformable convolution in ONNX: gather and product, or the standard node; both give what PyTorch gives."""
+"""Deformable convolution in ONNX, as gather and product or as the standard node: both equal PyTorch."""
 
 from contextlib import contextmanager
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx_passes import apply
-from small_networks import DATA, OUTPUTS, exported_network
+from small_networks import DATA, IMAGE_HW, OUTPUTS, calibrate_on_noise, exported_network
 
 from engine import backend, build
 from engine.backend import EngineError
 from export import deform_conv, parity, to_onnx
 from export.bodies.attach import attach
-from qdbev import artifact, temporal
+from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import Config, to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -25,20 +25,17 @@ from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.nn.config import BackboneConfig
 from qdbev.ops import contract
 from qdbev.ops.deform_conv import DeformConv2d, modulated_deformable_im2col
-from qdbev.quant.calibrate import calibrate
 from qdbev.restore import quantized
-
-IMAGE_HW = (64, 96)
 
 
 def small_config() -> Config:
-    """Two deformable stages after strides of two, as in the official networks."""
+    """A network with two deformable stages after strides of two, as in the official networks."""
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2))
     return exported_network(backbone=backbone, decoder_layers=1)
 
 
 def small_model() -> BEVFormer:
-    """Random weights; offsets of about a pixel, so that every tap falls between pixels."""
+    """A network with random weights and offsets of about a pixel, so that every tap is between pixels."""
     torch.manual_seed(0)
     model = BEVFormer(small_config().model).eval()
     for module in model.modules():
@@ -63,7 +60,7 @@ def seal(kind: str) -> Seal:
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """The float model in both forms: standard or not -> (proto, parity rows, seal)."""
+    """Exports of the float model by whether the standard node is used: proto, parity rows and seal."""
     folder, model = tmp_path_factory.mktemp("export"), small_model()
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
     made = {}
@@ -77,7 +74,7 @@ def exports(tmp_path_factory):
 
 @contextmanager
 def traced_once(model):
-    """Exports of `model` begin with copies of one graph."""
+    """Let all exports of `model` begin with a copy of one traced graph."""
     traced = to_onnx.trace(model, IMAGE_HW)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "trace", lambda *_: traced.clone())
@@ -123,7 +120,7 @@ def test_the_gather_is_one_node_before_an_ordinary_product(exports):
     for gather in gathers:
         product = nodes[f"{gather.name}.product"]
         assert (product.op_type, product.input[0]) == ("Conv", gather.output[0])
-    assert made.facts["opset"] == contract.OPSET
+    assert made.facts.opset == contract.OPSET
 
 
 def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
@@ -132,15 +129,14 @@ def test_the_standard_form_has_one_deform_conv_each_and_no_gather(exports):
     convolutions = [node for node in proto.graph.node if node.op_type == "DeformConv"]
     assert sorted(node.name for node in convolutions) == ["backbone.layer2.0.conv2.product", "backbone.layer3.0.conv2.product"]
     assert contract.IM2COL.name not in {node.op_type for node in proto.graph.node} | {function.name for function in proto.functions}
-    assert made.facts["opset"] == 19
+    assert made.facts.opset == 19
     assert {entry.version for owner in (proto, *proto.functions) for entry in owner.opset_import if not entry.domain} == {19}
 
 
 def test_a_quantized_product_runs_on_integers_and_cannot_become_a_standard_node(tmp_path):
     model = quantized(small_config(), small_model()).eval()
     frames = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
-    feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frames[0], None, model.config).values()]
-    calibrate(model, lambda: model(*feeds), "max")
+    calibrate_on_noise(model)
     path = tmp_path / "w8a8.onnx"
     with traced_once(model):
         rows, _ = to_onnx.export(model, seal("student"), path, IMAGE_HW, frames)

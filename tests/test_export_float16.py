@@ -1,4 +1,4 @@
-"""Typing a graph as float16: what stays float32, and that integers stay integers."""
+"""Typing a graph as float16 keeps the right tensors in float32, and integers as integers."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from onnx_passes import apply
 from engine import audit, backend, build
 from engine.onnx_products import products
 from export.bodies.attach import attach
-from export.float16 import _to_half, to_float16
+from export.float16 import _to_float16, to_float16
 from qdbev.ops import contract
 from qdbev.schema import Interface
 
@@ -36,7 +36,7 @@ def integer_weight(name: str) -> NodeProto:
 
 
 def network(integer: bool) -> onnx.ModelProto:
-    """Deformable attention in small: one tensor gives value, offsets and logits; the motion gives the references."""
+    """A small deformable attention: value, offsets and logits are computed from one tensor, references from the motion."""
     products = {"value": M * C, "offsets": M * P * 2, "logits": M * P, "boxes": 3}
     nodes = [
         node("Gather", ["can_bus", "first"], "motion", axis=1),  # (1, 2)
@@ -91,7 +91,7 @@ def model_of(
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
-    """Type of every tensor; the checker has seen that they fit."""
+    """Type of every tensor, after onnx has checked that they fit."""
     onnx.checker.check_model(model, full_check=True)
     graph = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     found = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}
@@ -159,7 +159,7 @@ def test_a_body_computes_in_float32() -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [(1e-10, 2.0**-24), (0.0, 0.0), (2.0**-20, 2.0**-20)])
 def test_a_positive_constant_stays_positive(value: float, expected: float) -> None:
-    assert _to_half("scale", np.float32(value)) == np.float16(expected)
+    assert _to_float16("scale", np.float32(value)) == np.float16(expected)
 
 
 def test_a_constant_too_large_for_float16_is_named() -> None:

@@ -1,4 +1,4 @@
-"""The structure of deployed graphs is held by digests, so that a change of a pass that should change nothing can show it."""
+"""Digests record the structure of deployed graphs, so that a refactoring of a pass can be shown to change nothing."""
 
 import json
 from collections.abc import Callable
@@ -10,22 +10,19 @@ import pytest
 import torch
 from graph_digest import describe, digest
 from onnx import TensorProto, helper, numpy_helper
-from small_networks import exported_network
+from small_networks import IMAGE_HW, calibrate_on_noise, exported_network
 
 from bench.untrained import untrained
 from export import deform_conv, qdq, to_onnx
 from export.trace import trace
-from qdbev import deployed_graph, temporal
-from qdbev.config import BackboneConfig
-from qdbev.data.noise_frames import noise_frames
+from qdbev.nn.config import BackboneConfig
 from qdbev.ops import contract
-from qdbev.quant.calibrate import calibrate
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized
 
 GOLDEN = Path(__file__).with_name("golden_graphs.json")
 """Digest of each form, with a dated list of the reasons why digests changed."""
-IMAGE_HW = (64, 96)
+INTERFACE = exported_network().model.interface(IMAGE_HW)
 FORMS = {
     "float": ("float", {}),
     "float-float16": ("float", {"float16": True}),
@@ -37,7 +34,7 @@ FORMS = {
     "w4a6": ("w4a6", {}),
     "w4a6-int4": ("w4a6", {"int4": True}),
 }
-"""Widths of the network, and options of the export, by the name of the form."""
+"""Bit widths of the network and options of the export, by the name of the form."""
 
 
 def traced(kind: str) -> ir.Model:
@@ -47,9 +44,7 @@ def traced(kind: str) -> ir.Model:
     model = untrained(config).eval()
     if kind != "float":
         model = quantized(at_bits(config, kind), model).eval()
-        frame, _ = noise_frames(model.config.num_cameras, IMAGE_HW)
-        feeds = [torch.from_numpy(value) for value in temporal.deployed_inputs(frame, None, model.config).values()]
-        calibrate(model, lambda: model(*feeds), "max")
+        calibrate_on_noise(model)
     return trace(model, IMAGE_HW)
 
 
@@ -69,12 +64,12 @@ def packed() -> Callable[[str], ir.Model]:
 
 
 def deployed(graph: ir.Model, int4: bool = False, standard_deform_conv: bool = False, **options: bool) -> tuple[ir.Model, dict[str, int]]:
-    """The graph in one of the forms, and what the passes did."""
+    """The graph in one of the forms, and the number of changes of each pass."""
     if int4:
         return qdq.pack_int4(graph), {}
     if standard_deform_conv:
         assert deform_conv.use_standard_node(graph) == 2
-    return graph, to_onnx.optimize(graph, deployed_graph.bevformer_interface(ir.to_proto(graph)), **options)
+    return graph, to_onnx.optimize(graph, INTERFACE, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,12 +104,12 @@ def test_the_projection_is_expanded_whatever_letters_geometry_uses(monkeypatch: 
     graph = trace(untrained(exported_network(decoder_layers=1)).eval(), IMAGE_HW)
     found = {node.attributes["equation"].as_string() for node in graph.graph if node.op_type == "Einsum"}
     assert found == set(renamed)
-    assert to_onnx.optimize(graph, deployed_graph.bevformer_interface(ir.to_proto(graph)))["projections"] == 1
+    assert to_onnx.optimize(graph, INTERFACE)["projections"] == 1
     assert "Einsum" not in {node.op_type for node in graph.graph}
 
 
 def drawing(axis: int = 1, prefix: str = "", shared: bool = False) -> onnx.ModelProto:
-    """Two branches of x, joined; the same function under other names with a `prefix`."""
+    """A graph of two joined branches of x; a `prefix` changes names only."""
     names = {name: f"{prefix}{name}" for name in ("a", "b", "w", "v")}
     nodes = [
         helper.make_node("MatMul", ["x", names["w"]], [names["a"]], name="first"),

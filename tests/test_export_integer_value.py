@@ -1,4 +1,4 @@
-"""Attention operators that read int8 give exactly the numbers of a DequantizeLinear before them, and cost an engine nothing more."""
+"""Attention operators that read int8 return exactly the numbers of those behind a DequantizeLinear, at no extra cost in an engine."""
 
 import copy
 from pathlib import Path
@@ -61,7 +61,7 @@ def model_of(op_type: str, quantized: bool = True, read_twice: bool = False, cou
 
 
 def run(model: onnx.ModelProto) -> list[np.ndarray]:
-    """Its outputs on the same noise at every call, a third of the points outside."""
+    """Outputs of a model on noise that is the same at every call, with a third of the points outside."""
     onnx.checker.check_model(model, full_check=True)
     rng = np.random.default_rng(0)
     sizes = {info.name: [size.dim_value for size in info.type.tensor_type.shape.dim] for info in model.graph.input}

@@ -1,4 +1,4 @@
-"""A student to a packed file and back; quantized embeddings through the exported graph."""
+"""Packing a student into a file and restoring it, and exporting quantized embeddings."""
 
 import dataclasses
 from pathlib import Path
@@ -9,12 +9,12 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from small_networks import DATA, OUTPUTS, exported_network
+from small_networks import DATA, IMAGE_HW, OUTPUTS, exported_network, first_inputs
 
 from export import pack as packing
 from export import parity, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, temporal
+from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.config import Config, from_dict, to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -27,8 +27,6 @@ from qdbev.quant.size import packed_parts
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
 
-IMAGE_HW = (64, 96)
-
 
 def small_config(**quant: object) -> Config:
     config = at_bits(exported_network(), "w4a6")
@@ -36,7 +34,7 @@ def small_config(**quant: object) -> Config:
 
 
 def saved_student(path: Path, **quant: object) -> tuple[Seal, BEVFormer]:
-    """A settled student of random weights, sealed and restored; projections that start at zero get some."""
+    """A sealed and restored student with random weights, its floats rounded to float16; no projection is zero."""
     torch.manual_seed(0)
     config = small_config(**quant)
     model = BEVFormer(config.model).eval()
@@ -67,8 +65,8 @@ def test_a_packed_file_gives_the_students_outputs_to_the_bit(scale: str, per_cha
     frames = noise_frames(brighter, model.config.num_cameras, IMAGE_HW)
     ours, theirs = packing._outputs(model, frames), packing._outputs(restored, frames)
     assert len(ours) == 2 * len(OUTPUTS)
-    assert all(torch.equal(first, second) for first, second in zip(ours, theirs, strict=True))
-    assert not torch.equal(ours[3], packing._outputs(model, frames[1:])[0])  # the second frame saw the first one's BEV
+    assert all(np.array_equal(first, second) for first, second in zip(ours, theirs, strict=True))
+    assert not np.array_equal(ours[3], packing._outputs(model, frames[1:])[0])  # the second frame saw the first one's BEV
 
 
 def test_the_command_writes_a_sealed_file_and_reports_both_counts(student, tmp_path, monkeypatch, capsys):
@@ -80,15 +78,15 @@ def test_the_command_writes_a_sealed_file_and_reports_both_counts(student, tmp_p
     assert found.kind == "packed"
     assert found.parent == artifact.sha256(path)
     assert from_dict(found.config) == from_dict(seal.config)
-    assert found.facts["image_hw"] == list(IMAGE_HW) and "seconds" not in found.facts
-    assert found.facts["parts"] == packed_parts(model)
-    assert found.facts["float_bytes"] == 8 * found.facts["paper_bytes"]
-    assert 24 * found.facts["macs"] < found.facts["bops"] < 64 * found.facts["macs"]
+    assert found.facts.image_hw == IMAGE_HW
+    assert found.facts.parts == packed_parts(model)
+    assert found.facts.float_bytes == 8 * found.facts.paper_bytes
+    assert 24 * found.facts.macs < found.facts.bops < 64 * found.facts.macs
     assert packed.stat().st_size < path.stat().st_size / 4
     printed = capsys.readouterr().out
     assert f"packed file {packed.stat().st_size} bytes" in printed
-    assert f"the paper's count {found.facts['paper_bytes']:.0f} bytes" in printed
-    assert f"{found.facts['macs']} multiply-accumulates, {found.facts['bops']} bit operations" in printed
+    assert f"the paper's count {found.facts.paper_bytes:.0f} bytes" in printed
+    assert f"{found.facts.macs} multiply-accumulates, {found.facts.bops} bit operations" in printed
     assert not restored.training
 
 
@@ -147,7 +145,7 @@ def test_a_damaged_packed_file_is_refused(student, tmp_path, damage):
 
 @pytest.fixture(scope="module")
 def exports(student, tmp_path_factory) -> dict[str, tuple[BEVFormer, Path]]:
-    """Three students and their ONNX files: with 4-bit tables, with 8-bit tables and clipped ranges, with one step a weight."""
+    """Three students and their ONNX files: with 4-bit tables, with 8-bit tables and clipped ranges, with one step per weight."""
     folder, (seal, model, _) = tmp_path_factory.mktemp("exports"), student
     students = {
         "tables 4": (seal, model),
@@ -189,8 +187,7 @@ def test_tables_become_integer_constants_of_the_graph(exports, bits):
         np.testing.assert_array_equal(integers * scale[:, None], layer.weight.detach().numpy())
         if bits == 4:
             assert len(four_bit[f"{name}.weight.int8"].raw_data) == integers.size / 2
-    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
-    feeds = temporal.deployed_inputs(frame, None, model.config)
+    feeds = first_inputs(model)
     first, second = OnnxRunner(path)(feeds), OnnxRunner(path.with_suffix(".int4.onnx"))(feeds)
     assert all(np.array_equal(first[name], second[name]) for name in OUTPUTS)
     onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -202,4 +199,4 @@ def test_every_mode_passes_the_whole_export(exports, name, per_channel):
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     weights = [node for node in proto.graph.node if node.input and node.input[0].endswith("linear1.weight.int8")]
     assert {len(constants[node.input[1]].dims) for node in weights} == {1 if per_channel else 0}
-    assert "int4_bytes" in artifact.unseal(exports[name][1], "onnx").facts
+    assert artifact.unseal(exports[name][1], "onnx").facts.int4_bytes is not None

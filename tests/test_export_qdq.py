@@ -13,7 +13,7 @@ from qdbev.ops import contract
 
 
 def clipped_late(outputs):
-    """Pooling, a move, and a Clip behind them."""
+    """A graph of pooling, a Transpose or the like, and then a Clip."""
     shape = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1, 2, 8, 8])
     results = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, size) for name, size in outputs.items()]
     bounds = [numpy_helper.from_array(np.float32(value), name) for name, value in (("low", -0.5), ("high", 0.7))]

@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 def model_of(
     nodes: list[NodeProto], y: list[int], functions: tuple[onnx.FunctionProto, ...] = (), **constants: np.ndarray
 ) -> onnx.ModelProto:
-    """From x (2, 4, 6) to an output `y` of that shape."""
+    """A model of `nodes` from x (2, 4, 6) to an output of shape `y`."""
     tensors = [numpy_helper.from_array(np.array(value), name) for name, value in constants.items()]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in (("x", [2, 4, 6]), ("y", y))]
     opsets = [helper.make_opsetid("", contract.OPSET), helper.make_opsetid(contract.DOMAIN, 1)]
@@ -34,7 +34,7 @@ def run(model: onnx.ModelProto) -> np.ndarray:
 
 
 def converted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model in the other form, which gives the same numbers and keeps the rules of its operator set."""
+    """Convert a model, and check that its numbers stay and that it follows the rules of operator set 17."""
     after = copy.deepcopy(model)
     apply(after, tensorrt_8.convert)
     onnx.checker.check_model(after, full_check=True)

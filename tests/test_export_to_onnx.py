@@ -12,11 +12,11 @@ import torch
 from graph_digest import describe
 from onnx import TensorProto, numpy_helper
 from onnx_passes import apply
-from small_networks import DATA, INPUTS, OUTPUTS, exported_network
+from small_networks import DATA, IMAGE_HW, INPUTS, OUTPUTS, calibrate_on_noise, exported_network, first_inputs
 
 from export import parity, qdq, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact, deployed_graph, temporal
+from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -24,12 +24,10 @@ from qdbev.deployed_graph import DeployedGraphError
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.ops import contract
-from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantConv2d, QuantLinear, quant_layers
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized
 
-IMAGE_HW = (64, 96)
 KINDS = ("float", "w8a8", "w4a6")
 BEFORE_SEEING = {"decoder.reference_points"} | {
     f"decoder.layers.0.{name}"
@@ -56,7 +54,7 @@ def small_config(kind):
 
 
 def small_model(kind):
-    """Random weights; projections that start at zero get some too, so that every operator matters."""
+    """A network with random weights, also in projections that start at zero, so that every operator has an effect."""
     torch.manual_seed(0)
     config = small_config(kind)
     model = BEVFormer(config.model).eval()
@@ -66,10 +64,7 @@ def small_model(kind):
     if kind == "float":
         return config, model
     model = quantized(config, model).eval()
-    frame, _ = noise_frames(DATA, model.config.num_cameras, IMAGE_HW)
-    feeds = {name: torch.from_numpy(value) for name, value in temporal.deployed_inputs(frame, None, model.config).items()}
-    feeds["prev_bev"] = torch.randn_like(feeds["prev_bev"])
-    calibrate(model, lambda: model(*(feeds[name] for name in INPUTS)), "max")
+    calibrate_on_noise(model, prev_bev=torch.randn(config.model.interface(IMAGE_HW).inputs["prev_bev"]).numpy())
     return config, model
 
 
@@ -170,11 +165,11 @@ def test_the_file_holds_no_paths_of_this_machine(exported):
 def test_the_seal_tells_what_was_made(exported):
     facts = exported.made.facts
     assert exported.made.parent == exported.parent.sha256
-    assert facts["bytes"] == exported.path.stat().st_size
-    assert facts["opset"] == contract.OPSET
-    assert facts["nodes"] == len(exported.proto.graph.node)
-    assert ("int4_bytes" in facts) == (exported.kind == "w4a6")
-    assert facts["parity_bev_cosine"] > 0.99
+    assert facts.bytes == exported.path.stat().st_size
+    assert facts.opset == contract.OPSET
+    assert facts.nodes == len(exported.proto.graph.node)
+    assert (facts.int4_bytes is not None) == (exported.kind == "w4a6")
+    assert facts.parity["bev_cosine"] > 0.99
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -220,13 +215,12 @@ def test_the_4_bit_form_is_smaller_comes_back_exactly_and_runs(exports):
     packed = onnx.load(stored)
     assert stored.stat().st_size < done.path.stat().st_size
     deployed = qdq.unpack_int4(ir.from_proto(packed))
-    to_onnx.optimize(deployed, deployed_graph.bevformer_interface(done.proto))
+    to_onnx.optimize(deployed, done.model.interface(IMAGE_HW))
     assert describe(ir.to_proto(deployed), weights=True) == describe(done.proto, weights=True)
     four_bit = [tensor.name for tensor in packed.graph.initializer if tensor.data_type == TensorProto.INT4]
     assert "encoder.layers.0.ffn.linear1.weight.int8" in four_bit
     assert "backbone.conv1.weight.int8" not in four_bit
-    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
-    feeds = temporal.deployed_inputs(frame, None, done.model.config)
+    feeds = first_inputs(done.model)
     expected, found = OnnxRunner(done.path)(feeds), OnnxRunner(stored)(feeds)
     for name in OUTPUTS:  # the projection sums in another order, and a sum at a border of two steps takes the other
         assert 1 - parity._cosine(found[name], expected[name]) < parity.QUANTIZED_TOLERANCE
@@ -239,8 +233,7 @@ def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
         patch.setattr(to_onnx, "feed_int8_values", lambda model: 0)
         to_onnx.optimize(floats, done.model.interface(IMAGE_HW))
     ir.save(floats, tmp_path / "floats.onnx")
-    frame, _ = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
-    feeds = temporal.deployed_inputs(frame, None, done.model.config)
+    feeds = first_inputs(done.model)
     expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
     for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], expected[name])
@@ -252,7 +245,7 @@ def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_p
     to_onnx.optimize(half, done.model.interface(IMAGE_HW), float16=True)
     ir.save(half, tmp_path / "half.onnx")
     frames = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
-    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.HALF)
+    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.FLOAT16_CHANGE)
     for row in rows:
         assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
 
@@ -273,9 +266,9 @@ def test_float16_agrees_with_pytorch_and_keeps_inputs_outputs_and_geometry(expor
     measure, changes = parity.measure, []
     monkeypatch.setattr(parity, "measure", lambda *given: changes.append(given[3]) or measure(*given))
     path = export_altered(exports, kind, tmp_path, monkeypatch, lambda proto: None, float16=True)
-    assert changes[-1] == parity.HALF
+    assert changes[-1] == parity.FLOAT16_CHANGE
     facts, proto = artifact.unseal(path, "onnx").facts, onnx.load(path)
-    assert (facts["float16"], facts["opset"], exports(kind).made.facts["float16"]) == (True, 19, False)
+    assert (facts.float16, facts.opset, exports(kind).made.facts.float16) == (True, 19, False)
     onnx.checker.check_model(proto, full_check=True)
     graph = onnx.shape_inference.infer_shapes(proto, strict_mode=True).graph
     known = {info.name: info.type.tensor_type.elem_type for info in (*graph.input, *graph.output, *graph.value_info)}

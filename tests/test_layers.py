@@ -14,7 +14,7 @@ GROUND = ("qdbev.settings", "qdbev.schema", "qdbev.can_bus", "qdbev.geometry", "
 """Modules that import no other module of the project, except that `detector`, `facts` and the like build on them."""
 DETECTOR_PARTS = ("qdbev.detector", "qdbev.ops", "qdbev.nn")
 SAVED = ("qdbev.facts", "qdbev.config_migrations", "qdbev.config", "qdbev.seal_migrations", "qdbev.artifact")
-"""Configs and seals: what a session in a vehicle reads without torch."""
+"""Configs and seals, which a session in a vehicle reads without torch."""
 CORE = (
     *GROUND,
     *DETECTOR_PARTS,
@@ -67,7 +67,7 @@ ONE_DETECTOR = tuple(f"qdbev.detectors.{path.name}" for path in (ROOT / "qdbev" 
 """Folders of single detectors. Only their own files, qdbev/detectors/__init__.py, qdbev/recipes.py and `bench` import them."""
 
 INSIDE_FUNCTIONS = ("export.runner", "engine.session", "plugins.torch_ops")
-"""What eval imports only where such a file is opened, or a GPU is computed on."""
+"""Modules that eval imports inside functions only, when such a file is opened or a GPU is used."""
 
 OWNERS = {
     "cv2": ("qdbev.data", "eval", "synthetic", "bench"),
@@ -90,7 +90,7 @@ OWNERS = {
 
 
 def imports(source: str) -> Iterator[tuple[str, bool]]:
-    """Every imported name, dotted, and whether the import stands inside a function."""
+    """Every imported name, dotted, and whether the import is inside a function."""
     tree = ast.parse(source)
     inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
     for node in ast.walk(tree):
@@ -110,7 +110,7 @@ def room_of(name: str) -> str:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What `module` imports against the table."""
+    """Imports of `module` that the table does not allow."""
     room = room_of(module)
     found = []
     knows_detectors = within(module, (*ONE_DETECTOR, "qdbev.recipes", "bench")) or module == "qdbev.detectors"

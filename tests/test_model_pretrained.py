@@ -1,4 +1,4 @@
-"""First weights of a training: what of a file is taken, what is not, and that the command says so."""
+"""Initial weights of a training: which tensors of a file are loaded, which are not, and the report of the command."""
 
 import dataclasses
 from pathlib import Path
@@ -29,7 +29,7 @@ def norm(name: str, channels: int, counters: bool) -> dict[str, Tensor]:
 
 
 def resnet(depths: tuple[int, ...], width: int, counters: bool = True, deformable: tuple[int, ...] = ()) -> dict[str, Tensor]:
-    """Random tensors by torchvision's names."""
+    """A ResNet of random tensors under torchvision's names."""
     tensors = {"conv1.weight": torch.randn(width, 3, 7, 7)} | norm("bn1", width, counters)
     channels = width
     for stage, depth in enumerate(depths):
@@ -83,7 +83,7 @@ def state(model: BEVFormer) -> dict[str, Tensor]:
 
 
 def expect_backbone(model: BEVFormer, file: dict[str, Tensor], prefix: str = "") -> None:
-    """Every tensor of the file's backbone stands in ours, under the name of its own."""
+    """Assert that every tensor of the file's backbone is in the model under its name."""
     ours = model.backbone.state_dict()
     for key, value in file.items():
         if key.startswith(prefix) and not key.startswith("fc."):
@@ -221,7 +221,7 @@ def test_an_offset_layer_may_not_be_missing_from_a_plain_models_file():
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
-    """A file for the small net of the training tests."""
+    """A file with a backbone for the small network of the training tests."""
     torch.save(resnet((1, 1, 1), 4) | {"fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
     return tmp_path / "resnet.pth"
 

@@ -20,7 +20,7 @@ LEVELS = [(5, 7), (3, 4)]
 
 
 def bilinear(image: Tensor, x: float, y: float) -> Tensor:
-    """(C,) read of an (H, W, C) image at (x, y) in 0..1 of its outer corners; zero outside."""
+    """(C,) bilinear sample of an (H, W, C) image at (x, y), 0 to 1 between its outer corners; zero outside."""
     H, W, C = image.shape
     column, row = x * W - 0.5, y * H - 0.5
     read = torch.zeros(C, dtype=image.dtype)
@@ -83,7 +83,7 @@ def sca_problem(B: int = 2, N: int = 3, Q: int = 6, levels: list[tuple[int, int]
 
 
 def sca_seen_by(share: float) -> tuple:
-    """The problem with no camera (0) or every camera (1) seeing every query."""
+    """A problem in which no camera (0) or every camera (1) sees every query."""
     value, reference, visible, *rest = sca_problem()
     return value, reference, torch.full_like(visible, share), *rest
 
@@ -107,7 +107,7 @@ SCA_FORMS = [spatial_cross_attention, dense_spatial_cross_attention]
 
 
 def output_and_gradients(form: Callable, problem: tuple, dtype: torch.dtype) -> list[Tensor]:
-    """What a form gives, and the gradients of value, reference points, offsets and logits under an uneven loss."""
+    """Output of a form, and gradients of value, reference points, offsets and logits for a loss with different weights."""
     tensors, levels = [tensor.to(dtype) for tensor in problem[:-1]], problem[-1]
     learned = [tensors[index].requires_grad_() for index in (0, 1, 3, 4)]
     out = form(*tensors, levels)

@@ -1,4 +1,4 @@
-"""Only an editable clone can be installed: packages with generic names such as `train` never reach anyone's site-packages."""
+"""Only an editable clone can be installed, so that packages with generic names such as `train` are never put into site-packages."""
 
 import shutil
 import subprocess

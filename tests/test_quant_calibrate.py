@@ -92,7 +92,7 @@ def test_one_step_a_weight_is_fitted_to_the_whole_weight(method: CalibrationMeth
 
 
 class TwoPaths(nn.Module):
-    """A layer that runs and one that does not."""
+    """A network with a layer that runs and one that does not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Bit operations, against counts by hand."""
+"""Bit operations equal counts by hand."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from qdbev.quant.prepare import enable, prepare
 
 
 class Net(nn.Module):
-    """One of each kind; the decoder runs twice."""
+    """A network with one layer of each kind, whose decoder runs twice."""
 
     def __init__(self) -> None:
         super().__init__()

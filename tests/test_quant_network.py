@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Attention among positions."""
+    """Self-attention among positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Mixer(nn.Module):
 
 
 class Toy(nn.Module):
-    """Five groups, two of which are layers themselves; (B, 3, 16, 16) to (B, 64, 2)."""
+    """A network of five groups, two of which are layers themselves; maps (B, 3, 16, 16) to (B, 64, 2)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def policy(bits: Bits, **changes: object) -> QuantConfig:
 
 
 def folded() -> Toy:
-    """A float network whose batch norms held statistics."""
+    """A float network whose batch norms had statistics and are folded."""
     torch.manual_seed(0)
     model = Toy()
     for module in model.modules():
@@ -256,7 +256,7 @@ def test_training_lowers_the_loss_and_a_reload_gives_the_same_output(mode: Range
 
 
 class Parallel(nn.Module):
-    """Every kind of layer, each on values that all runtimes agree on to the bit: behind a layer, one rounding may flip a level."""
+    """Every kind of layer in parallel on the input, which is exact in all runtimes; in series, rounding could change an integer."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The packed form: the same forward to the bit, every byte counted, damage refused."""
+"""The packed form restores exactly the same forward, every byte is counted, and damaged files are refused."""
 
 import copy
 import zlib
@@ -16,7 +16,7 @@ from qdbev.quant.size import packed_bytes, packed_parts, paper_bytes
 
 
 class Net(nn.Module):
-    """Every kind of layer; a norm and a buffer beside."""
+    """A network with every kind of layer, a norm and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ def policy(bits: Bits, **changes: object) -> QuantConfig:
 
 
 def fresh(rules: QuantConfig) -> Net:
-    """A prepared net of other weights, as a reader builds it from the config."""
+    """A prepared network with other weights, as it is built from the config before unpacking."""
     torch.manual_seed(99)
     return prepare(Net().eval(), rules)
 
@@ -135,11 +135,11 @@ def test_rounding_floats_to_half_changes_what_is_not_quantized_and_nothing_else(
     assert changed == {"backbone.bias", "decoder.bias", "head.bias", "shift", "encoder.norm.weight", "encoder.norm.bias"}
     assert after["head.bias"][0] == 1e6
     assert torch.equal(after["decoder.bias"], before["decoder.bias"].half().float())
-    round_floats_to_halfd = pack(net)
+    packed = pack(net)
     round_floats_to_half(net)
-    assert pack(net) == round_floats_to_halfd
+    assert pack(net) == packed
     other = fresh(policy(Bits(weight=4, activation=6)))
-    unpack(round_floats_to_halfd, other)
+    unpack(packed, other)
     assert torch.equal(other(images()), net(images()))
 
 

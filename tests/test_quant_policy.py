@@ -1,4 +1,4 @@
-"""What the default policy quantizes of the network itself, group by group; deformable convolutions included."""
+"""The default policy quantizes the right layers of each group of BEVFormer, including deformable convolutions."""
 
 import dataclasses
 from fnmatch import fnmatchcase

@@ -29,7 +29,7 @@ def ready(
 
 
 def quantize_dequantize(x: torch.Tensor, step: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
-    """QuantizeLinear to int8, DequantizeLinear, in NumPy."""
+    """QuantizeLinear to int8 and DequantizeLinear in NumPy."""
     step = step.detach().numpy()
     integers = np.clip(np.rint(x.detach().numpy() / step), qmin, qmax).astype(np.int8)
     return torch.from_numpy(integers.astype(np.float32) * step)
@@ -123,7 +123,7 @@ def test_step_gradient_is_that_of_the_paper(shape: tuple[int, ...]) -> None:
 
 
 def test_gradients_are_those_of_the_naive_form() -> None:
-    """Autograd of clamp, straight-through round and product, with LSQ's gradient scale left out."""
+    """The reference is autograd of clamp, straight-through round and product, without LSQ's gradient scale."""
     x, step = torch.randn(4, 500) * 4, torch.rand(4, 1).add(0.2)
     near_an_end = torch.minimum((x / step).abs(), (x / step - 15).abs()) < 0.01  # there CLIP_MARGIN widens the range
     x = torch.where(near_an_end, x + 0.5 * step, x).requires_grad_()
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_naive_form() -> None:
 
 
 def test_the_gradient_of_a_learned_clip_is_that_of_its_paper() -> None:
-    """PACT's equation 3: for the clip a, the sign of what lies outside and zero inside; for the values, one inside and zero outside."""
+    """PACT's equation 3: the clip gets the sign of values outside and zero inside; values get one inside and zero outside."""
     x = torch.tensor([-9.0, -7.5, -6.6, 0.3, 6.6, 7.5, 50.0], requires_grad=True)
     grad = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     clip = torch.tensor(7.0, requires_grad=True)
@@ -154,7 +154,7 @@ def test_the_gradient_of_a_learned_clip_is_that_of_its_paper() -> None:
 @pytest.mark.parametrize("nonnegative", [False, True])
 @pytest.mark.parametrize("steps", [None, 4, 1])
 def test_the_gradient_of_a_learned_clip_is_the_slope_of_the_clamp(steps: int | None, nonnegative: bool) -> None:
-    """Finite differences, of clamp(x, -a or 0, a), which rounding approximates."""
+    """The reference is a finite difference of clamp(x, -a or 0, a), which rounding approximates."""
     g = torch.Generator().manual_seed(0)
     x, grad = torch.randn(4, 500, generator=g), torch.randn(4, 500, generator=g)
     nonnegative = nonnegative and steps is None
@@ -270,7 +270,7 @@ def test_switched_off_it_lets_tensors_through_and_its_step_is_not_trained() -> N
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("steps", [None, 6, 1])
 def test_a_step_can_be_set_exactly(mode: RangeMode, bits: int, steps: int | None) -> None:
-    """Also on the values that come out, as after packing; and again and again."""
+    """The step also stays exact for quantized values, as after packing, and when it is set repeatedly."""
     weight = torch.randn(6, 50) * torch.logspace(-9, 3, 6)[:, None]
     amax = row_amax(weight.view(steps or 1, -1))
     quantizer = ready(bits, 0.6 * amax, weight_steps=steps, range_mode=mode, weight=weight)

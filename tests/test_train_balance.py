@@ -1,4 +1,4 @@
-"""How the distillation losses are scaled to the detection loss: at the first step, later, after a resume and in many processes."""
+"""The distillation losses are scaled to the detection loss at the first step, and keep the scale later, after a resume and in processes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Bits within a budget: the best of all allocations where all can be tried, and never beyond the budget."""
+"""The allocation of bits is the best of all possible ones where all can be tried, and never exceeds the budget."""
 
 import itertools
 

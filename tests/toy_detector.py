@@ -1,7 +1,7 @@
 """A second, tiny, stateless detector that proves the contract of qdbev/detector.py: a small ResNet and a set head, without a BEV.
 
-It averages the cameras' features, pools them to a grid, and takes every cell of the grid for an object query. It is never part of the
-product: `installed` adds it to the union of detectors for the length of a test.
+It averages the cameras' features, pools them to a grid, and uses every cell of the grid as an object query. `installed` adds it to the
+union of detectors during a test.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ class ToyConfig:
     max_boxes: int = 10
 
     def interface(self, image_hw: tuple[int, int]) -> Interface:
-        """One input, two outputs, nothing recurrent."""
+        """Return one input and two outputs, none of them recurrent."""
         num_query = self.grid_hw[0] * self.grid_hw[1]
         return Interface(
             inputs={"images": (1, self.num_cameras, 3, *image_hw)},
@@ -59,7 +59,7 @@ class ToyConfig:
 
 
 class Toy(Detector):
-    """The network; its state is None."""
+    """The toy's network; its state is None."""
 
     groups = ToyConfig.groups
 
@@ -74,12 +74,12 @@ class Toy(Detector):
         self.head = SetHead(config.embed_dim, config.num_classes, config.decoder_layers, config.pc_range)
 
     def forward(self, batch: Batch, state: None = None) -> tuple[Output, None]:
-        """Images (B, N, 3, H, W) to the output."""
+        """Compute the output for images (B, N, 3, H, W)."""
         features, cls_logits, box_code = self._detect(batch.images)
         return Output((features,), None, cls_logits, box_code), None
 
     def deployed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and box code of the last layer."""
+        """Compute logits and box code of the last layer."""
         _, cls_logits, box_code = self._detect(images)
         return cls_logits[-1], box_code[-1]
 
@@ -95,20 +95,20 @@ class Toy(Detector):
 
 
 class ToyStream:
-    """The host side: no memory."""
+    """The toy's work on the host, without a memory."""
 
     def __init__(self, config: ToyConfig) -> None:
         self._config = config
 
     def inputs(self, frame: Frame, memory: None) -> Arrays:
-        """The images."""
+        """Return the images."""
         return {"images": frame.images[None]}
 
     def remember(self, frame: Frame, outputs: Mapping[str, np.ndarray]) -> None:
-        """Nothing."""
+        """Return no memory."""
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Detections:
-        """The best boxes."""
+        """Decode the best boxes."""
         logits, code = torch.from_numpy(outputs["cls_logits"]), torch.from_numpy(outputs["box_code"])
         return decode(logits, code, self._config.max_boxes, self._config.post_center_range)[0]
 

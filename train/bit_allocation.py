@@ -23,11 +23,7 @@ class Option(NamedTuple):
 def allocate_bits(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, int]:
     """Choose one option for each layer so that the total cost is at most `budget` and the total loss increase is smallest.
 
-    Args:
-        options: The options of each layer, by layer name.
-
-    Returns:
-        Bits of each layer, by layer name.
+    Options and the returned bits are given by layer name.
 
     Raises:
         ValueError: Even the cheapest options exceed the budget.

@@ -55,13 +55,7 @@ class Loss(Protocol):
     """The loss of a training. It may have a state of its own, which a resumed run loads."""
 
     def __call__(self, output: Output, batch: Batch, history: list[Batch]) -> StepLosses:
-        """Compute the losses.
-
-        Args:
-            output: Output of the network for `batch`.
-            batch: The current frames as the network saw them.
-            history: The frames before them, oldest first.
-        """
+        """Compute the losses of the network's `output` for `batch`; `history` are the frames before, oldest first."""
         ...
 
     def state_dict(self) -> dict[str, float]:
@@ -79,7 +73,7 @@ class DivergenceError(FloatingPointError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that one training needs besides model and data."""
+    """Settings of one training, besides model and data."""
 
     config: Config
     schedule: TrainConfig

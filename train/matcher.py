@@ -34,16 +34,9 @@ def box_cost(box_code: Tensor, target_code: Tensor) -> Tensor:
 def match(
     cls_logits: Tensor, box_code: Tensor, target_code: Tensor, labels: Tensor, cls_weight: float, box_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the pairs (query, object) with the lowest total cost.
+    """Return the pairs (query, object) with the lowest total cost, as two index tensors (min(Q, G),) int64 on the device of `cls_logits`.
 
-    Args:
-        cls_logits: (Q, classes).
-        box_code: (Q, 10).
-        target_code: (G, 10), finite.
-        labels: (G,).
-
-    Returns:
-        Indices of queries and of objects, each (min(Q, G),) int64 on the device of `cls_logits`.
+    Shapes: cls_logits (Q, classes), box_code (Q, 10), target_code (G, 10), which must be finite, labels (G,).
     """
     cost = cls_weight * cls_cost(cls_logits.float(), labels) + box_weight * box_cost(box_code.float(), target_code)
     query, target = linear_sum_assignment(np.nan_to_num(cost.cpu().numpy(), nan=1e6, posinf=1e6, neginf=-1e6))

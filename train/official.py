@@ -24,10 +24,7 @@ from qdbev.recipes import RECIPES
 
 
 def convert(checkpoint: Path, teacher: Path, settings: list[str]) -> str:
-    """Write the teacher of a published checkpoint and return the name of the recipe that the checkpoint fits.
-
-    Args:
-        settings: Changes of the recipe's config in the form a.b=value, as --set takes them.
+    """Write the teacher of a published checkpoint, with `settings` as of --set, and return the name of the recipe that it fits.
 
     Raises:
         StateDictError: The file is no checkpoint.

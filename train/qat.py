@@ -42,11 +42,7 @@ class Teacher(NamedTuple):
 
     @classmethod
     def open(cls, path: Path) -> "Teacher":
-        """Open a teacher.
-
-        Raises:
-            ArtifactError: The file is missing, damaged, or no teacher.
-        """
+        """Open a teacher. Raises ArtifactError if the file is missing, damaged, or no teacher."""
         return cls(path, *restore(path, "teacher"))
 
 
@@ -63,7 +59,6 @@ def train(
     """Calibrate a student of `teacher`, train it through the stages of `config.quant`, and write it to `student_path`.
 
     Args:
-        world: All training processes.
         resume: Continue in the last stage that saved a state.
         start: Student to train instead of calibrating a new one.
         keep_every: Epochs between students that are kept during training; None keeps none.

@@ -126,11 +126,7 @@ def layer_bits(chosen: dict[str, int], config: Config) -> tuple[LayerBits, ...]:
 
 
 def read_widths(path: Path) -> tuple[LayerBits, ...]:
-    """Read the policy from a file that this command wrote.
-
-    Raises:
-        ValueError: The file is missing or is no such file.
-    """
+    """Read the policy from a file that this command wrote. Raises ValueError if the file is missing or is no such file."""
     try:
         found = json.loads(path.read_text())["layer_bits"]
         return tuple(LayerBits(layers=entry["layers"], bits=Bits(**entry["bits"])) for entry in found)

@@ -32,11 +32,7 @@ _log = logging.getLogger(__name__)
 
 
 class QuantizerMonitor:
-    """Monitors the enabled quantizers of a model through one stage of training.
-
-    Args:
-        model: The model as the stage begins; drift is measured from its learned steps.
-    """
+    """Monitors the enabled quantizers of a model through one stage of training, at whose beginning it must be made."""
 
     def __init__(self, model: nn.Module) -> None:
         self._quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer) and module.enabled}

@@ -25,7 +25,7 @@ from train.stage_loss import StageLoss
 
 @dataclass(frozen=True, kw_only=True)
 class StudentRun:
-    """Where a student is written and how its training resumes.
+    """Path of a student, and how its training resumes.
 
     Each stage saves `<name>.stage<k>.state.pt` and `<name>.stage<k>.log.jsonl` in the folder of the student `<name>.pt`.
     """

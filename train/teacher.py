@@ -27,13 +27,9 @@ from train.stage_loss import StageLoss
 
 
 def train(config: Config, folder: Path, device: torch.device, world: World, resume: bool, pretrained: Path | None = None) -> Path:
-    """Train the float model of `config` and return the path of its checkpoint, `teacher.pt` in `folder`.
+    """Train the float model of `config`, starting from the backbone in `pretrained`, and return the path of its checkpoint.
 
-    Args:
-        folder: Folder of the run, for checkpoints and the log.
-        world: All training processes.
-        resume: Continue from the last saved state in `folder`.
-        pretrained: Checkpoint whose backbone the training starts from.
+    The checkpoint `teacher.pt`, the log and the state from which `resume` continues are in `folder`.
     """
     torch.manual_seed(config.seed)
     frames = open_frames(config, config.data.train_split, training=True)

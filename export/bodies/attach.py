@@ -13,13 +13,13 @@ from export.graph import infer_shapes
 from qdbev.ops import contract
 
 Body = Callable[..., ir.Value]
-"""Takes BodyNodes and the operator's inputs by name, creates the nodes and returns the output."""
+"""Function of BodyNodes and the operator's inputs (by name) that creates the nodes and returns the output."""
 _BODIES: dict[str, Body] = {contract.MSDA.name: msda.body, contract.SCA.name: sca.body, contract.IM2COL.name: im2col.body}
 _BODIES |= {integer.name: _BODIES[name] for name, integer in contract.INTEGER_FORMS.items()}
 
 
 def attach(model: ir.Model) -> None:
-    """Give `model` a body for each custom operator that it uses, and no other function.
+    """Add to `model` a body for each custom operator that it uses, and remove all other functions.
 
     Raises:
         ValueError: A node of the domain is no operator of the contract, the shape of an attention's sampling offsets is unknown, or one

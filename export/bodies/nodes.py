@@ -23,7 +23,7 @@ class BodyNodes(NodeBuilder):
         self.sizes = sizes
 
     def add(self, node: ir.Node) -> ir.Value:
-        """Take a node as the next one and return its output, which is called after operator type and position."""
+        """Add a node as the next one and return its output, which is named after operator type and position."""
         node.outputs[0].name = f"{node.op_type}_{len(self.nodes)}"
         return super().add(node)
 

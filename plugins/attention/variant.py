@@ -98,7 +98,7 @@ class Variant:
 
     @property
     def lanes(self) -> int:
-        """Number of threads that compute one query and head together; each takes the channels of one load of up to 16 bytes."""
+        """Number of threads that compute one query and head together; each computes the channels of one load of up to 16 bytes."""
         return max(1, self.channels * self.value_bytes // _LOAD_BYTES)
 
     @property

@@ -85,12 +85,7 @@ def summary(infos: Infos) -> dict[str, Any]:
 
 
 def _load(path: Path, tables: dict[str, tuple[int, ...]]) -> Infos | None:
-    """Infos from the sealed file, or None if it is missing, damaged, of an unknown layout, or made from tables that have changed since.
-
-    Args:
-        path: The sealed file.
-        tables: Fingerprint of the tables as they are now.
-    """
+    """Infos from the sealed file, or None if it is missing, damaged, of an unknown layout, or made from tables other than `tables`."""
     try:
         seal = artifact.unseal(path, "infos")
     except artifact.ArtifactError:

@@ -23,13 +23,7 @@ def queue_batch(queues: list[list[Frame]]) -> tuple[list[Batch], Batch]:
 
 
 def frame_batch(frames: Sequence[Frame], can_bus: Sequence[np.ndarray], has_prev: Sequence[bool]) -> Batch:
-    """One batch of B frames.
-
-    Args:
-        frames: One frame of each sample.
-        can_bus: For each frame, (18,) relative to the previous frame.
-        has_prev: For each frame, whether the network may use the previous BEV features; becomes (B,) float32.
-    """
+    """One batch of B frames; `can_bus` (18,) of each is relative to its previous frame, `has_prev` tells whether that may be used."""
     return Batch(
         images=torch.from_numpy(np.stack([frame.images for frame in frames])),
         lidar2img=torch.from_numpy(np.stack([frame.lidar2img for frame in frames])),

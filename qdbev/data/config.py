@@ -1,4 +1,4 @@
-"""Settings of the data room: where samples come from and how pixels reach the network."""
+"""Settings of the dataset and of image preprocessing."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from qdbev.settings import require
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where samples come from and how pixels reach the network."""
+    """Settings of the dataset and of image preprocessing."""
 
     root: str
     """Folder in nuScenes format (tables in `root/version`)."""

@@ -35,11 +35,9 @@ class FrameDataset(Dataset):
         OpenCV has started its thread pool hangs when it uses the pool (seen with OpenCV 4.11, pthreads build).
 
         Args:
-            config: Dataset and image settings.
             pc_range: x, y, z minimum, then maximum, in metres, lidar frame. Objects outside it in x or y are left out.
             split: Name of an official split of the version, or of one in its `splits.json`.
             training: Distort the images of queues, if `config.photometric` is set as well.
-            seed: Seed of the random queues and distortions.
 
         Raises:
             DatasetError: The dataset or the split is missing or incomplete.

@@ -1,7 +1,6 @@
 """Parameters of the image preprocessing: sizes, scale and normalisation. qdbev/data/transforms.py applies them.
 
-Images are scaled first, then padded at the bottom and right up to a multiple, as in BEVFormer 66b65f3
-(datasets/pipelines/transform_3d.py).
+Images are scaled first, then padded at the bottom and right up to a multiple, as in BEVFormer 66b65f3 (datasets/pipelines/transform_3d.py).
 """
 
 from dataclasses import dataclass
@@ -53,10 +52,5 @@ def image_transform(config: DataConfig, image_hw: tuple[int, int]) -> ImageTrans
 
 
 def scale_lidar2img(lidar2img: np.ndarray, scale: float) -> np.ndarray:
-    """Matrices (..., 4, 4) from the lidar frame to pixels of the scaled image. Padding at the bottom and right moves no pixel.
-
-    Args:
-        lidar2img: (..., 4, 4) from the lidar frame to pixels of the stored image.
-        scale: Scale of the image.
-    """
+    """Scale lidar2img (..., 4, 4) from pixels of the stored image to those of the scaled image; padding does not change it."""
     return np.diag((scale, scale, 1.0, 1.0)) @ lidar2img

@@ -18,13 +18,9 @@ _TURN = np.deg2rad(2.0)
 
 
 def noise_frames(data: DataConfig, num_cameras: int, image_hw: tuple[int, int]) -> tuple[Frame, Frame]:
-    """Two successive frames of one scene, of a vehicle that drives and turns. Every call returns the same numbers.
+    """Two successive frames of one scene, of a vehicle that drives and turns; every call returns the same numbers.
 
-    Args:
-        data: Its `std` scales the noise, so that normalised pixels have the spread of photographs and fill the ranges that calibration
-            found.
-        num_cameras: Number of images in a frame.
-        image_hw: Padded height and width of each image.
+    `data.std` scales the noise, so that normalised pixels have the spread of photographs and fill the ranges that calibration found.
     """
     rng = np.random.default_rng(0)
     lidar2img = rig.lidar2img(num_cameras, image_hw[1]).astype(np.float32)

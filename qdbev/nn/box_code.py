@@ -30,7 +30,6 @@ def decode(cls_logits: Tensor, box_code: Tensor, max_boxes: int, post_center_ran
     Args:
         cls_logits: (B, Q, classes) of the last decoder layer.
         box_code: (B, Q, 10) of the same layer.
-        max_boxes: Largest number of boxes of a sample.
         post_center_range: x, y, z minimum then maximum in metres, lidar frame; boxes with a centre outside are dropped.
     """
     return [

@@ -69,11 +69,9 @@ def load_pretrained(model: Detector, state_dict: Mapping[str, Tensor], keys: Off
 def _backbone(
     state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Map the official key of each backbone tensor to the file's, and report each kind of tensor that the file may lack and lacks.
+    """Map the official key of each backbone tensor to the file's key, and report each kind of optional tensor that the file lacks.
 
-    Args:
-        prefix: Prefix of the backbone's keys in the file.
-        official: Prefix of the backbone's official keys.
+    `prefix` is that of the backbone's keys in the file, `official` that of its official keys.
     """
     sources = {key: prefix + key.removeprefix(official) for key in shapes if key.startswith(official)}
     counters = [key for key, source in sources.items() if key.endswith("num_batches_tracked") and source not in state_dict]
@@ -107,11 +105,9 @@ def _is_zero_bias(key: str, value: Tensor, prefix: str) -> bool:
 
 
 def _neck(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str) -> tuple[dict[str, str], str]:
-    """Map the official key of each neck tensor to the file's, or map nothing if one does not fit; and a line that says which.
+    """Map the official key of each neck tensor to the file's, or nothing if a tensor does not fit; also returns a line for the report.
 
-    Args:
-        prefix: Prefix of the backbone's keys in the file.
-        official: Prefix of the neck's official keys.
+    `prefix` is that of the backbone's keys in the file, `official` that of the neck's official keys.
     """
     sources = {key: prefix.replace("backbone", "neck") + key.removeprefix(official) for key in shapes if key.startswith(official)}
     for key, source in sources.items():

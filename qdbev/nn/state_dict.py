@@ -15,7 +15,7 @@ from torch import Tensor
 from qdbev.detector import Detector
 
 BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
-"""Prefixes under which files hold a ResNet: detectors on mmdet3d, detectors of mmdet, and image classifiers."""
+"""Prefixes of a ResNet's keys in files: of detectors on mmdet3d, detectors of mmdet, and image classifiers."""
 NUM_SHOWN = 20
 """Largest number of lines in a list of differences."""
 
@@ -50,11 +50,7 @@ class OfficialKeys:
     """Prefix of official keys that only a whole detector has."""
 
     def translate(self, key: str, value: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of ours that one official tensor becomes, by name; three for a packed projection.
-
-        Args:
-            own: State dict of the model, whose names show which convolutions are deformable.
-        """
+        """Return our tensors, by name, for one official tensor; three for a packed projection. `own` is the model's state dict."""
         name = _rename(key, self._to_ours)
         stem, _, leaf = name.rpartition(".")
         if leaf in ("in_proj_weight", "in_proj_bias"):
@@ -181,7 +177,7 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], keys: Offic
 
 
 def backbone_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
-    """Return the prefix of a bottleneck ResNet's keys in a file, or None where the file holds no such network."""
+    """Return the prefix of a bottleneck ResNet's keys in a file, or None if the file has no such network."""
     return next((prefix for prefix in BACKBONE_PREFIXES if f"{prefix}layer1.0.conv3.weight" in state_dict), None)
 
 

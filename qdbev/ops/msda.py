@@ -111,11 +111,7 @@ def level_wh(level_hw: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
 
 
 def check_levels(num_keys: int, level_hw: Sequence[tuple[int, int]]) -> None:
-    """Check that levels of these sizes have `num_keys` keys in all.
-
-    Raises:
-        ValueError: They have another number of keys.
-    """
+    """Check that levels of these sizes have `num_keys` keys in all. Raises ValueError if they have another number of keys."""
     total = sum(h * w for h, w in level_hw)
     if total != num_keys:
         raise ValueError(f"level_hw {list(level_hw)} covers {total} keys, value has {num_keys}; give the level sizes of the keys")

@@ -35,11 +35,7 @@ class Cost(NamedTuple):
 
 
 def costs(model: nn.Module, run: Callable[[], object]) -> list[Cost]:
-    """Costs of all layers of a float or quantized model, in the order in which they run.
-
-    Args:
-        run: Runs one frame through `model`.
-    """
+    """Costs of all layers of a float or quantized model, in the order in which `run`, which computes one frame, runs them."""
     found: list[Cost] = []
     hooks = []
     wrapped = {layer.op for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}

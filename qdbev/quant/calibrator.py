@@ -21,10 +21,7 @@ class RangeCalibrator:
     """Histogram of |x| over all collected values of one activation, with their exact minimum and largest magnitude.
 
     The bins divide 0 to `top`. A larger value doubles `top` until it fits, and each doubling merges neighbouring bins, so that the memory
-    stays the same and at least half of the bins are in use.
-
-    Args:
-        name: Name of the quantizer, for messages.
+    stays the same and at least half of the bins are in use. `name` is the quantizer's, for messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,11 +33,7 @@ class RangeCalibrator:
 
     @torch.no_grad()
     def collect(self, x: Tensor) -> None:
-        """Add one activation of any shape.
-
-        Raises:
-            ValueError: It contains an infinity or a NaN.
-        """
+        """Add one activation of any shape. Raises ValueError if it contains an infinity or a NaN."""
         x = x.detach().float()
         low, high = (float(v) for v in x.aminmax())
         amax = max(-low, high)

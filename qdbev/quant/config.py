@@ -6,9 +6,9 @@ from typing import Literal
 from qdbev.settings import require
 
 CalibrationMethod = Literal["max", "mse"]
-"""How calibration finds a range: the largest magnitude, or the range with the smallest squared error."""
+"""Method by which calibration finds a range: the largest magnitude, or the range with the smallest squared error."""
 RangeMode = Literal["fixed", "clip", "step"]
-"""How training treats a calibrated range; qdbev/quant/range_mode.py has a class for each."""
+"""Treatment of calibrated ranges in training; qdbev/quant/range_mode.py has a class for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class QuantConfig:
     float_layers: tuple[str, ...] = ()
     """Patterns of the layers that stay float, for example because they compute geometry."""
     calibration: CalibrationMethod = "mse"
-    """How calibration finds a range. max: the largest magnitude. mse: the range with the smallest squared error."""
+    """Method by which calibration finds ranges."""
     calibration_samples: int = 32
     """Number of frames that calibration runs."""
     range_mode: RangeMode = "step"

@@ -15,7 +15,7 @@ from qdbev.quant.quantizer import Quantizer
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """How one layer is quantized."""
+    """Quantization settings of one layer."""
 
     bits: Bits
     range_mode: RangeMode = "step"

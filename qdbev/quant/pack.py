@@ -45,11 +45,7 @@ class PackError(ValueError):
 
 
 def pack(model: nn.Module) -> bytes:
-    """The packed form of a prepared model, compressed.
-
-    Raises:
-        ValueError: The model has no quantizers.
-    """
+    """The packed form of a prepared model, compressed. Raises ValueError if the model has no quantizers."""
     return zlib.compress(b"".join(data for _, data in parts(model)), zlib.Z_BEST_COMPRESSION)
 
 
@@ -60,9 +56,7 @@ def unpack(data: bytes, model: nn.Module) -> None:
     Weights become multiples of their steps, and learned steps those that were in use, so that the forward is identical and training can
     continue.
 
-    Args:
-        data: Result of `pack`.
-        model: Prepared from the same config as the packed model.
+    `model` must be prepared from the same config as the packed model.
 
     Raises:
         PackError: `data` is damaged or belongs to another model or another version.

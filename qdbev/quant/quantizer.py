@@ -123,11 +123,7 @@ class Quantizer(TensorQuantizer):
         return self.range_rule.qrange(self.num_bits, nonnegative=self.unsigned)
 
     def step(self, x: Tensor | None = None) -> Tensor:
-        """The step in use, differentiable in `log_step`: () of an activation, (G, 1, ...) of a weight.
-
-        Args:
-            x: The weight (C, ...). An activation's step does not depend on the tensor, which may be left out.
-        """
+        """The step in use, differentiable in `log_step`: () of an activation, (G, 1, ...) of the weight `x` (C, ...)."""
         size = self.range_rule.step(self.log_step.exp(), None if self.axis is None else x)
         step = round_up_mantissa(size.clamp_min(SMALLEST_STEP))
         return step[0] if self.axis is None else step.view(-1, *[1] * (x.dim() - 1))
@@ -153,11 +149,7 @@ class Quantizer(TensorQuantizer):
         self.enable_quant()
 
     def set_step(self, step: Tensor, weight: Tensor | None = None) -> None:
-        """Use exactly `step` (G,), a result of `step()`.
-
-        Args:
-            weight: The weight (C, ...) of a weight quantizer, a multiple of its step in every value.
-        """
+        """Use exactly `step` (G,), a result of `step()`. A weight quantizer needs its `weight` (C, ...), all multiples of the step."""
         # Stored a little smaller, so that after the rounding error of log and exp `round_up_mantissa` still gives exactly this step.
         smaller = step * (1 - 2.0 ** -(STEP_BITS + 2))
         with torch.no_grad():
@@ -168,11 +160,7 @@ class Quantizer(TensorQuantizer):
         return (x.float() / self.step(x)).round_().clamp_(*self.qrange)
 
     def enable_quant(self) -> None:
-        """Quantize from now on.
-
-        Raises:
-            ValueError: There is no range yet.
-        """
+        """Quantize from now on. Raises ValueError if there is no range yet."""
         if not self.calibrated:
             raise ValueError("a quantizer without a range cannot be switched on; calibrate the model first")
         super().enable_quant()

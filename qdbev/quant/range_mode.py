@@ -16,16 +16,12 @@ from qdbev.quant.config import RangeMode
 
 
 class RangeRule:
-    """Base class: the stored size is the step itself, and the range is symmetric for weights.
-
-    Args:
-        is_weight: True for the quantizer of a weight, False for that of an activation.
-    """
+    """Base class: the stored size is the step itself, and the range is symmetric for weights."""
 
     name: ClassVar[str]
     """Short description for printing a model."""
     learns_step: ClassVar[bool] = True
-    """Whether the stored size is a parameter that training changes."""
+    """True if the stored size is a parameter that training changes."""
 
     def __init__(self, *, is_weight: bool) -> None:
         self.is_weight = is_weight
@@ -139,7 +135,7 @@ def range_rule(mode: RangeMode, *, is_weight: bool) -> RangeRule:
 
 
 def row_amax(rows: Tensor) -> Tensor:
-    """(G,) largest magnitude of each row of (G, N) values; carries no gradient."""
+    """(G,) largest magnitude of each row of (G, N) values, without a gradient."""
     return rows.detach().float().abs().amax(1)
 
 

@@ -1,7 +1,4 @@
-"""Names of the tensors of published BEVFormer checkpoints.
-
-Source: fundamentalvision/BEVFormer at 66b65f3 on mmdet3d 0.17.1.
-"""
+"""Names of the tensors of published BEVFormer checkpoints. Source: fundamentalvision/BEVFormer at 66b65f3 on mmdet3d 0.17.1."""
 
 from qdbev.nn.state_dict import OfficialKeys
 

@@ -14,11 +14,7 @@ _CAFFE_MEAN = (103.53, 116.28, 123.675)
 
 
 def progressive(epochs: Sequence[float], learning_rate: float) -> tuple[Stage, ...]:
-    """Return the stages of QD-BEV's first phase, which quantize backbone, neck, encoder, and decoder with head, one after the other.
-
-    Args:
-        epochs: Length of each of the four stages.
-    """
+    """Return the four stages of QD-BEV's first phase, which quantize backbone, neck, encoder, and decoder with head in turn."""
     parts = (("backbone",), ("backbone", "neck"), ("backbone", "neck", "encoder"), None)
     return tuple(Stage(groups=groups, epochs=count, learning_rate=learning_rate) for groups, count in zip(parts, epochs, strict=True))
 
