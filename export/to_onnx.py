@@ -46,7 +46,9 @@ class ParityError(ValueError):
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m export.to_onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
     parser.add_argument("--onnx", type=Path, required=True, help="file to write; its seal goes beside it")
     parser.add_argument(
