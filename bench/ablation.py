@@ -82,12 +82,9 @@ class Cell:
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
-    """All cells of the named rows, or of all rows if no name is given.
+    """All cells of the rows `names`, or of all rows if no name is given. Raises AblationError if a row does not exist.
 
     Rows that train get `seeds` seeds at the stress width, and one seed at W4A6 and in longer trainings. W8A8 is only calibrated.
-
-    Raises:
-        AblationError: A row does not exist.
     """
     unknown = sorted(set(names) - {row.name for row in ROWS})
     if unknown:
@@ -181,11 +178,8 @@ def _execute(command: list[str], log: Path, threads: int) -> None:
 
 
 def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
-    """Run cells, `jobs` at a time, and call `done` after each; students and widths that several cells need are made first.
-
-    Raises:
-        AblationError: A cell failed; the other cells are finished first.
-    """
+    """Run cells, `jobs` at a time, and call `done` after each; shared students and widths are made first. Raises AblationError at the end
+    if a cell failed."""
     threads = max((os.cpu_count() or 1) // jobs, 1)
     starts = {cell.start.folder: cell.start for cell in todo if cell.start is not None and not cell.start.student.is_file()}
     mixed = {widths_file(cell): cell for cell in todo if cell.row.mixed and not widths_file(cell).is_file()}
@@ -249,14 +243,8 @@ def _curve(cell: Cell) -> list[dict[str, float]]:
         for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():
             facts = artifact.load_checkpoint(path.parent.with_name(path.parent.name + ".pt"), "student")[0].facts
             metrics = json.loads(path.read_text())
-            points.append(
-                {
-                    "stage": facts.stage + len(BEFORE) * (part is cell and cell.start is not None),
-                    "epochs": facts.epochs,
-                    "nds": metrics["nds"],
-                    "map": metrics["map"],
-                }
-            )
+            stage = facts.stage + len(BEFORE) * (part is cell and cell.start is not None)
+            points.append({"stage": stage, "epochs": facts.epochs, "nds": metrics["nds"], "map": metrics["map"]})
     return sorted(points, key=lambda point: (point["stage"], point["epochs"]))
 
 
