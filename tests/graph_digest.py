@@ -54,7 +54,7 @@ def _lines(
     lines: list[str] = []
 
     def number(name: str, text: str) -> None:
-        numbers[name] = f"%{len(numbers)}"
+        numbers[name] = f"%{len(lines)}"
         lines.append(f"{numbers[name]} = {text}")
 
     left = list(reversed(outputs))
@@ -68,8 +68,12 @@ def _lines(
         if name in numbers:
             continue
         node = producers.get(name)
+        if node is None and name in constants:
+            # Written where it is read: the exporter merges equal scalars, and two steps may be equal on one CPU only.
+            numbers[name] = f"<{constants[name]}>"
+            continue
         if node is None:
-            number(name, constants.get(name) or inputs.get(name) or f"unknown {name}")
+            number(name, inputs.get(name) or f"unknown {name}")
             continue
         _number_outputs(node, number, f"{_node(node, weights)}({', '.join(numbers[entry] for entry in node.input)})")
     return [*lines, *(f"returns {numbers[name]}" for name in outputs)]
