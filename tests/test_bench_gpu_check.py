@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,15 @@ def test_tests_are_counted_and_a_file_whose_tests_all_skip_is_a_skip(folder):
     assert (found["test_none"].status, found["test_none"].reason) == ("skipped", "needs a GPU")
 
 
-def test_the_file_is_written_after_every_check_and_an_interrupted_run_keeps_it(folder):
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell started the tests in its background, which ignores interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_file_is_written_after_every_check_and_an_interrupted_run_keeps_it(folder, interrupts):
     code("interrupts", "import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(30)")
     wanted = [leaves("first", {"ms": 1}), Check(name="second", command=("interrupts",), limit_s=20)]
     out = Path("results/nvidia-h100.json")
@@ -146,7 +155,7 @@ def test_every_command_of_the_plan_exists_and_takes_its_options(folder):
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         named = {option for option in options if f'"{option}"' in source}
         added = {"--set": "add_settings(parser)", "--device": "add_device(parser)"} | (
-            {"--device": "add_data(parser)"} if module == "eval.engine_eval" else {}
+            {"--device": "model_parser("} if module == "eval.engine_eval" else {}
         )
         assert all(added.get(option, "absent") in source for option in options - named), module
 

@@ -125,8 +125,8 @@ def drawing(axis: int = 1, prefix: str = "", shared: bool = False) -> onnx.Model
 
 def test_a_digest_sees_structure_and_neither_tensor_names_nor_file_order() -> None:
     assert digest(drawing()) == digest(drawing(prefix="other."))
-    changed = [drawing(axis=0), drawing(shared=True)]
-    assert all(digest(model) != digest(drawing()) for model in changed)
+    assert digest(drawing(axis=0)) != digest(drawing())
+    assert digest(drawing(shared=True)) == digest(drawing())  # equal constants may or may not be merged
     renamed = drawing()
     renamed.graph.node[0].name = "renamed"
     assert digest(renamed) != digest(drawing())

@@ -234,7 +234,7 @@ def test_integer_values_change_no_number(exports, tmp_path, monkeypatch):
         to_onnx.optimize(floats, done.model.interface(IMAGE_HW))
     ir.save(floats, tmp_path / "floats.onnx")
     feeds = first_inputs(done.model)
-    expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx")(feeds), OnnxRunner(done.path)(feeds)
+    expected, found = OnnxRunner.unsealed(tmp_path / "floats.onnx", done.model.interface(IMAGE_HW))(feeds), OnnxRunner(done.path)(feeds)
     for name in OUTPUTS:
         np.testing.assert_array_equal(found[name], expected[name])
 
@@ -245,7 +245,9 @@ def test_float16_is_as_far_from_pytorch_as_rounded_images_take_it(exports, tmp_p
     to_onnx.optimize(half, done.model.interface(IMAGE_HW), float16=True)
     ir.save(half, tmp_path / "half.onnx")
     frames = noise_frames(DATA, done.model.config.num_cameras, IMAGE_HW)
-    rows = parity.measure(done.model, OnnxRunner.unsealed(tmp_path / "half.onnx"), frames, parity.FLOAT16_CHANGE)
+    rows = parity.measure(
+        done.model, OnnxRunner.unsealed(tmp_path / "half.onnx", done.model.interface(IMAGE_HW)), frames, parity.FLOAT16_CHANGE
+    )
     for row in rows:
         assert 1 / 5 < (1 - row.cosine) / (1 - row.self_cosine) < 5, parity.table(rows)
 
