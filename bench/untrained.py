@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="file to write")
     add_settings(parser)
     args = parser.parse_args(argv)
+    artifact.require_target(args.teacher)
     config = override(RECIPES[args.recipe](), args.settings)
     facts = TeacherFacts(image_hw=image_transform(config.data, config.data.stored_hw).padded_hw, untrained=True)
     weights = untrained(config).state_dict()

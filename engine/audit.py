@@ -227,6 +227,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Audit an engine and write the report; fails if a quantized layer runs in float."""
     args = parse_args(argv)
+    artifact.require_target(args.out or report_path(args.engine), args.engine, args.onnx)
     report = audit_files(args.engine, args.onnx)
     save(args.out or report_path(args.engine), report)
     require_int8(report)

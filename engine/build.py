@@ -267,10 +267,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} MB is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number of MB")
+    return int(text)
 
 
 @entry_point
@@ -278,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     """Build an engine from an ONNX."""
     args = parse_args(argv)
     engine_path = args.out or args.onnx.with_suffix(".engine")
+    artifact.require_target(engine_path, args.onnx)
     options = Options(
         backend=args.backend,
         compute_capabilities=tuple(args.compute_capability),

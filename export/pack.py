@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--packed", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
+    artifact.require_target(args.packed, args.student)
     artifact.load_checkpoint(args.student, "student")  # raises for other kinds
     seal, student = restore(args.student)
     sys.stdout.write(report(write(student, seal, args.packed)) + "\n")

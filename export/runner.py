@@ -41,6 +41,7 @@ class OnnxRunner:
         Raises:
             ValueError: An input is missing or unknown, or has another shape or type than the graph's.
         """
+        inputs = {name: np.asarray(value) for name, value in inputs.items()}
         _check_inputs(inputs, self.shapes)
         values = self._session.run(list(self.interface.outputs), {name: np.ascontiguousarray(value) for name, value in inputs.items()})
         return dict(zip(self.interface.outputs, values, strict=True))
@@ -82,7 +83,7 @@ def _register_allocator() -> None:
 
 def _check_inputs(inputs: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
     if inputs.keys() != shapes.keys():
-        raise ValueError(f"inputs are {', '.join(sorted(inputs))}; the graph takes {', '.join(shapes)}")
+        raise ValueError(f"inputs are {', '.join(sorted(inputs)) or 'missing'}; the graph takes {', '.join(shapes)}")
     for name, value in inputs.items():
         if value.shape != shapes[name] or value.dtype != np.float32:
             raise ValueError(f"{name} is {value.dtype} {value.shape}; the graph takes float32 {shapes[name]}")

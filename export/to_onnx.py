@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
     args = parser.parse_args(argv)
+    artifact.require_target(args.onnx, args.checkpoint)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)

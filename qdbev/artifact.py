@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pickle
 import platform
 import subprocess
 import tempfile
@@ -23,9 +22,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from qdbev.config_migrations import MIGRATIONS as CONFIG_MIGRATIONS
 from qdbev.facts import Facts, Kind
 from qdbev.seal_migrations import MIGRATIONS
-from qdbev.settings import ConfigError, build, migrate, require
+from qdbev.settings import ConfigError, build, check_format, migrate, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,12 +69,12 @@ def unseal(path: Path, kind: Kind) -> Seal:
         ArtifactError: The file or its seal is missing or damaged, or it is of another kind.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; it should be {_a(kind)} file")
+        raise ArtifactError(f"{path} {_absence(path)}; it should be {_a(kind)} file")
     if not seal_path(path).is_file():
         raise ArtifactError(f"{path} has no seal ({seal_path(path).name}); make it again with this project, or bring the seal along")
     try:
         found = _from_dict(json.loads(seal_path(path).read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, ConfigError) as error:
+    except (ValueError, RecursionError) as error:  # ConfigError, and what JSON raises for wrong, too long or too deep text
         raise ArtifactError(f"{seal_path(path)} cannot be read: {error}. If the file is damaged, make {path.name} again") from error
     _expect_kind(path, found.kind, (kind,))
     actual = sha256(path)
@@ -117,11 +117,15 @@ def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], 
     import torch
 
     if not path.is_file():
-        raise ArtifactError(f"{path} does not exist; it should be a {' or '.join(kinds)} checkpoint")
+        raise ArtifactError(f"{path} {_absence(path)}; it should be a {' or '.join(kinds)} checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0][:120]}); copy or train it again") from error
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None  # torch does not compare the CRC of tensors
+    except Exception as error:  # torch and zipfile raise many types, which differ with the damaged place
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0][:120]}"
+        raise ArtifactError(f"{path} is damaged or no checkpoint ({reason}); copy or train it again") from error
+    if damaged is not None:
+        raise ArtifactError(f"{path} is damaged: the content of {damaged} does not fit its checksum; copy or train it again")
     if not isinstance(content, dict) or "seal" not in content:
         raise ArtifactError(f"{path} is no checkpoint of this project; python -m train.official makes one of a published checkpoint")
     try:
@@ -129,7 +133,10 @@ def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], 
     except ConfigError as error:
         raise ArtifactError(f"the seal of {path} cannot be read: {error}") from error
     _expect_kind(path, found.kind, kinds)
-    return found, content["weights"], content["state"]
+    weights = content.get("weights")
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
+        raise ArtifactError(f"{path} has a seal, but its weights are missing or are no tensors with names; copy or train it again")
+    return found, weights, content.get("state")
 
 
 def _new_seal(config: dict[str, Any], parent: Seal | None, facts: Facts) -> Seal:
@@ -149,13 +156,19 @@ def _from_dict(values: Any) -> Seal:
     values = migrate(values, MIGRATIONS, "seal")
     known = {field.name for field in dataclasses.fields(Seal)}
     require(values.keys() == known, f"its fields are {', '.join(sorted(values))}; a seal has {', '.join(sorted(known))}")
-    require(values["kind"] in _FACTS, f"its kind is {values['kind']!r}, must be one of {', '.join(_FACTS)}")
-    return Seal(**{**values, "facts": build(_FACTS[values["kind"]], values["facts"], "facts.")})
+    kind = values["kind"]
+    require(isinstance(kind, str) and kind in _FACTS, f"its kind is {kind!r}, must be one of {', '.join(_FACTS)}")
+    check_format(values["config"], CONFIG_MIGRATIONS, "config")
+    return build(Seal, {**values, "facts": build(_FACTS[kind], values["facts"], "facts.")})
 
 
 def _expect_kind(path: Path, found: str, wanted: tuple[str, ...]) -> None:
     if found not in wanted:
         raise ArtifactError(f"{path} is {_a(found)} file, {_a(' or '.join(wanted))} is needed here")
+
+
+def _absence(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "does not exist"
 
 
 def _a(noun: str) -> str:
@@ -174,6 +187,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def require_target(path: Path, *sources: Path | None) -> None:
+    """Check that `path` can be written, before the work whose result it will hold; creates nothing.
+
+    Args:
+        sources: Files that the result is made from, which it must not replace; None is no file.
+
+    Raises:
+        ArtifactError: `path` is a folder or one of `sources`, or its folder cannot be made or written to.
+    """
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; give the path of a file to write")
+    if any(source is not None and source.resolve() == path.resolve() for source in sources):
+        raise ArtifactError(f"{path} is read and cannot also be the file to write; give another path")
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        reason = "is not writable" if nearest.is_dir() else "is no folder"
+        raise ArtifactError(f"{path} cannot be written: {nearest} {reason}; give a path in another folder")
 
 
 @contextmanager

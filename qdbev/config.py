@@ -13,6 +13,7 @@ from qdbev.config_migrations import MIGRATIONS
 from qdbev.data.config import DataConfig
 from qdbev.detectors import DetectorConfig
 from qdbev.quant.config import QuantConfig
+from qdbev.schema import CODE_SIZE
 from qdbev.settings import require
 
 
@@ -52,6 +53,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"train.epochs is {self.epochs}, must be positive")
         require(self.batch_size >= 1, f"train.batch_size is {self.batch_size}, must be at least 1")
+        require(len(self.code_weights) == CODE_SIZE, f"train.code_weights has {len(self.code_weights)} values, must have {CODE_SIZE}")
         require(self.learning_rate > 0, f"train.learning_rate is {self.learning_rate}, must be positive")
         require(0 <= self.grid_mask <= 1, f"train.grid_mask is {self.grid_mask}, must be a probability")
 
@@ -84,9 +86,9 @@ def from_dict(values: dict[str, Any]) -> Config:
     """Build a config from values that `to_dict` returned, in this or an earlier version of this project.
 
     Raises:
-        ConfigError: A key is unknown or missing, a value has the wrong type, or the config is of a later version.
+        ConfigError: A key is unknown or missing, a value has the wrong type or is not finite, or the config is of a later version.
     """
-    return settings.build(Config, settings.migrate(values, MIGRATIONS, "config"))
+    return _build(settings.migrate(values, MIGRATIONS, "config"))
 
 
 def override(config: Config, changes: list[str]) -> Config:
@@ -95,4 +97,9 @@ def override(config: Config, changes: list[str]) -> Config:
     Raises:
         ConfigError: A setting has no '=', names no field, or its value does not fit the field.
     """
-    return settings.build(Config, settings.override(dataclasses.asdict(config), changes))
+    return _build(settings.override(dataclasses.asdict(config), changes))
+
+
+def _build(values: dict[str, Any]) -> Config:
+    settings.require_finite(values)
+    return settings.build(Config, values)

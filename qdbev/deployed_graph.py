@@ -48,9 +48,13 @@ def check(path: Path, model: onnx.ModelProto, interface: Interface, plugins: Plu
         plugins: Plugins that replace missing function bodies; none for a runtime without plugins.
 
     Raises:
-        DeployedGraphError: Names or shapes of inputs or outputs differ, an operator has neither a body nor a plugin, or a weight is NaN or
-            infinite.
+        DeployedGraphError: Types and shapes of the graph contradict each other, names or shapes of inputs or outputs differ, an operator
+            has neither a body nor a plugin, or a weight is damaged, NaN or infinite.
     """
+    try:
+        onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise DeployedGraphError(f"{path}: the graph contradicts itself ({first_line(error)}); export it again") from error
     _check_interface(path, model, interface)
     _check_operators(path, model, plugins)
     _check_finite(path, model)
@@ -132,7 +136,10 @@ def _check_operators(path: Path, model: onnx.ModelProto, plugins: Plugins) -> No
 def _check_finite(path: Path, model: onnx.ModelProto) -> None:
     for tensor in model.graph.initializer:
         if tensor.data_type in _FLOATS:
-            values = numpy_helper.to_array(tensor)
+            try:
+                values = numpy_helper.to_array(tensor)
+            except ValueError as error:
+                raise DeployedGraphError(f"{path}: weight {tensor.name} is damaged ({first_line(error)}); export it again") from error
             wrong = int(values.size - np.isfinite(values).sum())
             if wrong:
                 raise DeployedGraphError(

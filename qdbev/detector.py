@@ -117,8 +117,10 @@ class Deployed(nn.Module):
         """Compute outputs by name from inputs by name, on the device of the network's parameters, with the caller's gradient mode.
 
         Raises:
-            ValueError: An input is missing or unknown, or has another shape or type than the network takes.
+            ValueError: An input is missing or unknown, or has another shape or type than the network takes; or `deployed` returns other
+                outputs than `interface` names.
         """
+        inputs = {name: np.asarray(value) for name, value in inputs.items()}
         interface = self.model.interface(inputs["images"].shape[-2:]) if "images" in inputs else None
         if interface is None or inputs.keys() != interface.inputs.keys():
             wanted = ", ".join(interface.inputs) if interface else "images and others"
@@ -127,7 +129,11 @@ class Deployed(nn.Module):
             if inputs[name].shape != shape or inputs[name].dtype != np.float32:
                 raise ValueError(f"{name} is {inputs[name].dtype}{inputs[name].shape}, the network takes float32{shape}")
         device = next(self.model.parameters()).device
-        outputs = self(*(torch.from_numpy(inputs[name]).to(device) for name in interface.inputs))
+        outputs = self(*(torch.from_numpy(np.ascontiguousarray(inputs[name])).to(device) for name in interface.inputs))
+        found, wanted = [tuple(value.shape) for value in outputs], list(interface.outputs.values())
+        if found != wanted:
+            network = type(self.model).__name__
+            raise ValueError(f"{network}.deployed returns shapes {found}; its interface has {wanted} for {', '.join(interface.outputs)}")
         return {name: value.detach().float().cpu().numpy() for name, value in zip(interface.outputs, outputs, strict=True)}
 
 

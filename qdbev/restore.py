@@ -9,9 +9,12 @@ from qdbev.detector import Detector
 from qdbev.facts import Kind
 from qdbev.quant.pack import PackError, unpack
 from qdbev.quant.prepare import fold_batch_norm, prepare
+from qdbev.settings import ConfigError
 
 PACKED = "packed"
 """Name of the only array of a packed file, uint8."""
+_MAX_REASON_LENGTH = 300
+"""Characters of torch's message that are shown; it lists every tensor that does not fit, each in a line."""
 _KINDS: tuple[Kind, ...] = ("teacher", "student", "packed")
 
 
@@ -25,7 +28,10 @@ def restore(path: Path, *kinds: Kind) -> tuple[Seal, Detector]:
         ArtifactError: The file is missing, damaged, of another kind, or its weights do not fit its config.
     """
     seal, weights, _ = artifact.load_checkpoint(path, *(kinds or _KINDS))
-    config = from_dict(seal.config)
+    try:
+        config = from_dict(seal.config)
+    except ConfigError as error:
+        raise ArtifactError(f"the config of {path} cannot be read: {error}") from error
     model = detectors.build(config.model) if seal.kind == "teacher" else quantized(config)
     try:
         if seal.kind == "packed":
@@ -33,8 +39,9 @@ def restore(path: Path, *kinds: Kind) -> tuple[Seal, Detector]:
         else:
             model.load_state_dict(weights)
     except (RuntimeError, KeyError, PackError) as error:
+        reason = " ".join(str(error).split())[:_MAX_REASON_LENGTH]
         raise ArtifactError(
-            f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {error}"
+            f"{path}: weights do not fit the checkpoint's own config; it was altered or made by another version: {reason}"
         ) from error
     return seal, model.eval()
 

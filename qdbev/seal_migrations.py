@@ -14,7 +14,7 @@ from qdbev.settings import ConfigError, Migration
 
 def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
     """`made` becomes `provenance`; ONNX files and engines get an interface; facts get one shape for each kind."""
-    values["provenance"] = values.pop("made", {})
+    values["provenance"] = values.pop("made")
     facts = values.get("facts", {})
     if values.get("kind") == "onnx":
         values["facts"] = _onnx_facts(values["config"], facts)

@@ -3,6 +3,7 @@
 import ast
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
 
     Nested dataclasses are built too. Where a field's type is a union of dataclasses, the value's `kind` entry selects the member whose
     own `kind` field has that literal. Integers become floats and lists become tuples where the annotation asks for it; nothing else is
-    converted.
+    converted. A dataclass that is already built is taken as it is.
 
     Args:
         values: A mapping from field names to values.
@@ -37,7 +38,7 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type.
     """
-    require(isinstance(values, dict), f"{path or 'config'} must be a mapping, got {values!r}")
+    require(isinstance(values, dict), f"{path.rstrip('.') or 'config'} must be a mapping, got {values!r}")
     hints = get_type_hints(kind)
     known = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
     for key in values:
@@ -48,7 +49,7 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
         for field in dataclasses.fields(typing.cast(Any, kind))
         if field.name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
-    require(not missing, f"{path or 'config'} lacks {', '.join(missing)}")
+    require(not missing, f"{path.rstrip('.') or 'config'} lacks {', '.join(missing)}")
     return kind(**built)
 
 
@@ -81,19 +82,55 @@ def migrate(values: Any, migrations: tuple[Migration, ...], what: str) -> dict[s
     Step k of `migrations` leads from format k + 1 to format k + 2. `what` names the values in messages.
 
     Raises:
-        ConfigError: The values are of a later format.
+        ConfigError: The values are of a later format, or do not have the form of the format that they name.
+    """
+    found = check_format(values, migrations, what)
+    values = copy.deepcopy(values)
+    values.pop("format", None)
+    for version, step in enumerate(migrations[found - 1 :], found):
+        try:
+            values = step(values)
+        except (AttributeError, LookupError, TypeError) as error:  # a step reads values that nothing has checked yet
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"the {what} does not have the form of format {version} ({reason}); it is damaged or was edited") from error
+    return values
+
+
+def check_format(values: Any, migrations: tuple[Migration, ...], what: str) -> int:
+    """The format of saved values, from 1 to the present one.
+
+    Raises:
+        ConfigError: The values are of a later format, or their entry `format` is no version.
     """
     require(isinstance(values, dict), f"a {what} must be a mapping, got {values!r}")
-    values, present = copy.deepcopy(values), len(migrations) + 1
-    found = values.pop("format", 1)
-    require(
-        isinstance(found, int) and 1 <= found <= present,
-        f"the {what} is of format {found!r}, this version of qdbev reads formats 1 to {present}; "
-        "the file was made by a later version: update qdbev to open it",
-    )
-    for step in migrations[found - 1 :]:
-        values = step(values)
-    return values
+    found, present = values.get("format", 1), len(migrations) + 1
+    says = f"the {what} is of format {found!r}, this version of qdbev reads formats 1 to {present}"
+    require(type(found) is int and found >= 1, f"{says}; the file is damaged or was edited")
+    require(found <= present, f"{says}; the file was made by a later version: update qdbev to open it")
+    return found
+
+
+def require_positive(owner: Any, path: str, *names: str, least: int = 1) -> None:
+    """Raise ConfigError if one of the integer fields `names` of a dataclass, or an entry of one that is a tuple, is below `least`.
+
+    Args:
+        path: Position of `owner` in the whole config, for the message.
+    """
+    for name in names:
+        value = getattr(owner, name)
+        require(
+            min(value if isinstance(value, tuple) else (value,), default=least) >= least,
+            f"{path}.{name} is {value}, must be {least} or more",
+        )
+
+
+def require_finite(values: Any, path: str = "") -> None:
+    """Raise ConfigError if a number in nested plain values is NaN or infinite; Python's JSON reads both."""
+    if isinstance(values, float):
+        require(math.isfinite(values), f"{path} is {values}, must be a finite number")
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list | tuple) else ()
+    for key, value in entries:
+        require_finite(value, f"{path}.{key}" if path else str(key))
 
 
 def _parse(text: str) -> Any:
@@ -102,7 +139,7 @@ def _parse(text: str) -> Any:
         return named[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # literal_eval raises all of them for wrong text
         return text
 
 
@@ -110,6 +147,8 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     """Convert `value` to the annotated type `hint`."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
         return build(typing.cast(type, hint), value, f"{path}.")
     if origin is Literal:
         require(value in get_args(hint), f"{path} is {value!r}, must be one of {', '.join(map(repr, get_args(hint)))}")
@@ -129,6 +168,7 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     if hint is Any:
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) < 1 << 1023, f"{path} is an integer of {value.bit_length()} bits, too large for a float")
         return float(value)
     fits = type(value) is hint
     require(fits, f"{path} is {value!r} ({type(value).__name__}), must be {getattr(hint, '__name__', hint)}")
@@ -142,8 +182,10 @@ def _coerce_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
     members = tuple(member for member in members if member is not type(None))
     if len(members) == 1:
         return _coerce(value, members[0], path)
+    if isinstance(value, members):
+        return value
     by_kind = {get_args(get_type_hints(member)["kind"])[0]: member for member in members}
     require(isinstance(value, dict), f"{path} must be a mapping, got {value!r}")
     chosen = value.get("kind")
-    require(chosen in by_kind, f"{path}.kind is {chosen!r}, must be one of {', '.join(map(repr, by_kind))}")
+    require(isinstance(chosen, str) and chosen in by_kind, f"{path}.kind is {chosen!r}, must be one of {', '.join(map(repr, by_kind))}")
     return build(by_kind[chosen], value, f"{path}.")

@@ -104,3 +104,82 @@ def test_a_present_config_is_not_migrated_again():
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     with pytest.raises(ConfigError, match="format 0"):
         from_dict({**to_dict(config), "format": 0})
+
+
+@pytest.mark.parametrize("found", [True, "2", 0, -1, None, 1.0])
+@pytest.mark.parametrize("what", ["seal", "config"])
+def test_a_format_that_is_no_version_is_refused(tmp_path, what, found):
+    values = resealed(tmp_path)
+    (values if what == "seal" else values["config"])["format"] = found
+    (tmp_path / "w4a6.onnx.seal.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match=rf"w4a6.onnx.seal.json .*the {what} is of format {found!r}, .* damaged or was edited"):
+        artifact.unseal(tmp_path / "w4a6.onnx", "onnx")
+
+
+def resealed(folder: Path) -> dict:
+    """The old ONNX in `folder` with a seal of the present format; returns the seal's values."""
+    shutil.copy(OLD / "w4a6.onnx", folder / "w4a6.onnx")
+    old = artifact.unseal(OLD / "w4a6.onnx", "onnx")
+    artifact.seal(folder / "w4a6.onnx", config=to_dict(from_dict(old.config)), parent=old, facts=old.facts)
+    return json.loads((folder / "w4a6.onnx.seal.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", [], r"its kind is \[\]"),
+        ("config", 3, "a config must be a mapping"),
+        ("parent", 3, r"parent is 3 \(int\), must be str"),
+        ("sha256", None, "sha256 is None"),
+        ("provenance", {"utc": 1}, "provenance.utc is 1"),
+    ],
+)
+def test_every_field_of_a_seal_has_its_type(tmp_path, name, value, message):
+    values = resealed(tmp_path)
+    (tmp_path / "w4a6.onnx.seal.json").write_text(json.dumps({**values, name: value}))
+    with pytest.raises(ArtifactError, match=f"w4a6.onnx.seal.json cannot be read: {message}"):
+        artifact.unseal(tmp_path / "w4a6.onnx", "onnx")
+
+
+@pytest.mark.parametrize(("name", "value"), [("model", None), ("quant", []), ("quant", {"distill": 3}), ("quant", {"stages": 3})])
+def test_an_old_config_of_the_wrong_form_is_refused_in_one_sentence(name, value):
+    old = json.loads((OLD / "w4a6.onnx.seal.json").read_text())["config"]
+    with pytest.raises(ConfigError, match=r"the config does not have the form of format 1 \(.*\); it is damaged or was edited"):
+        from_dict({**old, name: value})
+
+
+def test_a_seal_of_the_present_form_that_lost_its_format_keeps_its_provenance(tmp_path):
+    values = resealed(tmp_path)
+    del values["format"]
+    (tmp_path / "w4a6.onnx.seal.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="does not have the form of format 1"):
+        artifact.unseal(tmp_path / "w4a6.onnx", "onnx")
+
+
+def test_a_checkpoint_with_a_changed_byte_is_refused(tmp_path):
+    content = bytearray((OLD / "teacher.pt").read_bytes())
+    content[len(content) // 2] ^= 1  # inside a tensor
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"a.pt is damaged: the content of .* does not fit its checksum"):
+        restore(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": None}, "weights are missing"),
+        ({"weights": {3: torch.ones(1)}}, "weights are missing or are no tensors with names"),
+        ({"weights": {}}, "weights do not fit the checkpoint's own config"),
+        ({"config": {"format": 99}}, "the config is of format 99"),
+        ({"config": {"format": 2, "name": "x"}}, r"the config of .*a.pt cannot be read: config lacks data, model"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused_in_one_line(tmp_path, changes, message):
+    content = torch.load(OLD / "teacher.pt", weights_only=True)
+    if "config" in changes:
+        changes = {"seal": {**content["seal"], **changes}}
+    torch.save({**content, **changes}, tmp_path / "a.pt")
+    with pytest.raises(ArtifactError, match=message) as caught:
+        restore(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+    assert "a.pt" in str(caught.value)

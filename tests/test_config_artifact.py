@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from export import to_onnx
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
 from qdbev.config import from_dict, override, to_dict
@@ -120,3 +121,64 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "model.bev_hw={[]:1}",
+            "model.bev_hw is '{",
+        ),
+        ("train.epochs=" + "9" * 400, "train.epochs is an integer of 1329 bits, too large"),
+        ("train.max_grad_norm=1e400", "train.max_grad_norm is inf, must be a finite number"),
+        ("model.num_query=-1", "model.num_query is -1, must be 1 or more"),
+        ("model.bev_hw=(0,5)", r"model.bev_hw is \(0, 5\), must be 1 or more"),
+        ("model.num_heads=0", "model.num_heads is 0, must be 1 or more"),
+        ("train.code_weights=(1,2)", "train.code_weights has 2 values, must have 10"),
+        ("quant.stages=[1]", r"quant.stages\[0\] must be a mapping, got 1"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_one_clear_error(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        override(RECIPES["micro"](), [setting])
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}"])
+def test_a_seal_that_json_cannot_read_is_named(tmp_path, content):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"graph")
+    artifact.seal_path(path).write_text(content)
+    with pytest.raises(ArtifactError, match="a.onnx.seal.json cannot be read"):
+        artifact.unseal(path, "onnx")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\nworld"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ArtifactError, match="a.pt is damaged or no checkpoint"):
+        artifact.load_checkpoint(tmp_path / "a.pt", "teacher")
+    with pytest.raises(ArtifactError, match="is a folder; it should be a teacher checkpoint"):
+        artifact.load_checkpoint(tmp_path, "teacher")
+
+
+def test_a_target_is_refused_before_the_work(tmp_path):
+    source = tmp_path / "a.pt"
+    source.write_text("a")
+    artifact.require_target(tmp_path / "new" / "b.pt", source, None)
+    assert not (tmp_path / "new").exists()
+    for target, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "." / "a.pt", "is read and"),
+        (source / "b" / "c.pt", "a.pt is no folder"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            artifact.require_target(target, source)
+
+
+def test_an_export_never_replaces_its_checkpoint(tmp_path):
+    save(tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    with pytest.raises(SystemExit, match="error: .*a.pt is read and cannot also be the file to write"):
+        to_onnx.main(["--checkpoint", str(tmp_path / "a.pt"), "--onnx", str(tmp_path / "a.pt")])
+    assert (tmp_path / "a.pt").read_bytes() == before

@@ -82,3 +82,13 @@ def test_dependencies_name_the_inputs_behind_each_tensor() -> None:
     assert (found["moved"], found["boxes"]) == ({"pose"}, {"pose", "images"})
     assert "w" not in found
     assert deployed_graph.shapes(model_of())["mixed"] == (2, 4)
+
+
+def test_a_graph_that_contradicts_itself_is_refused() -> None:
+    without_opset = model_of()
+    del without_opset.opset_import[:]
+    cut = model_of()
+    cut.graph.initializer[0].raw_data = cut.graph.initializer[0].raw_data[:5]
+    for model, message in ((without_opset, "the graph contradicts itself"), (cut, "weight w is damaged")):
+        with pytest.raises(DeployedGraphError, match=rf"net\.onnx: {message}"):
+            deployed_graph.check(PATH, model, INTERFACE)

@@ -1,5 +1,7 @@
 """OnnxRunner: which files it opens, which it refuses, and how it runs them."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -130,3 +132,12 @@ def test_quantize_and_dequantize_are_executed_literally(tmp_path):
     onnx.checker.check_model(model)
     outputs = OnnxRunner(sealed(tmp_path, model))(inputs() | {"images": np.array([[1.0, 2.0, 3.0]], np.float32)})
     np.testing.assert_array_equal(outputs["cls_logits"], np.array([[1.25, 2.25, 3.25]], np.float32))
+
+
+def test_inputs_that_are_no_arrays_are_refused_by_name():
+    runner = OnnxRunner(Path(__file__).with_name("format1") / "w4a6.onnx")
+    inputs = {name: np.zeros(shape, np.float32) for name, shape in runner.interface.inputs.items()}
+    with pytest.raises(ValueError, match="can_bus is int64"):
+        runner({**inputs, "can_bus": [0] * 18})
+    with pytest.raises(ValueError, match="inputs are missing; the graph takes images"):
+        runner({})

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from golden_inputs import make_can_bus, make_images, make_lidar2img
@@ -100,6 +101,17 @@ def test_the_deployed_graph_has_the_shapes_of_its_interface_and_refuses_other_in
     inputs.pop("prev_bev")
     with pytest.raises(ValueError, match="inputs are images, lidar2img, can_bus, has_prev; the network takes images, .*, prev_bev"):
         Deployed(model).run(inputs)
+
+
+@torch.no_grad()
+def test_a_network_whose_outputs_are_not_those_of_its_interface_is_refused(model, monkeypatch):
+    inputs = {name: np.zeros(shape, np.float32) for name, shape in model.interface((64, 96)).inputs.items()}
+    Deployed(model).run({**inputs, "can_bus": inputs["can_bus"][:, ::-1]})  # any memory layout will do
+    deployed = model.deployed
+    for wrong in (lambda *tensors: deployed(*tensors)[:2], lambda *tensors: deployed(*tensors)[::-1]):
+        monkeypatch.setattr(model, "deployed", wrong)
+        with pytest.raises(ValueError, match=r"BEVFormer.deployed returns shapes .*; its interface has .* for cls_logits, box_code, bev"):
+            Deployed(model).run(inputs)
 
 
 def test_inputs_that_do_not_fit_are_refused_by_name(model, batch, prev_bev):

@@ -223,3 +223,9 @@ def test_a_checkpoint_with_a_number_that_is_none_is_refused_by_the_tensor(tmp_pa
     state["img_neck.a"] = torch.tensor(value)
     with pytest.raises(StateDictError, match=r"in img_backbone\.bn1\.bias and 1 more"):
         read_state_dict(save(tmp_path / "x.pth", state))
+
+
+def test_a_text_file_is_refused_with_words(tmp_path):
+    (tmp_path / "a.pth").write_text("hello\nworld")
+    with pytest.raises(StateDictError, match="a.pth cannot be read as a weights-only checkpoint: the file is no archive of tensors"):
+        read_state_dict(tmp_path / "a.pth")

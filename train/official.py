@@ -121,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "inspect":
         sys.stdout.write(f"{args.file}: {inspect(args.file)}\n")
     else:
+        artifact.require_target(args.teacher, args.checkpoint)
         sys.stdout.write(f"{args.teacher}: {convert(args.checkpoint, args.teacher, args.settings)}\n")
 
 

@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args(argv)
+    artifact.require_target(args.student, args.teacher, args.start)
     teacher = Teacher.open(args.teacher)
     config = override(at_bits(from_dict(teacher.seal.config), args.bits), args.settings)
     if args.widths:

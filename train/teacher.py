@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--recipe {args.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     config = override(RECIPES[args.recipe](), args.settings)
     device = parse_device(args.device)
+    artifact.require_target(args.run / "teacher.pt", args.pretrained)
     with process_group(device) as world:
         train(config, args.run, device, world, args.resume, args.pretrained)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from qdbev.settings import require
+from qdbev.settings import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(0 < self.image_scale <= 1, f"data.image_scale is {self.image_scale}, must be in (0, 1]")
-        require(self.queue_length >= 1, f"data.queue_length is {self.queue_length}, must be at least 1")
+        require_positive(self, "data", "stored_hw", "pad_multiple", "queue_length")
+        require_positive(self, "data", "workers", least=0)
         require(len(self.mean) == 3 and len(self.std) == 3, "data.mean and data.std need three values each")
         require(all(s > 0 for s in self.std), f"data.std is {self.std}, must be positive")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from qdbev.settings import require
+from qdbev.settings import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class BackboneConfig:
     """Batch norm uses its stored statistics during training, and its scale and shift are not trained."""
 
     def __post_init__(self) -> None:
+        require_positive(self, "model.backbone", "depths", "width")
+        require_positive(self, "model.backbone", "deformable_stages", "out_stages", least=0)
         require(bool(self.out_stages), "model.backbone.out_stages is empty")
         require(max(self.out_stages) < len(self.depths), f"model.backbone.out_stages {self.out_stages} exceed depths {self.depths}")
         require(self.frozen_stages >= -1, f"model.backbone.frozen_stages is {self.frozen_stages}, must be -1 or more")

@@ -192,7 +192,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise StateDictError(f"{path} cannot be read as a weights-only checkpoint: {_reason(path, str(error))}") from error
+        text = "the file is no archive of tensors" if isinstance(error, KeyError) else str(error)  # torch takes other bytes for opcodes
+        raise StateDictError(f"{path} cannot be read as a weights-only checkpoint: {_reason(path, text)}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from qdbev.nn.config import BackboneConfig
 from qdbev.schema import CODE_SIZE, Interface
-from qdbev.settings import require
+from qdbev.settings import require, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,8 @@ class BEVFormerConfig:
     the absolute heading. The geometry is correct in both cases."""
 
     def __post_init__(self) -> None:
+        sizes = ("embed_dim", "num_heads", "ffn_dim", "num_cameras", "bev_hw", "num_pillar_points", "num_spatial_points", "num_points")
+        require_positive(self, "model", *sizes, "encoder_layers", "decoder_layers", "num_query", "num_classes", "max_boxes")
         require(self.embed_dim % self.num_heads == 0, f"model.embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         require(
             self.num_spatial_points % self.num_pillar_points == 0,
