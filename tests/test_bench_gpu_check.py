@@ -155,7 +155,7 @@ def test_every_command_of_the_plan_exists_and_takes_its_options(folder):
         source = (ROOT / f"{module.replace('.', '/')}.py").read_text()
         named = {option for option in options if f'"{option}"' in source}
         added = {"--set": "add_settings(parser)", "--device": "add_device(parser)"} | (
-            {"--device": "model_parser("} if module == "eval.engine_eval" else {}
+            dict.fromkeys(("--device", "--model", "--out"), "model_parser(") if module == "eval.engine_eval" else {}
         )
         assert all(added.get(option, "absent") in source for option in options - named), module
 
