@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.padded_attention import pad_attention
+from bench.rig import rig
 from bench.worker import Worker, WorkerError, status_kib
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
-from qdbev.data.rig import network_rig
 from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.geometry import pillar_points, project
@@ -173,7 +173,7 @@ def _prepare(case: Case, form: str) -> Callable[[], dict]:
 
 
 def _operator(config: Config, form: str, backward: bool) -> Work:
-    model, lidar2img, image_hw = config.model, *_rig(config)
+    model, lidar2img, image_hw = config.model, *rig(config)
     pillars = pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range)
     reference_points, hit = project(pillars, lidar2img, image_hw)
     level_hw, Q, M = model.level_hw(image_hw), reference_points.shape[2], model.num_heads
@@ -196,7 +196,7 @@ def _operator(config: Config, form: str, backward: bool) -> Work:
 
 
 def _encoder(config: Config, form: str, _: bool) -> Work:
-    lidar2img, image_hw = _rig(config)
+    lidar2img, image_hw = rig(config)
     features = [torch.randn(1, len(CAMERAS), config.model.embed_dim, h, w) for h, w in config.model.level_hw(image_hw)]
     motion = _motion(config)
     encoder = _with_form(Encoder(config.model), config, form)
@@ -210,7 +210,7 @@ def _encoder(config: Config, form: str, _: bool) -> Work:
 
 
 def _model(config: Config, form: str, _: bool) -> Work:
-    lidar2img, image_hw = _rig(config)
+    lidar2img, image_hw = rig(config)
     images = torch.randn(1, len(CAMERAS), 3, *image_hw)
     can_bus, prev_bev = _motion(config)
     batch = Batch(images, lidar2img, can_bus, torch.ones(1), [], [], [])
@@ -256,12 +256,6 @@ def _motion(config: Config) -> tuple[Tensor, Tensor]:
     can_bus = torch.zeros(1, 18)
     can_bus[0, 0], can_bus[0, 17] = 2.0, 3.0  # metres ahead, degrees
     return can_bus, torch.randn(1, config.model.bev_hw[0] * config.model.bev_hw[1], config.model.embed_dim)
-
-
-def _rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
-    """lidar2img (1, N, 4, 4), and height and width of the padded images in pixels."""
-    lidar2img, padded_hw = network_rig(config.data)
-    return torch.from_numpy(lidar2img).float()[None], padded_hw
 
 
 @entry_point

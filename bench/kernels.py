@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bench.kernel_build import camera_levels
 from bench.memory_traffic import corners_inside, traffic
+from bench.rig import rig
 from plugins import launch
 from plugins.attention.cases import Case, edge_cases, error_ratio, level_attribute, operator_inputs, random_cases
 from plugins.attention.variant import TYPES, Variant
@@ -29,13 +30,13 @@ from plugins.kernel import OutType, Types, ValueType
 from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
-from qdbev.data.rig import CAMERAS, network_rig
 from qdbev.geometry import pillar_points, project
 from qdbev.ops.contract import SCA
 from qdbev.ops.msda import joint_softmax
 from qdbev.ops.sca import gathered_spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
+from qdbev.schema import CAMERAS
 
 GOALS = {"pytorch_over_kernel": 3.0, "mmcv_over_kernel": 2.0, "floor_over_kernel": 0.5, "float16_over_int8": 1.5}
 """Smallest acceptable ratio of two times on an H200, at the size of base. `floor` is the lower bound of the time."""
@@ -125,12 +126,6 @@ def base_case(config: Config) -> Case:
         sampling_offsets=2 * torch.randn(*samples, 2, device="cuda"),
         attention_logits=torch.randn(samples, device="cuda"),
     )
-
-
-def rig(config: Config) -> tuple[Tensor, tuple[int, int]]:
-    """Return lidar2img (1, N, 4, 4) of the synthetic cameras and the padded image size, for images of the size of nuScenes images."""
-    lidar2img, padded_hw = network_rig(config.data)
-    return torch.from_numpy(lidar2img).float()[None], padded_hw
 
 
 def measure(case: Case) -> dict[str, Any]:

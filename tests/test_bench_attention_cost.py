@@ -49,7 +49,7 @@ def test_padded_attention_equals_ours_where_samples_see_other_cameras():
 
 
 def test_the_measured_rig_has_its_front_camera_ahead_and_the_feature_sizes_of_the_network():
-    lidar2img, image_hw = attention_cost._rig(RECIPES["tiny"]())
+    lidar2img, image_hw = attention_cost.rig(RECIPES["tiny"]())
     assert image_hw == (480, 800)
     assert lidar2img.shape == (1, 6, 4, 4)
     assert RECIPES["base"]().model.level_hw((928, 1600)) == [(116, 200), (58, 100), (29, 50), (15, 25)]
