@@ -19,8 +19,8 @@ _INSTALL: dict[BackendName, str] = {
     "tensorrt": "pip install -r requirements-gpu.txt",
     "tensorrt-rtx": "pip install -r requirements.txt",
 }
-_WEAKLY_TYPED = (8, 6)
-_STRONGLY_TYPED_FROM = (10, 0)
+_OLDEST_TENSORRT = (10, 1)
+"""The first version with all names that the engine room uses (`device_memory_size_v2` is the newest of them)."""
 
 
 class EngineError(ValueError):
@@ -43,11 +43,6 @@ class Backend:
     name: BackendName
     module: ModuleType
     version: str
-
-    @property
-    def strongly_typed(self) -> bool:
-        """True if tensors have the types that the ONNX states, and its local functions are read. TensorRT 8.6 does neither."""
-        return self.name == "tensorrt-rtx" or release(self.version) >= _STRONGLY_TYPED_FROM
 
 
 def select(wanted: BackendName | None = None) -> Backend:
@@ -78,16 +73,9 @@ def load(name: BackendName) -> Backend:
     except (ImportError, OSError) as error:
         raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
     version = module.__version__
-    if name == "tensorrt" and release(version) < _STRONGLY_TYPED_FROM and release(version) != _WEAKLY_TYPED:
-        raise EngineError(f"TensorRT {version} is not supported; 8.6, or 10.0 and newer: {_INSTALL[name]}")
+    if name == "tensorrt" and release(version) < _OLDEST_TENSORRT:
+        raise EngineError(f"TensorRT {version} is not supported; 10.1 or newer is: {_INSTALL[name]}")
     return Backend(name=name, module=module, version=version)
-
-
-def load_builtin_plugins(chosen: Backend) -> None:
-    """Register the plugins that are part of TensorRT, such as MultiscaleDeformableAttnPlugin_TRT; TensorRT-RTX has none."""
-    if chosen.name == "tensorrt":
-        no_logger = None  # TensorRT would keep a pointer to a logger until the process ends
-        chosen.module.init_libnvinfer_plugins(no_logger, "")
 
 
 def require_gpu(purpose: str) -> Gpu:

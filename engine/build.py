@@ -3,10 +3,10 @@
     python -m engine.build --onnx runs/demo/w8a8.onnx --compute-capability 8.6 8.9 12.0
 
 With a GPU the builder is TensorRT, and the engine is for that GPU. Without one it is TensorRT-RTX, which builds ahead of time for the named
-GPUs, or a portable engine. Networks are strongly typed: the ONNX alone decides the type of each tensor. TensorRT 8.6 has no strong typing,
-so it takes a float32 ONNX (trt86_check.py) and the INT8 flag. From TensorRT 10.9 on, which stores the kernels of plugins in the engine,
-our custom operators are plugins; elsewhere they are their ONNX function bodies (plugins/README.md). The engine is audited before it is
-written, and refused if a quantized layer runs in float. Its layer table, its audit and its seal are written beside it.
+GPUs, or a portable engine. Networks are strongly typed: the ONNX alone decides the type of each tensor. From TensorRT 10.9 on, which
+stores the kernels of plugins in the engine, our custom operators are plugins; elsewhere they are their ONNX function bodies
+(plugins/README.md). The engine is audited before it is written, and refused if a quantized layer runs in float. Its layer table, its
+audit and its seal are written beside it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import onnx
 
-from engine import audit, backend, compatibility, layer_table, onnx_products, trt86_check, trt_callbacks
+from engine import audit, backend, compatibility, layer_table, onnx_products, trt_callbacks
 from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layer_table import Layer
 from plugins import tensorrt_ops
@@ -74,8 +74,6 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     plugins = _plugins(chosen)
     deployed_graph.check(onnx_path, model, interface, plugins)
     deployed_graph.require_int8_storage(onnx_path, model)
-    if not chosen.strongly_typed:
-        trt86_check.check(model, plugins)
     products = onnx_products.products(model, interface.geometry)
     plan = build_plan(chosen, onnx_path, options)
     report = audit.audit(products, plan.table)
@@ -112,12 +110,9 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     failures.clear()  # the same list for all builds of a process
     messages = trt_callbacks.logger(trt)
     builder = trt.Builder(messages)
-    kinds = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(kinds.STRONGLY_TYPED if chosen.strongly_typed else kinds.EXPLICIT_BATCH))
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, messages, onnx_path)
     config = builder.create_builder_config()
-    if not chosen.strongly_typed:
-        config.set_flag(trt.BuilderFlag.INT8)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if options.memory_limit_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.memory_limit_mb << 20)
@@ -125,9 +120,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
     cache_path = timing_cache_file(chosen, target, options.timing_cache)
     cache = _open_timing_cache(chosen, config, cache_path)
     started = time.monotonic()
-    with trt_callbacks.progress(trt, f"{chosen.name} {chosen.version}") as shown:
-        if shown is not None:
-            config.progress_monitor = shown
+    with trt_callbacks.progress(trt, f"{chosen.name} {chosen.version}") as config.progress_monitor:
         serialized = builder.build_serialized_network(network, config)
     seconds = time.monotonic() - started
     if serialized is None:
@@ -165,19 +158,11 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
     if onnx_parser.parse_from_file(str(onnx_path)):
         return
     errors = [onnx_parser.get_error(i) for i in range(onnx_parser.num_errors)]
-    refused = [(*_refused_node(error, onnx_path), _one_line(error.desc())) for error in errors[:_SHOWN]]
+    refused = [(error.node_name(), error.node_operator(), _one_line(error.desc())) for error in errors[:_SHOWN]]
     lines = [f"  node {name or '?'} ({operator or '?'}): {reason}" for name, operator, reason in refused]
     if any(operator == "DeformConv" for _, operator, _ in refused):
         lines.append("  this TensorRT has no DeformConv; export again without --standard-deform-conv")
     raise EngineError("\n".join([f"the parser refuses {onnx_path}:", *lines]))
-
-
-def _refused_node(error: Any, onnx_path: Path) -> tuple[str, str]:
-    """Name and operator of the node that a parser error is about; TensorRT 8.6 reports only its index."""
-    if hasattr(error, "node_name"):
-        return error.node_name(), error.node_operator()
-    nodes, index = deployed_graph.load(onnx_path).graph.node, error.node()
-    return (nodes[index].name, nodes[index].op_type) if 0 <= index < len(nodes) else ("", "")
 
 
 def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
@@ -219,10 +204,8 @@ def _plugins(chosen: Backend) -> deployed_graph.Plugins:
     """Registered plugins. None for TensorRT-RTX, which aborts the process when it meets a plugin (1.7.1)."""
     if chosen.name != "tensorrt":
         return frozenset()
-    backend.load_builtin_plugins(chosen)
     _register_plugins(chosen)
-    registry = chosen.module.get_plugin_registry()
-    creators = registry.all_creators if chosen.strongly_typed else registry.plugin_creator_list
+    creators = chosen.module.get_plugin_registry().all_creators
     return frozenset((creator.name, creator.plugin_version, creator.plugin_namespace) for creator in creators)
 
 

@@ -61,19 +61,7 @@ class CapturedContext:
 
 def create_context(trt: Any, engine: Any, memory: int, size: int) -> Any:
     """Create an execution context that keeps intermediate results in `size` bytes at GPU address `memory`; None if TensorRT fails."""
-    if hasattr(trt, "ExecutionContextAllocationStrategy"):
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    else:  # TensorRT 8.6
-        context = engine.create_execution_context_without_device_memory()
-    if context is None:
-        return None
-    if hasattr(context, "set_device_memory"):
+    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if context is not None:
         context.set_device_memory(memory, size)
-    else:
-        context.device_memory = memory
     return context
-
-
-def intermediate_bytes(engine: Any) -> int:
-    """Bytes of GPU memory that a context of the engine needs for intermediate results."""
-    return engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine import backend, compatibility, trt_callbacks
 from engine.backend import EngineError, check
-from engine.captured_context import CapturedContext, create_context, intermediate_bytes
+from engine.captured_context import CapturedContext, create_context
 from engine.memory import Buffers
 from qdbev import artifact
 
@@ -111,7 +111,6 @@ class Session:
         self._warm_up()
 
     def _deserialize(self, trt: Any) -> None:
-        backend.load_builtin_plugins(self._backend)
         # A local variable would keep the engine and its memory alive in the traceback of an error.
         self._engine = trt.Runtime(self._messages).deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
@@ -136,7 +135,7 @@ class Session:
     def _create_contexts(self, trt: Any) -> None:
         sizes = {name: int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
         straight = {name: self._buffers.device(name, size) for name, size in sizes.items()}
-        size = intermediate_bytes(self._engine)
+        size = self._engine.device_memory_size_v2
         shared = self._buffers.device("the layers' intermediate results", size)
         swapped = dict(straight)
         for output, input_ in self.interface.recurrent:

@@ -36,14 +36,11 @@ def progress(trt: ModuleType, title: str) -> Iterator[Any]:
     """Show a progress bar of the outermost phase of a build, if standard error is a terminal.
 
     Yields:
-        An IProgressMonitor for the builder; None for TensorRT 8.6, which has none.
+        An IProgressMonitor for the builder.
 
     Raises:
         KeyboardInterrupt: When the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
     """
-    if not hasattr(trt, "IProgressMonitor"):
-        yield None
-        return
     with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
         shown = _monitor(trt, bar)
         yield shown

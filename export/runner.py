@@ -7,14 +7,13 @@ from typing import Self
 import numpy as np
 import onnxruntime
 
-from export import builtin_plugin
 from qdbev import artifact, deployed_graph
 from qdbev.artifact import ArtifactError
 from qdbev.schema import Interface
 
 
 class OnnxRunner:
-    """A sealed ONNX of the deployed graph on the CPU. TensorRT's own plugin is computed by its ONNX body (builtin_plugin.py).
+    """A sealed ONNX of the deployed graph on the CPU.
 
     Q/DQ are executed literally, not fused into integer kernels with other rounding.
 
@@ -47,11 +46,8 @@ class OnnxRunner:
         return dict(zip(self.interface.outputs, values, strict=True))
 
     def _open(self, path: Path, interface: Interface) -> None:
-        model = deployed_graph.load(path)
-        runnable = builtin_plugin.with_bodies(model)
-        deployed_graph.check(path, runnable, interface)
+        deployed_graph.check(path, deployed_graph.load(path), interface)
         self.interface = interface
-        source = path if runnable is model else runnable.SerializeToString()
         options = onnxruntime.SessionOptions()
         # Otherwise onnxruntime (seen in 1.31) rounds biases to int32 and runs Q/DQ groups in integer kernels, which changes numbers.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -62,7 +58,7 @@ class OnnxRunner:
         # It fuses a 3-D MatMul and its bias. With Q/DQ around it and operator set 21 (the INT4 form) the result does not load.
         without = ["MatMulAddFusion"]
         try:
-            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
+            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
         except Exception as error:
             raise ArtifactError(f"onnxruntime cannot open {path}: {deployed_graph.first_line(error)}") from error
         self.shapes: dict[str, tuple[int, ...]] = {found.name: tuple(found.shape) for found in self._session.get_inputs()}

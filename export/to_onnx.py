@@ -4,7 +4,7 @@
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
 written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types the float part as float16,
-except geometry. `--builtin-plugin` is for TensorRT 8.6 to 10.6.
+except geometry.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from export import deform_conv, parity, qdq, tensorrt_8
-from export.builtin_plugin import replace_attention_with_builtin_plugin
+from export import deform_conv, parity, qdq
 from export.constants import fold_constant_products
 from export.float16 import to_float16
 from export.integer_value import feed_int8_values
@@ -55,16 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         "--standard-deform-conv", action="store_true", help="float DCNv2 as ONNX's own DeformConv (opset 19); TensorRT-RTX has none"
     )
     parser.add_argument("--float16", action="store_true", help="float part in float16; geometry, inputs and outputs stay float32")
-    parser.add_argument(
-        "--builtin-plugin", action="store_true", help="attention by TensorRT's own plugin, in operator set 17: for TensorRT 8.6 to 10.6"
-    )
     parser.add_argument("--image-hw", type=int, nargs=2, metavar=("H", "W"), help="padded input size; default: that of the training")
     args = parser.parse_args(argv)
     artifact.require_target(args.onnx, args.checkpoint)
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
-    forms = {"standard_deform_conv": args.standard_deform_conv, "float16": args.float16, "builtin_plugin": args.builtin_plugin}
+    forms = {"standard_deform_conv": args.standard_deform_conv, "float16": args.float16}
     rows, sealed = export(model, seal, args.onnx, image_hw, frames, **forms)
     facts = sealed.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
@@ -79,7 +75,6 @@ def export(
     frames: Sequence[Frame],
     standard_deform_conv: bool = False,
     float16: bool = False,
-    builtin_plugin: bool = False,
 ) -> tuple[list[parity.OutputParity], Seal]:
     """Write and seal the ONNX of `model`, the content of the checkpoint `parent`; returns its parity with PyTorch and its seal.
 
@@ -87,19 +82,13 @@ def export(
         frames: Consecutive frames of one scene on which PyTorch and ONNX are compared.
         standard_deform_conv: Deformable convolutions become ONNX's own nodes (deform_conv.py).
         float16: The float part becomes float16, except geometry (float16.py).
-        builtin_plugin: The attentions become TensorRT's own plugin and the rest what TensorRT 8.6 reads (builtin_plugin, tensorrt_8.py).
 
     Raises:
-        ValueError: `standard_deform_conv` or `float16` does not fit the model, or `builtin_plugin` is combined with one of them.
+        ValueError: `standard_deform_conv` or `float16` does not fit the model.
         PassError: A pass over the graph left something that it exists to remove; no file is written.
         ParityError: ONNX and PyTorch differ; the message contains the table, and no file is written.
         ArtifactError: The graph cannot be run, for example because weights are NaN; no file is written.
     """
-    if builtin_plugin and (float16 or standard_deform_conv):
-        raise ValueError(
-            "--builtin-plugin goes with neither --float16, since that plugin has one type for values and locations, nor "
-            "--standard-deform-conv, which TensorRT 8.6 does not know; leave them out"
-        )
     config = from_dict(parent.config)
     quantized = parent.kind != "teacher"
     interface = model.interface(image_hw)
@@ -109,7 +98,7 @@ def export(
     if standard_deform_conv:
         passes["standard_deform_convs"] = deform_conv.use_standard_node(graph)
     stored = qdq.pack_int4(graph) if quantized and _has_4_bit_weights(config) else None
-    passes |= optimize(graph, interface, float16, builtin_plugin)
+    passes |= optimize(graph, interface, float16)
     trace_s = round(time.perf_counter() - start, 1)
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
@@ -127,7 +116,6 @@ def export(
         opset=graph.opset_imports[""],
         nodes=len(graph.graph),
         float16=float16,
-        builtin_plugin=builtin_plugin,
         passes=passes,
         trace_s=trace_s,
         peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -140,17 +128,13 @@ def export(
     return rows, sealed
 
 
-def optimize(graph: ir.Model, interface: Interface, float16: bool = False, builtin_plugin: bool = False) -> dict[str, int]:
+def optimize(graph: ir.Model, interface: Interface, float16: bool = False) -> dict[str, int]:
     """Turn the traced and packed graph into the deployed one, in place; returns how many places each pass changed.
 
     Raises:
         PassError: A pass left something that it exists to remove.
     """
     done = {"constant_products": fold_constant_products(graph), "projections": expand_projection(graph, interface.geometry)}
-    if builtin_plugin:
-        done["builtin_plugins"] = replace_attention_with_builtin_plugin(graph)
-        tensorrt_8.convert(graph)
-        return done
     done["int8_values"] = feed_int8_values(graph)
     if float16:
         done["float16_nodes"] = to_float16(graph, interface)

@@ -101,7 +101,6 @@ class OnnxFacts:
     opset: int | None = None
     nodes: int | None = None
     float16: bool = False
-    builtin_plugin: bool = False
     passes: dict[str, int] = field(default_factory=dict)
     """Number of places that each graph pass changed."""
     trace_s: float | None = None

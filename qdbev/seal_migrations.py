@@ -23,6 +23,13 @@ def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def _to_format_3(values: dict[str, Any]) -> dict[str, Any]:
+    """The export for TensorRT 8.6 is gone, and with it the fact `builtin_plugin`."""
+    if values.get("facts", {}).pop("builtin_plugin", False):
+        raise ConfigError("the ONNX was exported with --builtin-plugin, which is no longer supported; export it again without")
+    return values
+
+
 def _interface(config: dict[str, Any], image_hw: Any) -> dict[str, Any]:
     if image_hw is None or len(image_hw) != 2:
         raise ConfigError(f"the seal does not say the image size of the graph (found {image_hw!r}); export the ONNX again")
@@ -42,5 +49,5 @@ def _engine_facts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, An
     return facts | {"interface": _interface(config, images[-2:])}
 
 
-MIGRATIONS: tuple[Migration, ...] = (_to_format_2,)
+MIGRATIONS: tuple[Migration, ...] = (_to_format_2, _to_format_3)
 """Step k leads from format k + 1 to format k + 2."""

@@ -57,6 +57,15 @@ def test_an_old_onnx_file_opens_and_has_an_interface():
     np.testing.assert_allclose(sampled(outputs["cls_logits"])[1:], WANTED["w4a6"]["cls_logits"][1:], atol=0.1)
 
 
+def test_an_old_onnx_file_with_the_plugin_of_tensorrt_8_is_refused(tmp_path):
+    shutil.copy(OLD / "w4a6.onnx", tmp_path / "w4a6.onnx")
+    values = json.loads((OLD / "w4a6.onnx.seal.json").read_text())
+    values["facts"]["builtin_plugin"] = True
+    (tmp_path / "w4a6.onnx.seal.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="exported with --builtin-plugin, which is no longer supported; export it again without"):
+        artifact.unseal(tmp_path / "w4a6.onnx", "onnx")
+
+
 def test_the_seal_of_an_old_engine_says_what_it_was_built_for(tmp_path):
     (tmp_path / "w4a6.engine").write_bytes(b"plan")
     values = json.loads((OLD / "w4a6.engine.seal.json").read_text())

@@ -27,30 +27,11 @@ CLASSES = {
 }
 """Class of TensorRT objects by the name of the variable that the engine room uses for them."""
 FILES = ("build", "captured_context", "trt_callbacks", "session", "backend")
-OF_8_6 = {
-    "BuilderFlag.INT8",
-    "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
-    "IPluginRegistry.plugin_creator_list",
-    "ICudaEngine.create_execution_context_without_device_memory",
-    "ICudaEngine.device_memory_size",
-}
 OF_RTX = {
     "ComputeCapability",
     "ComputeCapability.__members__",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
-}
-SINCE_10 = {
-    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
-    "IProgressMonitor",
-    "IBuilderConfig.progress_monitor",
-    "IPluginRegistry.all_creators",
-    "ParserError.node_name",
-    "ParserError.node_operator",
-    "ExecutionContextAllocationStrategy",
-    "ExecutionContextAllocationStrategy.USER_MANAGED",
-    "ICudaEngine.device_memory_size_v2",
-    "IExecutionContext.set_device_memory",
 }
 
 
@@ -71,8 +52,6 @@ def names(tree: ast.AST) -> Iterator[str]:
         chain.insert(0, inner.id if isinstance(inner, ast.Name) else "")
         if "module" in chain[:-1]:
             chain = ["trt", *chain[chain.index("module") + 1 :]]
-        if chain[0] == "kinds" and chain[1].isupper():  # in build.py
-            chain = ["trt", "NetworkDefinitionCreationFlag", chain[1]]
         if chain[0] == "trt":
             yield ".".join(chain[1:])
         elif chain[-2] in CLASSES:
@@ -91,22 +70,15 @@ def missing(trt: ModuleType) -> set[str]:
     return found
 
 
-def allowed(trt: ModuleType) -> set[str]:
-    """Names that this binding may lack, because the code checks its version or the name first."""
-    if trt.__name__ == "tensorrt_rtx":
-        return OF_8_6
-    return OF_RTX | (SINCE_10 if trt.__version__.startswith("8.") else OF_8_6)
-
-
 @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
 def test_every_name_of_tensorrt_that_is_used_exists(name: str) -> None:
     trt = pytest.importorskip(name, reason=f"needs the Python package {name}")
-    assert missing(trt) <= allowed(trt)
+    assert missing(trt) == (set() if name == "tensorrt_rtx" else OF_RTX)
 
 
 def test_the_names_are_found_in_the_code() -> None:
     some = {"Builder.build_serialized_network", "IBuilderConfig.set_timing_cache", "ICudaEngine.get_tensor_shape", "Runtime", "nptype"}
-    assert some | OF_8_6 | OF_RTX | SINCE_10 <= used()
+    assert some | OF_RTX <= used()
 
 
 @pytest.mark.parametrize("slip", ["config.set_flags(1)", "self._engine.get_tensors()", "trt.TensorIOMode.INPUTS", "self._b.module.Run()"])

@@ -26,11 +26,9 @@ INTERFACE = exported_network().model.interface(IMAGE_HW)
 FORMS = {
     "float": ("float", {}),
     "float-float16": ("float", {"float16": True}),
-    "float-builtin-plugin": ("float", {"builtin_plugin": True}),
     "float-standard-deform-conv": ("float", {"standard_deform_conv": True}),
     "w8a8": ("w8a8", {}),
     "w8a8-float16": ("w8a8", {"float16": True}),
-    "w8a8-builtin-plugin": ("w8a8", {"builtin_plugin": True}),
     "w4a6": ("w4a6", {}),
     "w4a6-int4": ("w4a6", {"int4": True}),
 }
@@ -88,8 +86,7 @@ def test_every_pass_finds_what_it_is_for(form: str, packed: Callable[[str], ir.M
     graph, done = deployed(packed(kind), **options)
     assert "Einsum" not in {node.op_type for node in graph.graph}
     assert (done["constant_products"], done["projections"]) == (9, 1)  # seven linears and two products of the first decoder layer
-    assert done.get("int8_values") == (None if "builtin_plugin" in options else 0 if kind == "float" else 4)
-    assert done.get("builtin_plugins") == (4 if "builtin_plugin" in options else None)
+    assert done["int8_values"] == (0 if kind == "float" else 4)
     assert ("float16_nodes" in done) == ("float16" in options)
 
 
