@@ -9,7 +9,7 @@ from synthetic.classes import CLASSES
 from synthetic.config import KEY_FRAME_INTERVAL, WorldConfig
 from synthetic.road import EgoMotion, Road
 from synthetic.solids import Solid, draw_colour, draw_rider_colour, make_solid
-from synthetic.zones import EGO_CENTRE_AHEAD, EGO_WLH, ROW_SPACING, STREET_PLACED_PER_SHARE, ZONES, Zone
+from synthetic.zones import EGO_CENTRE_AHEAD, EGO_WLH, ROW_SPACING, ZONES, Zone
 
 _CLEARANCE = 0.5
 """Smallest distance between any two objects, in metres."""
@@ -114,7 +114,7 @@ def _class_counts(config: WorldConfig, total: int, rng: np.random.Generator) -> 
         counts = np.full(len(CLASSES), total // len(CLASSES))
         counts[rng.permutation(len(CLASSES))[: total % len(CLASSES)]] += 1
     else:
-        parts = [kind.share * STREET_PLACED_PER_SHARE.get(name, 1.0) for name, kind in CLASSES.items()]
+        parts = [kind.share * kind.placed_per_share for kind in CLASSES.values()]
         counts = np.floor(total * np.array(parts) + rng.random(len(CLASSES))).astype(int)
     return dict(zip(CLASSES, counts.tolist(), strict=True))
 

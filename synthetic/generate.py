@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -46,64 +46,56 @@ def generate(config: WorldConfig, root: Path, num_workers: int = 1) -> bool:
     """
     if num_workers < 1:
         raise ValueError(f"num_workers = {num_workers}; choose at least 1")
-    marker = _check_folder(config, root)
-    if marker.get("complete"):
+    if _is_complete(config, root):
         return False
     root.mkdir(parents=True, exist_ok=True)
-    replace_text(root / MARKER, _marker_text(config, complete=False))
+    replace_text(root / MARKER, _marker_text(config))
     for folder in ("can_bus", "maps", PARTS_FOLDER, *(f"samples/{channel}" for channel in CHANNELS)):
         (root / folder).mkdir(parents=True, exist_ok=True)
     _write_scenes(config, root, num_workers)
-    digest = _write_tables(config, root)
-    replace_text(root / MARKER, _marker_text(config, complete=True, digest=digest))
+    replace_text(root / MARKER, _marker_text(config, _write_tables(config, root)))
     shutil.rmtree(root / PARTS_FOLDER)
     return True
 
 
-def _check_folder(config: WorldConfig, root: Path) -> dict:
-    """Content of the marker file of a world begun earlier, or an empty dictionary for a new folder."""
+def _is_complete(config: WorldConfig, root: Path) -> bool:
+    """Return whether the folder contains the whole world. Raises ValueError if it contains anything but this world or a part of it."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return {}
+        return False
     path = root / MARKER
     if not path.is_file():
         raise ValueError(f"{root} is not empty and has no {MARKER}, so it was not written by this command; choose another --out")
     marker = json.loads(path.read_text())
-    wanted = json.loads(_marker_text(config, complete=False))
-    found, asked = ({"format": part["format"], **part["config"]} for part in (marker, wanted))
+    found, asked = ({"format": part["format"], **part["config"]} for part in (marker, json.loads(_marker_text(config))))
     for field in asked:
         if found.get(field) != asked[field]:
             raise ValueError(
                 f"{root} contains another world: {field} is {found.get(field)!r} there, {asked[field]!r} was asked for; "
                 "choose another --out, or delete the folder"
             )
-    return marker
+    return marker["complete"]
 
 
-def _marker_text(config: WorldConfig, complete: bool, digest: str = "") -> str:
-    marker = {"format": FORMAT, "config": dataclasses.asdict(config), "digest": digest, "complete": complete}
+def _marker_text(config: WorldConfig, digest: str = "") -> str:
+    """Content of the marker file of a world begun, or of a complete one with the digest of its content."""
+    marker = {"format": FORMAT, "config": dataclasses.asdict(config), "digest": digest, "complete": digest != ""}
     return json.dumps(marker, indent=1) + "\n"
 
 
 def _write_scenes(config: WorldConfig, root: Path, num_workers: int) -> None:
     names = config.scene_names
     missing = [name for name in names if not part_path(root, name).is_file()]
-    finished = _run(functools.partial(_write_named_scene, root, config), missing, num_workers)
-    for _ in tqdm(finished, total=len(names), initial=len(names) - len(missing), desc=config.name, unit="scene"):
+    written = _map(functools.partial(write_scene, root, config), missing, num_workers)
+    for _ in tqdm(written, total=len(names), initial=len(names) - len(missing), desc=config.name, unit="scene"):
         pass
 
 
-def _write_named_scene(root: Path, config: WorldConfig, scene_name: str) -> str:
-    write_scene(root, config, scene_name)
-    return scene_name
-
-
-def _run(task: functools.partial, names: list[str], num_workers: int) -> Iterator[str]:
-    """Runs the task for each scene name; yields each name when its scene is written."""
+def _map(task: Callable[[str], None], names: list[str], num_workers: int) -> Iterator[None]:
+    """Run the task for each scene name, in this process or in several; yields as each scene is written."""
     if num_workers == 1 or len(names) < 2:
         yield from map(task, names)
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(num_workers, len(names)), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(num_workers, len(names)), cv2.setNumThreads, (1,)) as pool:
         yield from pool.imap_unordered(task, names)
 
 

@@ -105,20 +105,6 @@ STREET: dict[str, tuple[Zone, ...]] = {
     "barrier": (Zone(0.6, (5.9, 6.3), _STILL, ACROSS, 0.04, ""), Zone(0.4, (9.0, 9.3), _STILL, ACROSS, 0.04, "")),
 }
 
-STREET_PLACED_PER_SHARE = {
-    "car": 0.95,
-    "truck": 0.65,
-    "bus": 0.8,
-    "trailer": 0.6,
-    "construction_vehicle": 0.85,
-    "pedestrian": 1.85,
-    "traffic_cone": 1.4,
-    "barrier": 1.15,
-    "motorcycle": 1.5,
-    "bicycle": 1.3,
-}
-"""Objects placed, divided by the class's share of annotations: small objects are often hidden and then not annotated, large ones seldom."""
-
 ZONES = {"square": SQUARE, "street": STREET}
 """Zones of each class, by layout."""
 ROW_SPACING = {"traffic_cone": 1.8, "barrier": 3.1}
