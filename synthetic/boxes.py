@@ -1,7 +1,6 @@
-"""Corners and ground outlines of boxes that are rotated about the vertical axis.
+"""Boxes that are rotated about the vertical axis, their corners and their ground outlines."""
 
-N is the number of boxes; `wlh` is width, length and height in metres.
-"""
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +10,14 @@ CUBE = np.array([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-
 """(8, 3) corners of a cube of side one around the origin."""
 CUBE_FACES = np.array([[4, 6, 7, 5], [0, 1, 3, 2], [2, 3, 7, 6], [0, 4, 5, 1], [1, 5, 7, 3], [0, 2, 6, 4]])
 """(6, 4) indices into `CUBE` of the corners of each face, counter-clockwise seen from outside."""
+
+
+class Boxes(NamedTuple):
+    """N boxes: centres (N, 3) in metres, headings (N,) in radians, and width, length and height (N, 3) in metres."""
+
+    centres: np.ndarray
+    yaws: np.ndarray
+    wlh: np.ndarray
 
 
 def footprints(centres: np.ndarray, yaws: np.ndarray, wlh: np.ndarray) -> np.ndarray:

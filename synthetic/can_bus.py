@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from synthetic.rotations import yaw_quaternion
 from synthetic.street import Street
+from synthetic.tables import scene_start_us, yaw_quaternion
 
 _MARGIN = 0.1
 """Seconds that messages begin before the first and end after the last key frame."""
@@ -22,42 +22,30 @@ _ROUTE_MARGIN = 50.0
 """Metres that the route begins before the first and ends after the last position of the ego."""
 
 
-def can_messages(street: Street, start_us: int) -> dict[str, list | dict]:
-    """Content of each CAN bus file of a scene that starts at `start_us` microseconds; the key is the last part of the file's name."""
-    streams: dict[str, list] = {"pose": _stream(street, start_us, 50, _pose)}
-    if street.config.full_can_bus:
-        streams["ms_imu"] = _stream(street, start_us, 100, _imu)
-        streams["steeranglefeedback"] = _stream(street, start_us, 100, _steering)
-        streams["vehicle_monitor"] = _stream(street, start_us, 2, _monitor)
-        streams["zoesensors"] = _stream(street, start_us, 100, _pedals)
-        streams["zoe_veh_info"] = _stream(street, start_us, 100, _wheels)
+def can_messages(street: Street) -> dict[str, list | dict]:
+    """Content of each CAN bus file of a scene; the key is the last part of the file's name."""
+    names = _STREAMS if street.config.full_can_bus else ("pose",)
+    streams = {name: _messages(street, *_STREAMS[name]) for name in names}
     length = float(street.ego.travelled(street.config.duration))
     route = street.road.point(np.arange(-_ROUTE_MARGIN, length + _ROUTE_MARGIN, 1.0)).tolist()
     return {**streams, "route": route, "meta": {name: _summary(messages) for name, messages in streams.items()}}
 
 
-def _stream(street: Street, start_us: int, rate: int, message: Callable[[Street, float], dict]) -> list[dict]:
-    """Messages at `rate` per second over the whole scene; `message` returns one for a time in seconds."""
+def _messages(street: Street, rate: int, message: Callable[[Street, float], dict]) -> list[dict]:
+    """Messages at `rate` per second over the whole scene; `message` returns one for a time in seconds, with any `utime`."""
     count = int(np.ceil((street.config.duration + 2 * _MARGIN) * rate)) + 1
     times = -_MARGIN + np.arange(count) / rate
-    return [
-        {key: value if key != "utime" else start_us + round(t * 1e6) for key, value in message(street, t).items()} for t in times.tolist()
-    ]
+    start_us = scene_start_us(street.scene_name)
+    return [{**message(street, t), "utime": start_us + round(t * 1e6)} for t in times.tolist()]
 
 
 def _summary(messages: list[dict]) -> dict:
     span = (messages[-1]["utime"] - messages[0]["utime"]) / 1e6
-    return {
-        "message_count": len(messages),
-        "message_freq": len(messages) / max(span, 1e-6),
-        "timespan": span,
-        "var_stats": {},
-    }
+    return {"message_count": len(messages), "message_freq": len(messages) / max(span, 1e-6), "timespan": span, "var_stats": {}}
 
 
 def _acceleration(street: Street, t: float) -> list[float]:
-    sideways = street.ego.speed_at(t) ** 2 * street.road.curvature
-    return [street.ego.acceleration, sideways, _GRAVITY]
+    return [street.ego.acceleration, street.ego.speed_at(t) ** 2 * street.road.curvature, _GRAVITY]
 
 
 def _turn_rate(street: Street, t: float) -> float:
@@ -115,9 +103,8 @@ def _monitor(street: Street, t: float) -> dict:
 
 def _wheels(street: Street, t: float) -> dict:
     rpm = street.ego.speed_at(t) / (2 * np.pi * _WHEEL_RADIUS) * 60
-    wheels = {f"{corner}_wheel_speed": rpm for corner in ("FL", "FR", "RL", "RR")}
     return {
-        **wheels,
+        **{f"{corner}_wheel_speed": rpm for corner in ("FL", "FR", "RL", "RR")},
         "left_solar": 0,
         "longitudinal_accel": street.ego.acceleration,
         "meanEffTorque": 0.0,
@@ -133,3 +120,14 @@ def _wheels(street: Street, t: float) -> dict:
         "transversal_accel": 0.0,
         "utime": 0,
     }
+
+
+_STREAMS = {
+    "pose": (50, _pose),
+    "ms_imu": (100, _imu),
+    "steeranglefeedback": (100, _steering),
+    "vehicle_monitor": (2, _monitor),
+    "zoesensors": (100, _pedals),
+    "zoe_veh_info": (100, _wheels),
+}
+"""Messages per second, and the function that returns a message."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from qdbev.data.rig import View
 from qdbev.geometry import rotation_z
+from synthetic.boxes import Boxes
 
 _ELEVATIONS = np.deg2rad(np.linspace(-30.67, 10.67, 32))
 """Angles of the beams above the horizontal, in radians."""
@@ -18,13 +19,11 @@ _NOTHING, _GROUND = -2, -1
 """Values used instead of a box's index for rays that hit nothing, or the ground."""
 
 
-def sweep(
-    view: View, boxes: tuple[np.ndarray, np.ndarray, np.ndarray], num_columns: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def sweep(view: View, boxes: Boxes, num_columns: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One revolution of the lidar.
 
     Args:
-        boxes: centres (N, 3), headings (N,) and sizes (N, 3) in the global frame.
+        boxes: the N boxes that it can hit, global frame.
         num_columns: firings per revolution.
         rng: draws the noise of ranges and intensities.
 
@@ -34,14 +33,8 @@ def sweep(
     """
     azimuths = np.linspace(-np.pi, np.pi, num_columns, endpoint=False)
     elevations = _ELEVATIONS[:, None]
-    rays = np.stack(
-        [
-            np.cos(elevations) * np.cos(azimuths),
-            np.cos(elevations) * np.sin(azimuths),
-            np.broadcast_to(np.sin(elevations), (len(_ELEVATIONS), num_columns)),
-        ],
-        -1,
-    )  # (R, C, 3)
+    forward, left = np.cos(elevations) * np.cos(azimuths), np.cos(elevations) * np.sin(azimuths)
+    rays = np.stack(np.broadcast_arrays(forward, left, np.sin(elevations)), -1)  # (R, C, 3)
     ranges, hits = _cast(view, rays @ view.global_from_sensor.T, azimuths, boxes)
     valid = (hits != _NOTHING) & (ranges < _MAX_RANGE) & (ranges > _MIN_RANGE)
     noisy = ranges[valid] + rng.normal(0, _RANGE_SIGMA, valid.sum())
@@ -49,12 +42,10 @@ def sweep(
     intensity = np.where(hits[valid] >= 0, 40, 12) + rng.integers(0, 10, valid.sum())
     points = np.column_stack([rays[valid] * noisy[:, None], intensity, ring]).astype(np.float32)
     on_box = hits[valid & (hits >= 0)]
-    return points, np.bincount(on_box, minlength=len(boxes[1]))
+    return points, np.bincount(on_box, minlength=len(boxes.yaws))
 
 
-def _cast(
-    view: View, rays: np.ndarray, azimuths: np.ndarray, boxes: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _cast(view: View, rays: np.ndarray, azimuths: np.ndarray, boxes: Boxes) -> tuple[np.ndarray, np.ndarray]:
     """Range (R, C) along global rays (R, C, 3), and the index of the box that each ray hits (R, C), or `_GROUND`, or `_NOTHING`."""
     with np.errstate(divide="ignore"):
         ranges = np.where(rays[..., 2] < -1e-6, -view.position[2] / rays[..., 2], np.inf)

@@ -12,7 +12,7 @@ import numpy as np
 
 from qdbev.data.rig import View
 from qdbev.geometry import rotation_z
-from synthetic.boxes import footprints
+from synthetic.boxes import Boxes, footprints
 from synthetic.ground import HAZE, HAZE_PER_METRE, SUBPIXEL_BITS
 from synthetic.solids import DECAL_PX_PER_M, Solid
 
@@ -49,15 +49,6 @@ class Quads:
     owner: np.ndarray
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Poses of the N solids in the global frame: centres (N, 3), headings (N,) and sizes (N, 3)."""
-
-    centres: np.ndarray
-    yaws: np.ndarray
-    wlh: np.ndarray
-
-
 def gather_quads(solids: Sequence[Solid]) -> Quads:
     """The quads of all solids as arrays. There must be at least one solid."""
     corners = np.array([quad for solid in solids for quad in solid.corners])
@@ -72,10 +63,10 @@ def gather_quads(solids: Sequence[Solid]) -> Quads:
     )
 
 
-def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, where: Placement) -> None:
+def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, boxes: Boxes) -> None:
     """Draw the solids with the indices in `order` (far to near) into `image` (H, W, 3), in place."""
     height, width = image.shape[:2]
-    polygons, colours = _shaded_polygons(view, quads, order, where)
+    polygons, colours = _shaded_polygons(view, quads, order, boxes)
     in_front = (polygons[..., 2] >= NEAR).all(1)
     pixels = project(view, polygons)  # (Q', 4, 2)
     low, high = pixels.min(1), pixels.max(1)
@@ -91,16 +82,16 @@ def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, where:
             cv2.fillConvexPoly(image, to_fixed(project(view, clipped)), colour, cv2.LINE_AA, SUBPIXEL_BITS)
 
 
-def visible_order(view: View, image_width: int, where: Placement) -> np.ndarray:
+def visible_order(view: View, image_width: int, boxes: Boxes) -> np.ndarray:
     """Indices of the solids that may appear in the image, far to near."""
-    outlines = footprints(where.centres, where.yaws, where.wlh)  # (N, 4, 2)
+    outlines = footprints(*boxes)  # (N, 4, 2)
     offset = outlines - view.position[:2]
     forward, right = view.global_from_sensor[:2, 2], view.global_from_sensor[:2, 0]
     depth = offset @ forward  # (N, 4); the camera is level
     sideways = (offset @ right) * view.intrinsic[0, 0]
     left_edge, right_edge = -view.intrinsic[0, 2], image_width - view.intrinsic[0, 2]
     outside = (sideways < left_edge * depth).all(1) | (sideways > right_edge * depth).all(1) | (depth < NEAR).all(1)
-    near = np.linalg.norm(where.centres[:, :2] - view.position[:2], axis=1) < _MAX_DISTANCE
+    near = np.linalg.norm(boxes.centres[:, :2] - view.position[:2], axis=1) < _MAX_DISTANCE
     seen = np.nonzero(near & ~outside)[0]
     return seen[_depth_order(outlines[seen], view.position[:2])]
 
@@ -128,15 +119,15 @@ def clip_near(polygon: np.ndarray) -> np.ndarray:
     return np.array(kept).reshape(-1, 3)
 
 
-def _shaded_polygons(view: View, quads: Quads, order: np.ndarray, where: Placement) -> tuple[np.ndarray, np.ndarray]:
+def _shaded_polygons(view: View, quads: Quads, order: np.ndarray, boxes: Boxes) -> tuple[np.ndarray, np.ndarray]:
     """The Q' quads that face the camera, in drawing order: corners (Q', 4, 3) in the camera frame, and shaded colours (Q', 3)."""
-    rank = np.full(len(where.yaws), -1)
+    rank = np.full(len(boxes.yaws), -1)
     rank[order] = np.arange(len(order))
-    distance = np.linalg.norm(where.centres - view.position, axis=1)
+    distance = np.linalg.norm(boxes.centres - view.position, axis=1)
     shows_decals = view.intrinsic[1, 1] / np.maximum(distance, 1.0) > DECAL_PX_PER_M
     chosen = np.nonzero((rank[quads.owner] >= 0) & (~quads.is_decal | shows_decals[quads.owner]))[0]
     owner = quads.owner[chosen]
-    rotation, centres = rotation_z(where.yaws)[owner], where.centres[owner]
+    rotation, centres = rotation_z(boxes.yaws)[owner], boxes.centres[owner]
     corners = np.einsum("qij,qkj->qki", rotation, quads.corners[chosen]) + centres[:, None]
     normals = np.einsum("qij,qj->qi", rotation, quads.normals[chosen])
     facing = np.einsum("qi,qi->q", normals, view.position - corners[:, 0]) > 1e-6

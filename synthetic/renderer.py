@@ -6,18 +6,10 @@ import cv2
 import numpy as np
 
 from qdbev.data.rig import View
-from synthetic.boxes import footprints
+from qdbev.schema import CAMERAS
+from synthetic.boxes import Boxes, footprints
 from synthetic.ground import HAZE, SUBPIXEL_BITS, paint_ground
-from synthetic.painter import (
-    SUN,
-    Placement,
-    clip_near,
-    gather_quads,
-    paint,
-    project,
-    to_fixed,
-    visible_order,
-)
+from synthetic.painter import SUN, clip_near, gather_quads, paint, project, to_fixed, visible_order
 from synthetic.street import Street
 
 _ZENITH = np.array([205.0, 150.0, 105.0])
@@ -28,32 +20,27 @@ _SHADOW_REACH = 60.0
 """Objects farther from the camera than this, in metres, have no shadow."""
 _SHADOW_STRENGTH = 127
 """Decrease of brightness in a shadow, from 0 (none) to 255 (black)."""
+_GAIN_RANGE = (0.92, 1.08)
+"""Range from which the brightness factor of each camera is drawn."""
 _NOISE_SIGMA = 3.0
 """Standard deviation of the sensor noise in grey levels."""
 
 
 class Renderer:
-    """Renders camera images of one scene."""
+    """Renders the camera images of one street. Images do not depend on which others are rendered, or in which order."""
 
-    def __init__(self, street: Street, rng: np.random.Generator) -> None:
+    def __init__(self, street: Street) -> None:
         height, width = street.config.image_hw
-        self._street = street
+        rng = street.rng(1)
+        self.street = street
         self._ground = paint_ground(street, rng)
         self._sky = _sky(height, width)
         self._noise = rng.normal(0, _NOISE_SIGMA, (height + 64, width + 64, 3)).astype(np.int16)
         self._quads = gather_quads([actor.solid for actor in street.actors])
-        houses = street.buildings
-        self._houses = Placement(
-            np.array([house.centre for house in houses]).reshape(-1, 3),
-            np.array([house.yaw for house in houses]),
-            np.array([house.wlh for house in houses]).reshape(-1, 3),
-        )
-        self._house_quads = gather_quads([house.solid for house in houses]) if houses else None
+        self._house_quads = gather_quads(street.house_solids) if street.house_solids else None
 
-    def render(
-        self, view: View, t: float, gain: float, rng: np.random.Generator, skip: Collection[int] = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Render the image of a camera at time `t` in seconds, with brightness multiplied by `gain` and sensor noise drawn by `rng`.
+    def image(self, channel: str, frame: int, skip: Collection[int] = ()) -> tuple[np.ndarray, np.ndarray]:
+        """Render the image of a camera at a key frame.
 
         Args:
             skip: indices of actors that are not drawn; their shadows are.
@@ -61,23 +48,23 @@ class Renderer:
         Returns:
             Image (H, W, 3) uint8 in blue, green, red; and the indices of the actors that may appear in it, far to near.
         """
-        width = self._sky.shape[1]
+        view, t = self.street.view(channel, frame)
         image = self._sky.copy()
+        height, width = image.shape[:2]
         self._ground.draw(image, view)
         if self._house_quads is not None:
-            paint(image, view, self._house_quads, visible_order(view, width, self._houses), self._houses)
-        actors = Placement(*self._street.actor_poses(t), self._street.wlh)
+            houses = self.street.houses
+            paint(image, view, self._house_quads, visible_order(view, width, houses), houses)
+        actors = self.street.actor_boxes(t)
         _cast_shadows(image, view, actors)
         order = visible_order(view, width, actors)
-        drawn = order[~np.isin(order, list(skip))]
-        paint(image, view, self._quads, drawn, actors)
-        return self._expose(image, gain, rng), order
+        paint(image, view, self._quads, order[~np.isin(order, list(skip))], actors)
 
-    def _expose(self, image: np.ndarray, gain: float, rng: np.random.Generator) -> np.ndarray:
-        height, width = image.shape[:2]
-        top, left = rng.integers(0, 65, 2)
+        number = CAMERAS.index(channel)
+        gain = self.street.rng(2, number).uniform(*_GAIN_RANGE)
+        top, left = self.street.rng(3, number, frame).integers(0, 65, 2)
         noise = self._noise[top : top + height, left : left + width]
-        return cv2.add(cv2.convertScaleAbs(image, alpha=gain), noise, dtype=cv2.CV_8U)
+        return cv2.add(cv2.convertScaleAbs(image, alpha=gain), noise, dtype=cv2.CV_8U), order
 
 
 def _sky(height: int, width: int) -> np.ndarray:
@@ -85,11 +72,11 @@ def _sky(height: int, width: int) -> np.ndarray:
     return np.broadcast_to(_ZENITH * (1 - down) + HAZE * down, (height, width, 3)).astype(np.uint8)
 
 
-def _cast_shadows(image: np.ndarray, view: View, actors: Placement) -> None:
+def _cast_shadows(image: np.ndarray, view: View, actors: Boxes) -> None:
     """Darken the ground in the shadows of the actors, in place."""
     height, width = image.shape[:2]
     mask = np.full((height, width), 255, np.uint8)
-    outlines = footprints(actors.centres, actors.yaws, actors.wlh)
+    outlines = footprints(*actors)
     offset = actors.centres - view.position
     in_view = (offset @ view.global_from_sensor[:, 2] > -6) & (np.linalg.norm(offset[:, :2], axis=1) < _SHADOW_REACH)
     rows = []

@@ -97,7 +97,7 @@ def draw_rider_colour(class_name: str, palette: str, rng: np.random.Generator) -
     return CLOTHES[rng.integers(len(CLOTHES))] if palette == "natural" else _shade(CLASSES[class_name].hue, 0.65)
 
 
-def make_building(wlh: tuple[float, float, float], side: int, colour: Colour) -> Solid:
+def make_house(wlh: tuple[float, float, float], side: int, colour: Colour) -> Solid:
     """A house with windows towards the road. `side` is +1 for a house on the left of the road, -1 for one on the right."""
     width, length, height = wlh
     solid = Solid()

@@ -28,32 +28,20 @@ class VisibilityBuffer:
     def add(self, view: View, order: Iterable[int], corners: np.ndarray) -> None:
         """Add the counts of one camera, for the boxes in `order` (indices, far to near), with corners (N, 8, 3) in the global frame."""
         buffer = np.zeros(self._hw, np.int32)
-        alone = np.zeros(self._hw, np.uint8)
         for index in order:
-            hull = self._outline(view, corners[index])
-            if hull is None:
+            points = (corners[index] - view.position) @ view.global_from_sensor
+            clipped = np.concatenate([clip_near(points[face]) for face in CUBE_FACES])
+            if not len(clipped):
                 continue
+            pixels = np.clip(project(view, clipped) * self._scale, -1e4, 1e4)
+            hull = np.round(cv2.convexHull(pixels.astype(np.float32))).astype(np.int32)
             cv2.fillConvexPoly(buffer, hull, int(index) + 1)
-            x, y, width, height = cv2.boundingRect(hull)
-            window = alone[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
-            if window.size:
-                window[:] = 0
-                cv2.fillConvexPoly(window, hull - (max(x, 0), max(y, 0)), 1)
-                self._total[index] += int(window.sum())
+            self._total[index] += cv2.fillConvexPoly(np.zeros(self._hw, np.uint8), hull, 1).sum()
         self._visible += np.bincount(buffer.ravel(), minlength=len(self._visible) + 1)[1:]
 
     def fractions(self) -> np.ndarray:
         """(N,) fraction of each box's pixels that no nearer box hides; 0 for a box outside all images."""
         return self._visible / np.maximum(self._total, 1)
-
-    def _outline(self, view: View, corners: np.ndarray) -> np.ndarray | None:
-        points = (corners - view.position) @ view.global_from_sensor
-        faces = [clip_near(points[face]) for face in CUBE_FACES]
-        visible = np.concatenate(faces)
-        if not len(visible):
-            return None
-        pixels = np.clip(project(view, visible) * self._scale, -1e4, 1e4)
-        return np.round(cv2.convexHull(pixels.astype(np.float32))[:, 0]).astype(np.int32)
 
 
 def level_token(fraction: float) -> str:

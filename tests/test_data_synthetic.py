@@ -23,8 +23,9 @@ from qdbev.schema import CAMERAS
 from synthetic.classes import CLASSES
 from synthetic.config import WorldConfig, micro
 from synthetic.generate import generate
-from synthetic.scene_files import SceneCameras
+from synthetic.renderer import Renderer
 from synthetic.scene_names import TRAIN_NAMES, VAL_NAMES
+from synthetic.street import build_street
 from synthetic.tables import KEY_FRAME_US, VERSION, scene_start_us, token
 
 LIDAR_HEIGHT = 1.84
@@ -68,8 +69,8 @@ def nusc(root: Path) -> NuScenes:
 
 
 @pytest.fixture(scope="module")
-def scenes() -> dict[str, SceneCameras]:
-    return {name: SceneCameras(tiny(), name) for name in tiny().scene_names}
+def scenes() -> dict[str, Renderer]:
+    return {name: Renderer(build_street(tiny(), name)) for name in tiny().scene_names}
 
 
 def test_the_unmodified_devkit_loads_the_world(nusc: NuScenes) -> None:
@@ -170,7 +171,7 @@ def test_an_instance_is_annotated_without_gaps(nusc: NuScenes) -> None:
         assert count == instance["nbr_annotations"]
 
 
-def test_the_devkits_velocity_is_the_speed_an_object_moves_at(nusc: NuScenes, scenes: dict[str, SceneCameras]) -> None:
+def test_the_devkits_velocity_is_the_speed_an_object_moves_at(nusc: NuScenes, scenes: dict[str, Renderer]) -> None:
     name = VAL_NAMES[0]
     street = scenes[name].street
     checked = 0
@@ -185,9 +186,7 @@ def test_the_devkits_velocity_is_the_speed_an_object_moves_at(nusc: NuScenes, sc
 
 
 @pytest.mark.parametrize("channel", CAMERAS)
-def test_boxes_projected_by_the_devkit_cover_the_pixels_of_their_object(
-    nusc: NuScenes, scenes: dict[str, SceneCameras], channel: str
-) -> None:
+def test_boxes_projected_by_the_devkit_cover_the_pixels_of_their_object(nusc: NuScenes, scenes: dict[str, Renderer], channel: str) -> None:
     checked = 0
     for sample in nusc.sample:
         name = nusc.get("scene", sample["scene_token"])["name"]
@@ -196,25 +195,25 @@ def test_boxes_projected_by_the_devkit_cover_the_pixels_of_their_object(
     assert checked > 0
 
 
-def _check_boxes_on_pixels(nusc: NuScenes, key: str, cameras: SceneCameras, name: str, channel: str, frame: int) -> int:
+def _check_boxes_on_pixels(nusc: NuScenes, key: str, renderer: Renderer, name: str, channel: str, frame: int) -> int:
     """Render the image without each of the objects in turn: the pixels that change must be inside its projected box and fill part of it.
 
     Three kinds of objects are not checked: those that move, as the camera's image is taken before the lidar's sweep; those that are
     partly hidden; and those cut by the image's edge, of which only an empty corner of the box may be in the image.
     """
-    image, _ = cameras.image(channel, frame)
+    image, _ = renderer.image(channel, frame)
     path, boxes, intrinsic = nusc.get_sample_data(key)
     assert np.abs(cv2.imread(path).astype(int) - image).mean() < 4  # JPEG only
-    instances = {token(0, "instance", name, index): index for index in range(len(cameras.street.actors))}
+    instances = {token(0, "instance", name, index): index for index in range(len(renderer.street.actors))}
     checked = 0
     for box in boxes:
         annotation = nusc.get("sample_annotation", box.token)
         index = instances[annotation["instance_token"]]
         inside = _box_mask(box.corners(), intrinsic, image.shape[:2])
         cut = inside[:, [0, -1]].any() or inside[[0, -1]].any()
-        if cameras.street.actors[index].speed > 0 or annotation["visibility_token"] != "4" or cut or inside.sum() < 40:
+        if renderer.street.actors[index].speed > 0 or annotation["visibility_token"] != "4" or cut or inside.sum() < 40:
             continue
-        without, _ = cameras.image(channel, frame, skip=(index,))
+        without, _ = renderer.image(channel, frame, skip=(index,))
         changed = np.abs(image.astype(int) - without).max(-1) > 10
         assert changed.sum() > 0.3 * inside.sum(), annotation["category_name"]
         outside = changed & (cv2.dilate(inside, np.ones((3, 3), np.uint8)) == 0)
@@ -246,7 +245,7 @@ def test_annotations_have_the_number_of_lidar_points_that_the_devkit_finds_in_th
     assert checked > 15
 
 
-def test_each_camera_has_its_own_time_and_ego_pose(nusc: NuScenes, scenes: dict[str, SceneCameras]) -> None:
+def test_each_camera_has_its_own_time_and_ego_pose(nusc: NuScenes, scenes: dict[str, Renderer]) -> None:
     sample = nusc.sample[0]
     lidar = nusc.get("sample_data", sample["data"]["LIDAR_TOP"])
     at_lidar = nusc.get("ego_pose", lidar["ego_pose_token"])

@@ -8,11 +8,11 @@ import pytest
 
 from qdbev.data.rig import LIDAR, View, make_sensor, view_from
 from synthetic.actors import Actor
-from synthetic.boxes import box_corners, footprints, outlines_overlap
+from synthetic.boxes import Boxes, box_corners, footprints, outlines_overlap
 from synthetic.classes import CLASSES
 from synthetic.config import micro, street
 from synthetic.lidar import sweep
-from synthetic.painter import Placement, clip_near, gather_quads, paint, visible_order
+from synthetic.painter import clip_near, gather_quads, paint, visible_order
 from synthetic.road import Road
 from synthetic.solids import Solid, make_solid
 from synthetic.street import build_street
@@ -47,8 +47,7 @@ def test_an_object_moves_at_its_speed_towards_its_heading(heading: float) -> Non
 def test_no_two_objects_ever_overlap(config: object) -> None:
     scene = build_street(config, "scene-0001")
     for t in scene.key_times:
-        centres, yaws = scene.actor_poses(t)
-        outlines = footprints(centres, yaws, scene.wlh)
+        outlines = footprints(*scene.actor_boxes(t))
         overlap = outlines_overlap(outlines[:, None], outlines[None])
         np.fill_diagonal(overlap, False)
         assert not overlap.any()
@@ -81,7 +80,7 @@ def test_front_and_back_look_different(class_name: str) -> None:
     images = []
     for yaw in (0.0, np.pi):
         image = np.zeros((180, 320, 3), np.uint8)
-        where = Placement(np.array([[12.0, 0.0, wlh[2] / 2]]), np.array([yaw]), np.array([wlh]))
+        where = Boxes(np.array([[12.0, 0.0, wlh[2] / 2]]), np.array([yaw]), np.array([wlh]))
         paint(image, _front_view(), quads, np.array([0]), where)
         images.append(image.astype(int))
     drawn = (images[0] > 0).any(-1) | (images[1] > 0).any(-1)
@@ -92,7 +91,7 @@ def test_front_and_back_look_different(class_name: str) -> None:
 def test_a_near_small_object_is_drawn_before_a_long_one_whose_centre_is_nearer_but_which_hides_it() -> None:
     """A bus along the road hides a car behind it, although the car's centre is closer to the camera."""
     bus, car = (2.9, 12.0, 3.5), (1.9, 4.6, 1.7)
-    where = Placement(np.array([[14.0, 2.0, 1.75], [11.0, 5.5, 0.85]]), np.zeros(2), np.array([bus, car]))
+    where = Boxes(np.array([[14.0, 2.0, 1.75], [11.0, 5.5, 0.85]]), np.zeros(2), np.array([bus, car]))
     view = _front_view()
     distance = np.linalg.norm(where.centres - view.position, axis=1)
     assert distance[1] < distance[0]
@@ -101,7 +100,7 @@ def test_a_near_small_object_is_drawn_before_a_long_one_whose_centre_is_nearer_b
 
 def test_objects_behind_the_camera_or_beside_the_image_or_far_away_are_not_drawn() -> None:
     centres = np.array([[10.0, 0, 0.5], [-10.0, 0, 0.5], [10.0, 20.0, 0.5], [200.0, 0, 0.5]])
-    where = Placement(centres, np.zeros(4), np.ones((4, 3)))
+    where = Boxes(centres, np.zeros(4), np.ones((4, 3)))
     assert visible_order(_front_view(), 320, where).tolist() == [0]
 
 
@@ -116,10 +115,10 @@ def test_a_polygon_is_clipped_at_the_near_plane() -> None:
 def test_a_block_is_drawn_at_its_pinhole_projection() -> None:
     solid = Solid()
     solid.block((0, 0, 0), (1.0, 2.0, 1.5), (0, 0, 255))
-    where = Placement(np.array([[15.0, 1.0, 0.75]]), np.array([0.3]), np.array([[2.0, 1.0, 1.5]]))
+    where = Boxes(np.array([[15.0, 1.0, 0.75]]), np.array([0.3]), np.array([[2.0, 1.0, 1.5]]))
     view, image = _front_view(), np.zeros((180, 320, 3), np.uint8)
     paint(image, view, gather_quads([solid]), np.array([0]), where)
-    corners = box_corners(where.centres, where.yaws, where.wlh)[0]
+    corners = box_corners(*where)[0]
     points = (corners - view.position) @ view.global_from_sensor @ view.intrinsic.T
     expected = np.zeros((180, 320), np.uint8)
     cv2.fillConvexPoly(expected, cv2.convexHull(np.round(points[:, :2] / points[:, 2:]).astype(np.int32)), 1)
@@ -134,7 +133,7 @@ def _lidar_view() -> View:
 def test_lidar_points_are_on_the_box_they_are_counted_for_or_on_the_ground() -> None:
     centre, yaw, wlh = np.array([12.0, 3.0, 0.9]), 0.4, np.array([1.9, 4.6, 1.8])
     view = _lidar_view()
-    points, counts = sweep(view, (centre[None], np.array([yaw]), wlh[None]), 1084, np.random.default_rng(0))
+    points, counts = sweep(view, Boxes(centre[None], np.array([yaw]), wlh[None]), 1084, np.random.default_rng(0))
     in_global = points[:, :3] @ view.global_from_sensor.T + view.position
     turn = np.array([[np.cos(yaw), -np.sin(yaw), 0], [np.sin(yaw), np.cos(yaw), 0], [0, 0, 1]])
     local = (in_global - centre) @ turn
@@ -149,7 +148,7 @@ def test_lidar_points_are_on_the_box_they_are_counted_for_or_on_the_ground() -> 
 def test_a_hidden_box_has_no_lidar_points() -> None:
     centres = np.array([[8.0, 0, 2.0], [12.0, 0, 0.5], [-12.0, 0, 0.5]])
     wlh = np.array([[6.0, 1.0, 4.0], [0.4, 0.4, 1.0], [0.4, 0.4, 1.0]])
-    _, counts = sweep(_lidar_view(), (centres, np.zeros(3), wlh), 1084, np.random.default_rng(0))
+    _, counts = sweep(_lidar_view(), Boxes(centres, np.zeros(3), wlh), 1084, np.random.default_rng(0))
     assert counts[0] > 0
     assert counts[1] == 0
     assert counts[2] > 0
