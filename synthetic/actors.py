@@ -74,7 +74,9 @@ class _OccupiedGround:
 
     def add_if_free(self, row: list[Actor]) -> bool:
         """Add all objects of `row` if none of them overlaps an object placed earlier; returns whether they were added."""
-        outlines = np.stack([self._outline(actor) for actor in row])  # (R, T, 4, 2)
+        poses = [actor.ground_pose(self._road, self._times) for actor in row]
+        sizes = [np.array(actor.wlh) + _CLEARANCE for actor in row]
+        outlines = np.stack([footprints(*pose, size) for pose, size in zip(poses, sizes, strict=True)])  # (R, T, 4, 2)
         centres = self._outlines.mean(-2)
         radii = np.linalg.norm(self._outlines - centres[..., None, :], axis=-1).max(-1)  # (N, T)
         for outline in outlines:
@@ -86,10 +88,6 @@ class _OccupiedGround:
                 return False
         self._outlines = np.concatenate([self._outlines, outlines])
         return True
-
-    def _outline(self, actor: Actor) -> np.ndarray:
-        centre, yaw = actor.ground_pose(self._road, self._times)
-        return footprints(centre, yaw, np.array(actor.wlh) + _CLEARANCE)
 
 
 def _draw_classes(config: WorldConfig, ego: EgoMotion, rng: np.random.Generator) -> list[tuple[str, int]]:
@@ -125,8 +123,15 @@ def _draw_row(config: WorldConfig, class_name: str, row_length: int, ego: EgoMot
     zone = zones[rng.choice(len(zones), p=weights / weights.sum())]
     side = int(rng.choice(zone.sides))
     s, d, speed, heading = _draw_motion(config, zone, side, ego, rng)
-    spacing = ROW_SPACING.get(class_name, 0.0)
-    return [_make_actor(config, class_name, zone, (s + spacing * place, d), speed, heading, rng) for place in range(row_length)]
+    kind, spacing = CLASSES[class_name], ROW_SPACING.get(class_name, 0.0)
+    row = []
+    for place in range(row_length):
+        wlh = tuple(np.maximum(0.7 * np.array(kind.wlh), rng.normal(kind.wlh, kind.spread)).round(3).tolist())
+        colour = draw_colour(class_name, config.palette, rng)
+        rider = draw_rider_colour(class_name, config.palette, rng) if zone.attribute == "cycle.with_rider" else None
+        solid = make_solid(class_name, wlh, colour, rider)
+        row.append(Actor(class_name, wlh, (s + spacing * place, d), speed, heading, zone.attribute, solid))
+    return row
 
 
 def _draw_motion(config: WorldConfig, zone: Zone, side: int, ego: EgoMotion, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -138,22 +143,3 @@ def _draw_motion(config: WorldConfig, zone: Zone, side: int, ego: EgoMotion, rng
     oncoming = side > 0 and not zone.one_way
     heading = float(rng.choice(zone.headings)) + zone.jitter * float(rng.normal()) + (np.pi if oncoming else 0.0)
     return s - speed * np.cos(heading) * meeting, d - speed * np.sin(heading) * meeting, speed, heading
-
-
-def _make_actor(
-    config: WorldConfig,
-    class_name: str,
-    zone: Zone,
-    start: tuple[float, float],
-    speed: float,
-    heading: float,
-    rng: np.random.Generator,
-) -> Actor:
-    kind = CLASSES[class_name]
-    mean = np.array(kind.wlh)
-    width, length, height = np.maximum(0.7 * mean, rng.normal(mean, kind.spread)).round(3).tolist()
-    colour = draw_colour(class_name, config.palette, rng)
-    rider = draw_rider_colour(class_name, config.palette, rng) if zone.attribute == "cycle.with_rider" else None
-    wlh = (width, length, height)
-    solid = make_solid(class_name, wlh, colour, rider)
-    return Actor(class_name, wlh, start, speed, heading, zone.attribute, solid)

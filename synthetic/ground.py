@@ -10,8 +10,8 @@ HAZE = np.array([222.0, 214.0, 205.0])
 """Colour that distant objects fade to."""
 HAZE_PER_METRE = 0.004
 """Weight of the haze colour per metre of distance."""
-_MIP_DISTANCES = (12.0, 25.0, 50.0)
-"""Distances in metres from which the next coarser texture is used, for texels of 0.12 m and images 1600 pixels wide."""
+_MIP_DISTANCES = (12.0, 25.0, 50.0, np.inf)
+"""Distance in metres up to which each texture is used, fine to coarse, for texels of 0.12 m and images 1600 pixels wide."""
 SUBPIXEL_BITS = 4
 """Fractional bits of OpenCV's fixed-point coordinates."""
 GRASS, PAVING, ASPHALT, KERB = (78, 120, 98), (150, 154, 156), (88, 86, 84), (190, 190, 190)
@@ -31,7 +31,7 @@ class Ground:
         self.origin = origin
         self.texel = texel
         self.levels = [texture]
-        for _ in _MIP_DISTANCES:
+        for _ in _MIP_DISTANCES[1:]:
             self.levels.append(cv2.resize(self.levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
     def draw(self, image: np.ndarray, view: View) -> None:
@@ -43,10 +43,8 @@ class Ground:
         cam_from_ground = np.column_stack([cam_from_global[:, :2], -cam_from_global @ view.position])
         img_from_ground = view.intrinsic @ cam_from_ground  # (3, 3), applied to (x, y, 1)
         bottom = height
-        for level, texture in enumerate(self.levels):
-            top = horizon
-            if level < len(_MIP_DISTANCES):
-                top = int(np.clip(cy + eye * focal / self._mip_distance(level, focal), horizon, bottom))
+        for level, (texture, distance) in enumerate(zip(self.levels, _MIP_DISTANCES, strict=True)):
+            top = int(np.clip(cy + eye * focal / (distance * (self.texel / 0.12) * (focal / 1266.0)), horizon, bottom))
             if top < bottom:
                 size = self.texel * 2**level
                 corner = self.origin + (size - self.texel) / 2
@@ -62,22 +60,16 @@ class Ground:
             bottom = top
         _blend_haze(image[horizon:], eye * focal / (np.arange(horizon, height) + 1.0 - cy))
 
-    def _mip_distance(self, level: int, focal: float) -> float:
-        return _MIP_DISTANCES[level] * (self.texel / 0.12) * (focal / 1266.0)
-
 
 def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
     """The ground of a scene: grass, pavement, road and lane markings, with noise as surface structure."""
     texel, behind = street.config.texel, street.config.reach + 40.0
     s = np.arange(-behind, float(street.ego.travelled(street.config.duration)) + behind, 1.0)
-    middle = street.road.point(s)
-    margin = 60.0
+    middle, margin = street.road.point(s), 60.0
     low, high = middle.min(0) - margin, middle.max(0) + margin
     width, height = np.ceil((high - low) / texel).astype(int).tolist()
-    texture = np.empty((height, width, 3), np.uint8)
-    texture[:] = GRASS
-    bands = _SQUARE_BANDS if street.config.layout == "square" else _STREET_BANDS
-    for left, right, colour in bands:
+    texture = np.full((height, width, 3), GRASS, np.uint8)
+    for left, right, colour in _BANDS[street.config.layout]:
         edge = np.concatenate([street.road.point(s, left), street.road.point(s, right)[::-1]])
         _fill(texture, (edge - low) / texel, colour)
     for start in np.arange(s[0], s[-1], 9.0):
@@ -86,19 +78,21 @@ def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
     return Ground(_add_noise(texture, rng), low, texel)
 
 
-def _lines(offsets: tuple[float, ...], half_width: float, colour: tuple) -> tuple:
-    """Strips of a line on both sides of the road at each of `offsets` from its axis; lengths in metres."""
-    return tuple((side * d + half_width, side * d - half_width, colour) for d in offsets for side in (1, -1))
+def _lines(offset: float, half_width: float, colour: tuple) -> tuple:
+    """Strips of a line on both sides of the road, `offset` metres from its axis."""
+    return tuple((side * offset + half_width, side * offset - half_width, colour) for side in (1, -1))
 
 
-_SQUARE_BANDS = ((34.0, -34.0, PAVING), (5.4, -5.4, ASPHALT), *_lines((5.3,), 0.09, LINE_WHITE), (1.9, 1.75, LINE_YELLOW))
-_STREET_BANDS = (
-    (13.5, -13.5, PAVING),
-    (8.8, -8.8, ASPHALT),
-    *_lines((8.7,), 0.12, KERB),
-    *_lines((5.4,), 0.08, LINE_WHITE),
-    (1.88, 1.72, LINE_YELLOW),
-)
+_BANDS = {
+    "square": ((34.0, -34.0, PAVING), (5.4, -5.4, ASPHALT), *_lines(5.3, 0.09, LINE_WHITE), (1.9, 1.75, LINE_YELLOW)),
+    "street": (
+        (13.5, -13.5, PAVING),
+        (8.8, -8.8, ASPHALT),
+        *_lines(8.7, 0.12, KERB),
+        *_lines(5.4, 0.08, LINE_WHITE),
+        (1.88, 1.72, LINE_YELLOW),
+    ),
+}
 """Strips along the road of each layout: left and right edge in metres from the road's axis, and colour. Later strips cover earlier ones."""
 
 
@@ -121,8 +115,7 @@ def _add_noise(texture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _blend_haze(image: np.ndarray, distances: np.ndarray) -> None:
     """Blend haze into the rows of `image` (rows, W, 3), which show the ground at `distances` (rows,) in metres, in place."""
     alpha = np.minimum(0.9, HAZE_PER_METRE * np.maximum(distances, 0))[:, None]
-    width = image.shape[1]
-    keep = np.broadcast_to(np.round(255 * (1 - alpha))[..., None], (len(alpha), width, 3)).astype(np.uint8)
-    add = np.broadcast_to((alpha * HAZE)[:, None], (len(alpha), width, 3)).astype(np.uint8)
+    keep = np.broadcast_to(np.round(255 * (1 - alpha))[..., None], image.shape).astype(np.uint8)
+    add = np.broadcast_to((alpha * HAZE)[:, None], image.shape).astype(np.uint8)
     cv2.multiply(image, keep, dst=image, scale=1 / 255.0)
     cv2.add(image, add, dst=image)

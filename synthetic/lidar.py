@@ -52,8 +52,6 @@ def _cast(view: View, rays: np.ndarray, azimuths: np.ndarray, boxes: Boxes) -> t
     hits = np.where(np.isfinite(ranges), _GROUND, _NOTHING)
     for index, (centre, yaw, wlh) in enumerate(zip(*boxes, strict=True)):
         columns = _columns_towards(view, azimuths, centre, wlh)
-        if not len(columns):
-            continue
         box_from_global = rotation_z(yaw).T
         entry = _box_entry(box_from_global @ (view.position - centre), rays[:, columns] @ box_from_global.T, wlh)
         nearer = entry < ranges[:, columns]
@@ -75,7 +73,7 @@ def _columns_towards(view: View, azimuths: np.ndarray, centre: np.ndarray, wlh: 
 
 def _box_entry(origin: np.ndarray, rays: np.ndarray, wlh: np.ndarray) -> np.ndarray:
     """(R, C) range at which rays (R, C, 3) from `origin` (3,) enter a box centred at zero; infinite where they miss it."""
-    half = np.array([wlh[1], wlh[0], wlh[2]]) / 2
+    half = wlh[[1, 0, 2]] / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         first, second = (-half - origin) / rays, (half - origin) / rays
     entry, leave = np.minimum(first, second).max(-1), np.maximum(first, second).min(-1)

@@ -51,16 +51,12 @@ class Quads:
 
 def gather_quads(solids: Sequence[Solid]) -> Quads:
     """The quads of all solids as arrays. There must be at least one solid."""
-    corners = np.array([quad for solid in solids for quad in solid.corners])
+    quads = [quad for solid in solids for quad in solid.quads]
+    corners, colours, block_centres, is_decal = map(np.array, zip(*quads, strict=True))
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0])
-    return Quads(
-        corners=corners,
-        normals=normals / np.linalg.norm(normals, axis=1, keepdims=True),
-        colours=np.array([colour for solid in solids for colour in solid.colours], dtype=np.float64),
-        block_centres=np.array([centre for solid in solids for centre in solid.block_centres]),
-        is_decal=np.array([flag for solid in solids for flag in solid.is_decal]),
-        owner=np.repeat(np.arange(len(solids)), [len(solid.corners) for solid in solids]),
-    )
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    owner = np.repeat(np.arange(len(solids)), [len(solid.quads) for solid in solids])
+    return Quads(corners, normals, colours, block_centres, is_decal, owner)
 
 
 def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, boxes: Boxes) -> None:
@@ -72,14 +68,9 @@ def paint(image: np.ndarray, view: View, quads: Quads, order: np.ndarray, boxes:
     low, high = pixels.min(1), pixels.max(1)
     inside = (high > 0).all(1) & (low[:, 0] < width) & (low[:, 1] < height)
     fixed = to_fixed(pixels)
-    for index, colour in enumerate(colours.tolist()):
-        if in_front[index]:
-            if inside[index]:
-                cv2.fillConvexPoly(image, fixed[index], colour, cv2.LINE_AA, SUBPIXEL_BITS)
-            continue
-        clipped = clip_near(polygons[index])
-        if len(clipped) >= 3:
-            cv2.fillConvexPoly(image, to_fixed(project(view, clipped)), colour, cv2.LINE_AA, SUBPIXEL_BITS)
+    for index in np.nonzero(inside | ~in_front)[0]:
+        outline = fixed[index] if in_front[index] else to_fixed(project(view, clip_near(polygons[index])))
+        cv2.fillConvexPoly(image, outline, colours[index].tolist(), cv2.LINE_AA, SUBPIXEL_BITS)
 
 
 def visible_order(view: View, image_width: int, boxes: Boxes) -> np.ndarray:
@@ -145,8 +136,7 @@ def _shaded_polygons(view: View, quads: Quads, order: np.ndarray, boxes: Boxes) 
 
 
 def _depth_order(outlines: np.ndarray, eye: np.ndarray) -> np.ndarray:
-    """Indices of ground outlines (N, 4, 2), far to near as seen from `eye` (2,). Where outlines hide each other in a cycle, the farthest
-    comes first."""
+    """Indices of ground outlines (N, 4, 2), far to near as seen from `eye` (2,); of a cycle of outlines, the farthest comes first."""
     distance = np.linalg.norm(outlines.mean(1) - eye, axis=1)
     before = _must_be_drawn_before(outlines, eye) & _overlap_in_azimuth(outlines, eye)
     np.fill_diagonal(before, False)

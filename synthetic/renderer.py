@@ -91,10 +91,9 @@ def _cast_shadows(image: np.ndarray, view: View, actors: Boxes) -> None:
         pixels = project(view, clipped)
         if pixels[:, 0].max() > 0 and pixels[:, 0].min() < width:
             cv2.fillConvexPoly(mask, to_fixed(pixels), 255 - _SHADOW_STRENGTH, cv2.LINE_AA, SUBPIXEL_BITS)
-            rows.append((pixels[:, 1].min(), pixels[:, 1].max()))
+            rows += pixels[:, 1].tolist()
     if rows:
-        top = int(np.clip(min(low for low, _ in rows) - 1, 0, height))
-        bottom = int(np.clip(max(high for _, high in rows) + 2, top, height))
-        if bottom > top:
-            part = image[top:bottom]
+        top, bottom = np.clip([min(rows) - 1, max(rows) + 2], 0, height).astype(int)
+        part = image[top:bottom]
+        if len(part):
             cv2.multiply(part, cv2.merge([mask[top:bottom]] * 3), dst=part, scale=1 / 255.0)

@@ -5,7 +5,7 @@ the box. Colours are blue, green, red. Lengths are in metres.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,63 +22,61 @@ DECAL_PX_PER_M = 5.0
 """Decals are left out where a metre has fewer pixels than this in the image."""
 
 
-@dataclass
-class Solid:
-    """The quadrilaterals ("quads") of one object, in drawing order within a block.
+class Quad(NamedTuple):
+    """A quadrilateral: a face of a block, or a decal.
 
     Attributes:
-        corners: (4, 3) corners of each quad, counter-clockwise seen from outside.
-        colours: colour of each quad.
-        block_centres: (3,) centre of the block that each quad belongs to; far blocks are drawn first.
-        is_decal: whether each quad is painted onto a block, and so drawn after the blocks.
+        corners: (4, 3), counter-clockwise seen from outside.
+        colour: its colour before shading.
+        block_centre: (3,) centre of the block that it belongs to; far blocks are drawn first.
+        is_decal: whether it is painted onto a block, and so drawn after the blocks.
     """
 
-    corners: list[np.ndarray] = field(default_factory=list)
-    colours: list[Colour] = field(default_factory=list)
-    block_centres: list[np.ndarray] = field(default_factory=list)
-    is_decal: list[bool] = field(default_factory=list)
+    corners: np.ndarray
+    colour: Colour
+    block_centre: np.ndarray
+    is_decal: bool
+
+
+class Solid:
+    """The quads of one object, in drawing order within a block."""
+
+    def __init__(self) -> None:
+        self.quads: list[Quad] = []
 
     def block(self, centre: tuple, lwh: tuple, colour: Colour, taper: float | tuple[float, float] = 1.0) -> None:
         """Add a block of length, width and height `lwh`. Its top face is `taper` times as large as its bottom face in x and y."""
         unit = CUBE.copy()
         unit[unit[:, 2] > 0, :2] *= taper
         points = unit * lwh + centre  # (8, 3)
-        for face in CUBE_FACES:
-            self._add(points[face], colour, np.array(centre, dtype=float), False)
+        self.quads += [Quad(points[face], colour, np.array(centre, dtype=float), False) for face in CUBE_FACES]
 
     def side_decal(self, x: float, y: float, z: float, half_xz: tuple[float, float], colour: Colour) -> None:
         """Add the same rectangle to the left side at y and to the right side at -y."""
         half_x, half_z = half_xz
         for side in (1, -1):
-            dx = -half_x * side
-            centre = (x, side * (y + DECAL_OFFSET), z)
-            self._rectangle(centre, (dx, 0, 0), (0, 0, half_z), colour)
+            self.decal((x, side * (y + DECAL_OFFSET), z), (-half_x * side, 0, 0), (0, 0, half_z), colour)
 
     def end_decal(self, x: float, y: float, z: float, half_yz: tuple[float, float], colour: Colour, lean: float = 0.0) -> None:
         """Add a rectangle that faces forward (x > 0) or backward (x < 0). Its upper edge is `lean` metres ahead of its centre."""
         half_y, half_z = half_yz
         sign = 1 if x > 0 else -1
-        self._rectangle((x + sign * DECAL_OFFSET, y, z), (0, sign * half_y, 0), (lean, 0, half_z), colour)
+        self.decal((x + sign * DECAL_OFFSET, y, z), (0, sign * half_y, 0), (lean, 0, half_z), colour)
 
-    def _rectangle(self, centre: tuple, across: tuple, up: tuple, colour: Colour) -> None:
+    def decal(self, centre: tuple, across: tuple, up: tuple, colour: Colour) -> None:
+        """Add a rectangle, from its centre and the vectors to the middle of its right and of its upper edge, seen from outside."""
         middle, across, up = np.array(centre, dtype=float), np.array(across), np.array(up)
         points = np.array([middle - across - up, middle + across - up, middle + across + up, middle - across + up])
-        self._add(points, colour, middle, True)
-
-    def _add(self, points: np.ndarray, colour: Colour, block_centre: np.ndarray, is_decal: bool) -> None:
-        self.corners.append(points)
-        self.colours.append(colour)
-        self.block_centres.append(block_centre)
-        self.is_decal.append(is_decal)
+        self.quads.append(Quad(points, colour, middle, True))
 
 
 def make_solid(class_name: str, wlh: tuple[float, float, float], colour: Colour, rider: Colour | None = None) -> Solid:
     """The shape of one object. `rider` is the colour of the rider's clothes on a motorcycle or bicycle, or None if there is no rider."""
     solid = Solid()
     if class_name in ("motorcycle", "bicycle"):
-        _two_wheeler(solid, wlh, colour, 0.42 if class_name == "motorcycle" else 0.2, rider)
+        _two_wheeler(solid, *wlh, colour, 0.42 if class_name == "motorcycle" else 0.2, rider)
     else:
-        _BUILDERS[class_name](solid, wlh, colour)
+        _BUILDERS[class_name](solid, *wlh, colour)
     return solid
 
 
@@ -87,9 +85,7 @@ def draw_colour(class_name: str, palette: str, rng: np.random.Generator) -> Colo
     paints = {"car": CAR_PAINTS, "pedestrian": CLOTHES}.get(class_name)
     if palette == "natural" and paints is not None:
         return paints[rng.integers(len(paints))]
-    brightness = rng.uniform(0.88, 1.06)
-    blue, green, red = (int(min(255, channel * brightness)) for channel in CLASSES[class_name].hue)
-    return blue, green, red
+    return _shade(CLASSES[class_name].hue, rng.uniform(0.88, 1.06))
 
 
 def draw_rider_colour(class_name: str, palette: str, rng: np.random.Generator) -> Colour:
@@ -105,12 +101,12 @@ def make_house(wlh: tuple[float, float, float], side: int, colour: Colour) -> So
     for z in np.arange(1.5, height - 1.5, 3.2):
         for x in np.arange(-length / 2 + 1.5, length / 2 - 1, 3.0):
             centre = (x, -side * (width / 2 + DECAL_OFFSET), z - height / 2)
-            solid._rectangle(centre, (0.8 * side, 0, 0), (0, 0, 0.8), (110, 90, 75))
+            solid.decal(centre, (0.8 * side, 0, 0), (0, 0, 0.8), (110, 90, 75))
     return solid
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
-    blue, green, red = (int(channel * factor) for channel in colour)
+    blue, green, red = (int(min(255, channel * factor)) for channel in colour)
     return blue, green, red
 
 
@@ -125,8 +121,7 @@ def _wheels(solid: Solid, positions: tuple[float, ...], width: float, height: fl
         solid.side_decal(x, width / 2, -height / 2 + radius, (radius, radius), DARK)
 
 
-def _car(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _car(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     body = 0.55 * height
     cabin, deck = height - body, -height / 2 + body
     solid.block((0, 0, -height / 2 + body / 2 + 0.06), (length, width, body - 0.12), colour)
@@ -139,8 +134,7 @@ def _car(solid: Solid, wlh: tuple, colour: Colour) -> None:
     _wheels(solid, (0.32 * length, -0.32 * length), width, height, 0.19 * height)
 
 
-def _truck(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _truck(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     cab = 0.3 * length
     solid.block((length / 2 - cab / 2, 0, -0.08 * height), (cab, width, 0.84 * height), colour)
     solid.block((-cab / 2 - 0.07, 0, 0.06 * height), (length - cab - 0.15, width, 0.88 * height), _shade(colour, 0.75))
@@ -150,8 +144,7 @@ def _truck(solid: Solid, wlh: tuple, colour: Colour) -> None:
     _wheels(solid, (0.36 * length, -0.2 * length, -0.36 * length), width, height, 0.16 * height)
 
 
-def _bus(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _bus(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     solid.block((0, 0, 0.04 * height), (length, width, 0.92 * height), colour)
     for window in range(6):
         solid.side_decal(length * (-0.42 + 0.15 * window), width / 2, 0.18 * height, (0.06 * length, 0.15 * height), GLASS)
@@ -161,8 +154,7 @@ def _bus(solid: Solid, wlh: tuple, colour: Colour) -> None:
     _wheels(solid, (0.34 * length, -0.3 * length), width, height, 0.14 * height)
 
 
-def _trailer(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _trailer(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     solid.block((-0.1 * length, 0, -0.34 * height), (0.8 * length, 0.5 * width, 0.16 * height), DARK)
     solid.block((0.46 * length, 0, -0.34 * height), (0.08 * length, 0.15 * width, 0.1 * height), DARK)
     solid.block((0, 0, 0.12 * height), (length, width, 0.76 * height), colour)
@@ -173,8 +165,7 @@ def _trailer(solid: Solid, wlh: tuple, colour: Colour) -> None:
     _wheels(solid, (-0.24 * length, -0.34 * length, -0.44 * length), width, height, 0.13 * height)
 
 
-def _construction_vehicle(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _construction_vehicle(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     solid.block((-0.08 * length, 0, -0.36 * height), (0.84 * length, width, 0.28 * height), DARK)
     solid.block((-0.2 * length, 0, 0.0), (0.6 * length, 0.86 * width, 0.44 * height), colour)
     solid.block((-0.02 * length, 0.1 * width, 0.36 * height), (0.28 * length, 0.56 * width, 0.28 * height), _shade(GLASS, 1.2), 0.85)
@@ -184,8 +175,7 @@ def _construction_vehicle(solid: Solid, wlh: tuple, colour: Colour) -> None:
         solid.end_decal(-0.5 * length, side * 0.32 * width, 0.0, (0.1 * width, 0.06 * height), TAILLIGHT)
 
 
-def _pedestrian(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _pedestrian(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     for side in (1, -1):
         solid.block((side * 0.2 * length, side * 0.2 * width, -0.27 * height), (0.44 * length, 0.24 * width, 0.46 * height), TROUSERS)
     solid.block((0, 0, 0.135 * height), (0.56 * length, 0.9 * width, 0.35 * height), colour, 0.85)
@@ -194,8 +184,7 @@ def _pedestrian(solid: Solid, wlh: tuple, colour: Colour) -> None:
     solid.end_decal(-0.27 * length, 0, 0.14 * height, (0.26 * width, 0.11 * height), DARK)  # bag
 
 
-def _two_wheeler(solid: Solid, wlh: tuple, colour: Colour, thickness: float, rider: Colour | None) -> None:
-    width, length, height = wlh
+def _two_wheeler(solid: Solid, width: float, length: float, height: float, colour: Colour, thickness: float, rider: Colour | None) -> None:
     machine = 0.72 * height if rider else height
     radius, floor = 0.3 * machine, -height / 2
     for x in (0.5 * length - radius, radius - 0.5 * length):
@@ -209,16 +198,14 @@ def _two_wheeler(solid: Solid, wlh: tuple, colour: Colour, thickness: float, rid
         solid.block((-0.04 * length, 0, 0.435 * height), (0.15 * length, 0.36 * width, 0.13 * height), SKIN)
 
 
-def _traffic_cone(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _traffic_cone(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     solid.block((0, 0, -0.47 * height), (length, width, 0.06 * height), DARK)
     solid.block((0, 0, -0.29 * height), (0.8 * length, 0.8 * width, 0.3 * height), colour, 0.75)
     solid.block((0, 0, -0.02 * height), (0.6 * length, 0.6 * width, 0.24 * height), WHITE, 0.75)
     solid.block((0, 0, 0.3 * height), (0.45 * length, 0.45 * width, 0.4 * height), colour, 0.4)
 
 
-def _barrier(solid: Solid, wlh: tuple, colour: Colour) -> None:
-    width, length, height = wlh
+def _barrier(solid: Solid, width: float, length: float, height: float, colour: Colour) -> None:
     for side in (1, -1):
         solid.block((0, side * 0.36 * width, -0.36 * height), (length, 0.08 * width, 0.28 * height), DARK)
     solid.block((0, 0, 0.14 * height), (0.7 * length, width, 0.72 * height), colour)
@@ -227,7 +214,7 @@ def _barrier(solid: Solid, wlh: tuple, colour: Colour) -> None:
             solid.end_decal(sign * 0.35 * length, stripe * width, 0.14 * height, (0.07 * width, 0.34 * height), WHITE)
 
 
-_BUILDERS: dict[str, Callable[[Solid, tuple, Colour], None]] = {
+_BUILDERS: dict[str, Callable[[Solid, float, float, float, Colour], None]] = {
     "car": _car,
     "truck": _truck,
     "bus": _bus,
