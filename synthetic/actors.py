@@ -51,43 +51,34 @@ class Actor:
 
 def place_actors(config: WorldConfig, road: Road, ego: EgoMotion, rng: np.random.Generator) -> tuple[Actor, ...]:
     """Draw the objects of a scene: class by the layout's shares, position by its zones, such that no two overlap at any time."""
-    ground = _OccupiedGround(config, road, ego)
+    times = np.arange(0, config.duration + 1e-9, KEY_FRAME_INTERVAL / 2)  # (T,): key frames, and half-way between them
+    s = ego.travelled(times)
+    ego_outline = footprints(road.point(s + EGO_CENTRE_AHEAD), road.heading(s), np.array(EGO_WLH) + 2 * _CLEARANCE)
+    occupied = ego_outline[None]  # (N, T, 4, 2)
     actors: list[Actor] = []
     for class_name, row_length in _draw_classes(config, ego, rng):
         for _ in range(_TRIES):
             row = _draw_row(config, class_name, row_length, ego, rng)
-            if ground.add_if_free(row):
+            outlines = np.stack([footprints(*actor.ground_pose(road, times), np.array(actor.wlh) + _CLEARANCE) for actor in row])
+            if not _overlap(occupied, outlines):
+                occupied = np.concatenate([occupied, outlines])
                 actors += row
                 break
     return tuple(actors)
 
 
-class _OccupiedGround:
-    """Ground outlines of the ego and of all objects placed so far, at every key frame and half-way between key frames."""
-
-    def __init__(self, config: WorldConfig, road: Road, ego: EgoMotion) -> None:
-        self._road = road
-        self._times = np.arange(0, config.duration + 1e-9, KEY_FRAME_INTERVAL / 2)  # (T,)
-        s = ego.travelled(self._times)
-        outline = footprints(road.point(s + EGO_CENTRE_AHEAD), road.heading(s), np.array(EGO_WLH) + 2 * _CLEARANCE)
-        self._outlines = outline[None]  # (N, T, 4, 2)
-
-    def add_if_free(self, row: list[Actor]) -> bool:
-        """Add all objects of `row` if none of them overlaps an object placed earlier; returns whether they were added."""
-        poses = [actor.ground_pose(self._road, self._times) for actor in row]
-        sizes = [np.array(actor.wlh) + _CLEARANCE for actor in row]
-        outlines = np.stack([footprints(*pose, size) for pose, size in zip(poses, sizes, strict=True)])  # (R, T, 4, 2)
-        centres = self._outlines.mean(-2)
-        radii = np.linalg.norm(self._outlines - centres[..., None, :], axis=-1).max(-1)  # (N, T)
-        for outline in outlines:
-            centre = outline.mean(-2)
-            radius = np.linalg.norm(outline - centre[:, None], axis=-1).max(-1)
-            near = np.linalg.norm(centres - centre, axis=-1) < radii + radius  # (N, T)
-            index, time = np.nonzero(near)
-            if len(index) and outlines_overlap(self._outlines[index, time], outline[time]).any():
-                return False
-        self._outlines = np.concatenate([self._outlines, outlines])
-        return True
+def _overlap(occupied: np.ndarray, outlines: np.ndarray) -> bool:
+    """Return whether any of `outlines` (R, T, 4, 2) overlaps one of `occupied` (N, T, 4, 2) at any of T times."""
+    centres = occupied.mean(-2)
+    radii = np.linalg.norm(occupied - centres[..., None, :], axis=-1).max(-1)  # (N, T)
+    for outline in outlines:
+        centre = outline.mean(-2)
+        radius = np.linalg.norm(outline - centre[:, None], axis=-1).max(-1)
+        near = np.linalg.norm(centres - centre, axis=-1) < radii + radius  # (N, T)
+        index, time = np.nonzero(near)
+        if len(index) and outlines_overlap(occupied[index, time], outline[time]).any():
+            return True
+    return False
 
 
 def _draw_classes(config: WorldConfig, ego: EgoMotion, rng: np.random.Generator) -> list[tuple[str, int]]:

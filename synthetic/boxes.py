@@ -21,16 +21,7 @@ class Boxes(NamedTuple):
 
 
 def footprints(centres: np.ndarray, yaws: np.ndarray, wlh: np.ndarray) -> np.ndarray:
-    """Outlines of boxes on the ground.
-
-    Args:
-        centres: (..., 2 or 3) box centres in metres; only x and y are used.
-        yaws: (...) headings in radians.
-        wlh: (..., 3) sizes in metres.
-
-    Returns:
-        (..., 4, 2) corners in order around the box, in the coordinate frame of `centres`.
-    """
+    """(..., 4, 2) ground outlines of boxes, corners in order, from centres (..., 2 or 3), headings (...) in radians and sizes (..., 3)."""
     signs = np.array([[1, 1], [-1, 1], [-1, -1], [1, -1]]) / 2
     local = signs * np.asarray(wlh)[..., None, [1, 0]]  # (..., 4, 2)
     rotation = rotation_z(yaws)[..., :2, :2]

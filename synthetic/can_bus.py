@@ -12,10 +12,8 @@ from synthetic.tables import scene_start_us, yaw_quaternion
 
 _MARGIN = 0.1
 """Seconds that messages begin before the first and end after the last key frame."""
-_WHEEL_RADIUS, _WHEEL_BASE = 0.31, 2.6
-"""Radius of the wheels, and distance between the axles, in metres."""
-_STEERING_RATIO = 16.0
-"""Angle of the steering wheel divided by that of the front wheels."""
+_WHEEL_RADIUS, _WHEEL_BASE, _STEERING_RATIO = 0.31, 2.6, 16.0
+"""Radius of the wheels and distance between the axles in metres; angle of the steering wheel divided by that of the front wheels."""
 _GRAVITY = 9.81
 """Acceleration of gravity in m/s^2."""
 _ROUTE_MARGIN = 50.0
@@ -32,7 +30,7 @@ def can_messages(street: Street) -> dict[str, list | dict]:
 
 
 def _messages(street: Street, rate: int, message: Callable[[Street, float], dict]) -> list[dict]:
-    """Messages at `rate` per second over the whole scene; `message` returns one for a time in seconds, with any `utime`."""
+    """Messages at `rate` per second over the whole scene; `message` returns one for a time in seconds, with a `utime` to replace."""
     count = int(np.ceil((street.config.duration + 2 * _MARGIN) * rate)) + 1
     times = -_MARGIN + np.arange(count) / rate
     start_us = scene_start_us(street.scene_name)

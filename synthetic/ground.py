@@ -19,20 +19,26 @@ LINE_WHITE, LINE_YELLOW = (226, 226, 226), (40, 190, 235)
 
 
 class Ground:
-    """A ground texture at four resolutions.
+    """The ground of a street: grass, pavement, road and lane markings, with noise as surface structure."""
 
-    Attributes:
-        origin: (2,) global x and y in metres of the centre of texel (0, 0).
-        texel: metres per texel of the finest level.
-        levels: (h, w, 3) uint8 textures, each of half the resolution of the one before.
-    """
-
-    def __init__(self, texture: np.ndarray, origin: np.ndarray, texel: float) -> None:
-        self.origin = origin
-        self.texel = texel
-        self.levels = [texture]
+    def __init__(self, street: Street, rng: np.random.Generator) -> None:
+        texel, behind, margin = street.config.texel, street.config.reach + 40.0, 60.0
+        s = np.arange(-behind, float(street.ego.travelled(street.config.duration)) + behind, 1.0)
+        middle = street.road.point(s)
+        low, high = middle.min(0) - margin, middle.max(0) + margin
+        width, height = np.ceil((high - low) / texel).astype(int).tolist()
+        texture = np.full((height, width, 3), GRASS, np.uint8)
+        for left, right, colour in _BANDS[street.config.layout]:
+            edge = np.concatenate([street.road.point(s, left), street.road.point(s, right)[::-1]])
+            _fill(texture, (edge - low) / texel, colour)
+        for start in np.arange(s[0], s[-1], 9.0):
+            dash = street.road.point([start, start + 3, start + 3, start], [-1.7, -1.7, -1.88, -1.88])
+            _fill(texture, (dash - low) / texel, LINE_WHITE)
+        self._origin = low  # global x and y of the centre of texel (0, 0)
+        self._texel = texel
+        self._levels = [_add_noise(texture, rng)]  # each of half the resolution of the one before
         for _ in _MIP_DISTANCES[1:]:
-            self.levels.append(cv2.resize(self.levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+            self._levels.append(cv2.resize(self._levels[-1], None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
 
     def draw(self, image: np.ndarray, view: View) -> None:
         """Draw the ground, with haze, into the rows of `image` (H, W, 3) below the horizon, in place. The camera must be level."""
@@ -43,11 +49,11 @@ class Ground:
         cam_from_ground = np.column_stack([cam_from_global[:, :2], -cam_from_global @ view.position])
         img_from_ground = view.intrinsic @ cam_from_ground  # (3, 3), applied to (x, y, 1)
         bottom = height
-        for level, (texture, distance) in enumerate(zip(self.levels, _MIP_DISTANCES, strict=True)):
-            top = int(np.clip(cy + eye * focal / (distance * (self.texel / 0.12) * (focal / 1266.0)), horizon, bottom))
+        for level, (texture, distance) in enumerate(zip(self._levels, _MIP_DISTANCES, strict=True)):
+            top = int(np.clip(cy + eye * focal / (distance * (self._texel / 0.12) * (focal / 1266.0)), horizon, bottom))
             if top < bottom:
-                size = self.texel * 2**level
-                corner = self.origin + (size - self.texel) / 2
+                size = self._texel * 2**level
+                corner = self._origin + (size - self._texel) / 2
                 ground_from_texel = np.array([[size, 0, corner[0]], [0, size, corner[1]], [0, 0, 1.0]])
                 rows_from_img = np.array([[1, 0, 0], [0, 1, -top], [0, 0, 1.0]])  # the rows from `top` on
                 image[top:bottom] = cv2.warpPerspective(
@@ -59,23 +65,6 @@ class Ground:
                 )
             bottom = top
         _blend_haze(image[horizon:], eye * focal / (np.arange(horizon, height) + 1.0 - cy))
-
-
-def paint_ground(street: Street, rng: np.random.Generator) -> Ground:
-    """The ground of a scene: grass, pavement, road and lane markings, with noise as surface structure."""
-    texel, behind = street.config.texel, street.config.reach + 40.0
-    s = np.arange(-behind, float(street.ego.travelled(street.config.duration)) + behind, 1.0)
-    middle, margin = street.road.point(s), 60.0
-    low, high = middle.min(0) - margin, middle.max(0) + margin
-    width, height = np.ceil((high - low) / texel).astype(int).tolist()
-    texture = np.full((height, width, 3), GRASS, np.uint8)
-    for left, right, colour in _BANDS[street.config.layout]:
-        edge = np.concatenate([street.road.point(s, left), street.road.point(s, right)[::-1]])
-        _fill(texture, (edge - low) / texel, colour)
-    for start in np.arange(s[0], s[-1], 9.0):
-        dash = street.road.point([start, start + 3, start + 3, start], [-1.7, -1.7, -1.88, -1.88])
-        _fill(texture, (dash - low) / texel, LINE_WHITE)
-    return Ground(_add_noise(texture, rng), low, texel)
 
 
 def _lines(offset: float, half_width: float, colour: tuple) -> tuple:

@@ -30,23 +30,14 @@ _FAR_PIXEL = 3e4
 
 @dataclass(frozen=True)
 class Quads:
-    """The quads of all solids, each in the local frame of its solid, so that they do not change with time.
+    """The Q quads of all solids, each in the local frame of its solid, so that they do not change with time; see `solids.Quad`."""
 
-    Attributes:
-        corners: (Q, 4, 3) metres.
-        normals: (Q, 3) unit vectors that point outward.
-        colours: (Q, 3) blue, green, red.
-        block_centres: (Q, 3) centre of the block that each quad belongs to.
-        is_decal: (Q,) whether a quad is painted onto a block.
-        owner: (Q,) index of the solid that each quad belongs to.
-    """
-
-    corners: np.ndarray
-    normals: np.ndarray
-    colours: np.ndarray
-    block_centres: np.ndarray
-    is_decal: np.ndarray
-    owner: np.ndarray
+    corners: np.ndarray  # (Q, 4, 3) metres
+    normals: np.ndarray  # (Q, 3) unit vectors that point outward
+    colours: np.ndarray  # (Q, 3)
+    block_centres: np.ndarray  # (Q, 3) metres
+    is_decal: np.ndarray  # (Q,)
+    owner: np.ndarray  # (Q,) index of the solid that each quad belongs to
 
 
 def gather_quads(solids: Sequence[Solid]) -> Quads:

@@ -8,7 +8,7 @@ import numpy as np
 from qdbev.data.rig import View
 from qdbev.schema import CAMERAS
 from synthetic.boxes import Boxes, footprints
-from synthetic.ground import HAZE, SUBPIXEL_BITS, paint_ground
+from synthetic.ground import HAZE, SUBPIXEL_BITS, Ground
 from synthetic.painter import SUN, clip_near, gather_quads, paint, project, to_fixed, visible_order
 from synthetic.street import Street
 
@@ -33,8 +33,9 @@ class Renderer:
         height, width = street.config.image_hw
         rng = street.rng(1)
         self.street = street
-        self._ground = paint_ground(street, rng)
-        self._sky = _sky(height, width)
+        self._ground = Ground(street, rng)
+        down = np.linspace(0, 1, height)[:, None, None] ** 0.8
+        self._sky = np.broadcast_to(_ZENITH * (1 - down) + HAZE * down, (height, width, 3)).astype(np.uint8)
         self._noise = rng.normal(0, _NOISE_SIGMA, (height + 64, width + 64, 3)).astype(np.int16)
         self._quads = gather_quads([actor.solid for actor in street.actors])
         self._house_quads = gather_quads(street.house_solids) if street.house_solids else None
@@ -65,11 +66,6 @@ class Renderer:
         top, left = self.street.rng(3, number, frame).integers(0, 65, 2)
         noise = self._noise[top : top + height, left : left + width]
         return cv2.add(cv2.convertScaleAbs(image, alpha=gain), noise, dtype=cv2.CV_8U), order
-
-
-def _sky(height: int, width: int) -> np.ndarray:
-    down = np.linspace(0, 1, height)[:, None, None] ** 0.8
-    return np.broadcast_to(_ZENITH * (1 - down) + HAZE * down, (height, width, 3)).astype(np.uint8)
 
 
 def _cast_shadows(image: np.ndarray, view: View, actors: Boxes) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 
 from qdbev.data.rig import LIDAR
 from qdbev.schema import CAMERAS
-from synthetic.boxes import Boxes, box_corners
+from synthetic.boxes import Boxes
 from synthetic.can_bus import can_messages
 from synthetic.config import WorldConfig
 from synthetic.lidar import sweep
 from synthetic.renderer import Renderer
 from synthetic.street import Street, build_street
 from synthetic.tables import sample_path, scene_tables
-from synthetic.visibility import VisibilityBuffer
+from synthetic.visibility import count_pixels
 
 PARTS_FOLDER = "parts"
 """Folder in which the records of finished scenes are kept until the tables are written."""
@@ -59,16 +59,17 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _write_images(write: Write, renderer: Renderer, frame: int) -> np.ndarray:
-    """Write the six images of a key frame; returns the visible fraction (N,) of each actor."""
+    """Write the six images of a key frame; returns the visible fraction (N,) of each actor, 0 outside all images."""
     street = renderer.street
-    buffer = VisibilityBuffer(len(street.actors), street.config.image_hw)
+    pixels = np.zeros((2, len(street.actors)), np.int64)
     for channel in CAMERAS:
         view, t = street.view(channel, frame)
         image, order = renderer.image(channel, frame)
-        buffer.add(view, order, box_corners(*street.actor_boxes(t)))
+        pixels += count_pixels(view, street.config.image_hw, order, street.actor_boxes(t))
         _, encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, street.config.jpeg_quality])
         write(sample_path(street, channel, frame), encoded.tobytes())
-    return buffer.fractions()
+    visible, total = pixels
+    return visible / np.maximum(total, 1)
 
 
 def _write_sweep(write: Write, street: Street, frame: int) -> np.ndarray:

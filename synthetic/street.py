@@ -16,10 +16,8 @@ from synthetic.solids import Solid, make_house
 
 _ATTEMPTS = 200
 """Number of random streets tried for a scene."""
-_HOUSE_DEPTH = 12.0
-"""Depth of a house in metres, away from the road."""
-_HOUSE_FRONT = 14.5
-"""Distance of the house fronts from the road's axis in metres."""
+_HOUSE_DEPTH, _HOUSE_FRONT = 12.0, 14.5
+"""Depth of a house, away from the road, and distance of the house fronts from the road's axis, in metres."""
 
 
 @dataclass(frozen=True)

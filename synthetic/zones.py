@@ -43,13 +43,10 @@ def _square_vehicle(nearest: float, farthest: float) -> tuple[Zone, ...]:
     )
 
 
-def _square_cycle() -> tuple[Zone, ...]:
-    return (
-        Zone(0.4, (3.0, 14.0), _STILL, ALONG, 0.2, "cycle.without_rider"),
-        Zone(0.6, (3.0, 18.0), (1.0, 4.0), ALONG, 0.05, "cycle.with_rider"),
-    )
-
-
+_SQUARE_CYCLE = (
+    Zone(0.4, (3.0, 14.0), _STILL, ALONG, 0.2, "cycle.without_rider"),
+    Zone(0.6, (3.0, 18.0), (1.0, 4.0), ALONG, 0.05, "cycle.with_rider"),
+)
 SQUARE: dict[str, tuple[Zone, ...]] = {
     "car": _square_vehicle(3.5, 20.0),
     "truck": _square_vehicle(5.5, 24.0),
@@ -60,8 +57,8 @@ SQUARE: dict[str, tuple[Zone, ...]] = {
         Zone(0.35, (2.6, 13.0), _STILL, ALONG, 0.4, "pedestrian.standing"),
         Zone(0.65, (2.6, 15.0), (0.8, 1.8), ALONG, 0.1, "pedestrian.moving"),
     ),
-    "motorcycle": _square_cycle(),
-    "bicycle": _square_cycle(),
+    "motorcycle": _SQUARE_CYCLE,
+    "bicycle": _SQUARE_CYCLE,
     "traffic_cone": (Zone(1.0, (2.3, 11.0), _STILL, ALONG, 0.0, ""),),
     "barrier": (Zone(1.0, (3.0, 14.0), _STILL, (pi / 2,), 0.1, "", one_way=True),),
 }
@@ -81,13 +78,10 @@ def _street_traffic(parked: float, speed: tuple[float, float], lateral: tuple[fl
     )
 
 
-def _street_cycle() -> tuple[Zone, ...]:
-    return (
-        Zone(0.55, (6.6, 9.6), _STILL, ACROSS, 0.3, "cycle.without_rider"),
-        Zone(0.45, (5.1, 5.5), (2.5, 5.0), ALONG, 0.03, "cycle.with_rider"),
-    )
-
-
+_STREET_CYCLE = (
+    Zone(0.55, (6.6, 9.6), _STILL, ACROSS, 0.3, "cycle.without_rider"),
+    Zone(0.45, (5.1, 5.5), (2.5, 5.0), ALONG, 0.03, "cycle.with_rider"),
+)
 STREET: dict[str, tuple[Zone, ...]] = {
     "car": _street_traffic(0.6, (3.0, 10.0), (7.0, 7.4)),
     "truck": _street_traffic(0.6, (3.0, 9.0), (7.2, 7.6)),
@@ -99,8 +93,8 @@ STREET: dict[str, tuple[Zone, ...]] = {
         Zone(0.68, (9.3, 12.8), (0.8, 1.7), EITHER, 0.1, "pedestrian.moving"),
         Zone(0.07, (4.0, 9.0), (0.9, 1.6), ACROSS, 0.1, "pedestrian.moving"),
     ),
-    "motorcycle": _street_cycle(),
-    "bicycle": _street_cycle(),
+    "motorcycle": _STREET_CYCLE,
+    "bicycle": _STREET_CYCLE,
     "traffic_cone": (Zone(0.7, (5.7, 6.1), _STILL, ALONG, 0.0, ""), Zone(0.3, (8.9, 9.2), _STILL, ALONG, 0.0, "")),
     "barrier": (Zone(0.6, (5.9, 6.3), _STILL, ACROSS, 0.04, ""), Zone(0.4, (9.0, 9.3), _STILL, ACROSS, 0.04, "")),
 }
