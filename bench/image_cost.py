@@ -4,7 +4,6 @@ The times are CPU milliseconds of one core, for decoding only, and for decoding,
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import cv2
 
-from qdbev import artifact
+from bench import report
 from qdbev.command import entry_point
 from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
@@ -53,10 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     infos = load_or_build(DataConfig(root=str(args.root), version=args.version))
     figures = measure(args.root, infos, args.scale, args.frames)
-    about = {"image_hw": infos.image_hw.tolist(), "scale": args.scale, "made": artifact.provenance()}
-    if args.out:
-        with artifact.atomic(args.out) as temporary:
-            temporary.write_text(json.dumps(figures | about, indent=1) + "\n")
+    report.write(args.out, {**figures, "image_hw": infos.image_hw.tolist(), "scale": args.scale})
     sys.stdout.write(f"images of a frame: decode {figures['decode_ms']:.1f} ms, decode and prepare {figures['load_ms']:.1f} ms\n")
 
 

@@ -6,7 +6,6 @@ machine.
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qdbev import artifact
+from bench import report
 from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
@@ -79,10 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     target = parse_device(args.device)
     figures = measure(teacher, config, target, args.steps)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    figures |= {"recipe": config.name, "bits": args.bits, "hardware": hardware, "made": artifact.provenance()}
-    if args.out:
-        with artifact.atomic(args.out) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    report.write(args.out, {**figures, "recipe": config.name, "bits": args.bits, "hardware": hardware})
     for name in ("qat", "distill"):
         line = f"{name} step {figures[f'{name}_s']:.3f} s, float step {figures['float_s']:.3f} s, ratio {figures[f'{name}_ratio']:.2f}"
         sys.stdout.write(line + "\n")
