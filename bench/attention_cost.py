@@ -50,7 +50,7 @@ Work = tuple[Callable[[], list[Tensor]], dict[str, float]]
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison of two forms: a recipe, a part of its network (operator, encoder or model), and how many turns each form runs."""
+    """A comparison of two forms of a part (operator, encoder or model) of a recipe's network."""
 
     recipe: str
     part: str
@@ -231,14 +231,11 @@ def _motion(config: Config) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """Compare the forms of camera cross-attention in time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m bench.attention_cost", description=main.__doc__)
-    parser.add_argument("--recipes", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     rows = []
     for case in CASES:
-        if case.recipe not in args.recipes:
-            continue
         rows.append(compare(case, limit))
         _log.info(_line(case, rows[-1]))
     report.write(args.out, {"rows": rows, "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"})
