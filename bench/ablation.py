@@ -1,8 +1,7 @@
 """Trains and evaluates every row of the method's ablation: `python -m bench.ablation --teacher runs/demo/teacher.pt`.
 
-A cell is one row at one width (bits of weights and activations) with one seed. It runs a few commands, the last of which is `eval.run`; a
-cell whose metrics already exist is skipped. The rows are in bench/ablation_rows.py. Progressive rows of one width and seed continue from
-the same student, because their stages before the last are the same.
+A cell is one row (bench/ablation_rows.py) at one width with one seed. It runs a few commands, the last of which is `eval.run`; a cell whose
+metrics already exist is skipped. Progressive rows of one width and seed continue from the same student.
 
 The result is ablation.json: `rows.<row>.<width>.nds` and `.map` are lists over the seeds, `curves.<row>` the scores during the training of
 the first seed.
@@ -24,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench import report
 from bench.ablation_rows import BEFORE, EPOCHS, FINE_RATE, LAST, RATE, ROWS, SEARCH, STARTS, AblationRow
 from qdbev import artifact
 from qdbev.command import entry_point
@@ -71,6 +71,11 @@ class Cell:
         return self.folder / "student.pt"
 
     @property
+    def widths(self) -> Path:
+        """File with the widths of single layers, which all mixed rows of the cell's width share."""
+        return self.run / f"widths_{self.width}.json"
+
+    @property
     def metrics(self) -> Path:
         """Path of the metrics; the cell is done when they exist."""
         return self.folder / "eval" / "metrics.json"
@@ -79,6 +84,11 @@ class Cell:
     def start(self) -> "Cell | None":
         """The cell whose student this one continues from, if there is one."""
         return None if self.row.start is None else dataclasses.replace(self, row=STARTS[self.row.start])
+
+    @property
+    def kept(self) -> list[Path]:
+        """Students that were kept during the training, that of the start included."""
+        return [path for part in (self.start, self) if part is not None for path in sorted(part.folder.glob("student.stage*.step*.pt"))]
 
 
 def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell]:
@@ -91,7 +101,7 @@ def cells(run: Path, stress: str, names: list[str], seeds: int) -> Iterator[Cell
         raise AblationError(f"no rows {', '.join(unknown)}; there are {', '.join(row.name for row in ROWS)}")
     for row in (row for row in ROWS if not names or row.name in names):
         for width in _widths(row, stress):
-            for seed in range(seeds if row.trains and not row.longer and width in (stress, "w8a8") else 1):
+            for seed in range(seeds if row.stages and not row.longer and width in (stress, "w8a8") else 1):
                 yield Cell(row, width, seed, run, curve=row.curve and width == stress and seed == 0)
 
 
@@ -109,11 +119,6 @@ def search_cells(run: Path, stress: str) -> list[Cell]:
     return [Cell(row, stress, SEARCH_SEED, run) for row in SEARCH]
 
 
-def widths_file(cell: Cell) -> Path:
-    """File with the widths of single layers, which all mixed rows of the cell's width share."""
-    return cell.run / f"widths_{cell.width}.json"
-
-
 def commands(cell: Cell, teacher: Path) -> list[list[str]]:
     """Commands that train and evaluate a cell, in order, without those that are already done. The student of its start must exist."""
     train = [] if cell.student.is_file() else [_train(cell, teacher)]
@@ -122,20 +127,17 @@ def commands(cell: Cell, teacher: Path) -> list[list[str]]:
 
 def curve_commands(cell: Cell) -> list[list[str]]:
     """Commands that evaluate the students that were kept during training and have no metrics yet."""
-    kept = [student for part in (cell.start, cell) if part is not None for student in part.folder.glob("student.stage*.step*.pt")]
-    return [
-        ["eval.run", "--model", str(student), "--out", str(student.with_suffix(""))]
-        for student in sorted(kept)
-        if not (student.with_suffix("") / "metrics.json").is_file()
-    ]
+    folders = {student: student.with_suffix("") for student in cell.kept}
+    todo = {student: folder for student, folder in folders.items() if not (folder / "metrics.json").is_file()}
+    return [["eval.run", "--model", str(student), "--out", str(folder)] for student, folder in todo.items()]
 
 
 def _train(cell: Cell, teacher: Path) -> list[str]:
     values = {"quant.stages": [dataclasses.asdict(stage) for stage in cell.stages], **cell.row.settings, "seed": cell.seed}
-    sets = [part for name, value in values.items() for part in ("--set", f"{name}={value if isinstance(value, str) else repr(value)}")]
-    widths = ["--widths", str(widths_file(cell))] if cell.row.mixed else []
+    sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    widths = ["--widths", str(cell.widths)] if cell.row.mixed else []
     start = [] if cell.start is None else ["--start", str(cell.start.student)]
-    keep = ["--keep-every", str(KEEP_EVERY)] if cell.curve and cell.row.curve else []
+    keep = ["--keep-every", str(KEEP_EVERY)] if cell.curve else []
     resume = ["--resume"] if any(cell.folder.glob("*.state.pt")) else []
     common = ["train.qat", "--teacher", str(teacher), "--bits", cell.width, "--student", str(cell.student)]
     return [*common, *widths, *start, *keep, *resume, *sets]
@@ -160,17 +162,10 @@ def _timed(cell: Cell, wanted: list[list[str]], threads: int) -> None:
 
 def _execute(command: list[str], log: Path, threads: int) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
+    python, environment = [sys.executable, "-m", *command], {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("a") as file:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         try:
-            done = subprocess.run(
-                [sys.executable, "-m", *command],
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                check=False,
-                timeout=_COMMAND_LIMIT_S,
-            )
+            done = subprocess.run(python, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False, timeout=_COMMAND_LIMIT_S)
         except subprocess.TimeoutExpired as error:
             raise AblationError(f"python -m {command[0]} took more than {_COMMAND_LIMIT_S / 3600:.0f} hours; see {log}") from error
     if done.returncode:
@@ -178,11 +173,10 @@ def _execute(command: list[str], log: Path, threads: int) -> None:
 
 
 def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], None]) -> None:
-    """Run cells, `jobs` at a time, and call `done` after each; shared students and widths are made first. Raises AblationError at the end
-    if a cell failed."""
+    """Run cells, `jobs` at a time, after the students and widths that they share; calls `done` after each. Raises AblationError."""
     threads = max((os.cpu_count() or 1) // jobs, 1)
     starts = {cell.start.folder: cell.start for cell in todo if cell.start is not None and not cell.start.student.is_file()}
-    mixed = {widths_file(cell): cell for cell in todo if cell.row.mixed and not widths_file(cell).is_file()}
+    mixed = {cell.widths: cell for cell in todo if cell.row.mixed and not cell.widths.is_file()}
 
     def run_one(cell: Cell) -> None:
         run_cell(cell, teacher, threads)
@@ -200,9 +194,9 @@ def run_all(todo: list[Cell], teacher: Path, jobs: int, done: Callable[[Cell], N
 def _measure(mixed: list[Cell], teacher: Path, threads: int) -> None:
     """Choose the widths of the layers for mixed rows; the sensitivity that the first cell measures serves all."""
     for cell in mixed:
-        measured = [] if cell is mixed[0] else ["--measured", str(widths_file(mixed[0]))]
+        measured = [] if cell is mixed[0] else ["--measured", str(mixed[0].widths)]
         command = ["train.sensitivity", "--teacher", str(teacher), "--bits", cell.width, "--budget", "size", *measured]
-        _execute([*command, "--out", str(widths_file(cell))], cell.run / "log.txt", threads)
+        _execute([*command, "--out", str(cell.widths)], cell.run / "log.txt", threads)
 
 
 def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
@@ -217,18 +211,20 @@ def collect(run: Path, teacher_metrics: Path, stress: str) -> dict[str, Any]:
                 rows.setdefault(row.name, {})[name] = _scores(found)
     if "float_more" in rows:
         rows["float_more"] = dict.fromkeys(("w8a8", "w4a6", "stress"), rows["float_more"]["w8a8"])
-    curves = {cell.row.name: _curve(cell) for cell in cells(run, stress, [], 1) if cell.curve and _curve(cell)}
+    curves = {cell.row.name: points for cell in cells(run, stress, [], 1) if cell.curve and (points := _curve(cell))}
     search = {cell.row.name: _scores([cell.metrics]) for cell in search_cells(run, stress) if cell.metrics.is_file()}
     seconds = sum(json.loads(path.read_text()) for path in run.glob("*/*/*/seconds.json"))
-    about = {
+    return {
         "stress": stress,
         "epochs": EPOCHS,
         "stages": [*BEFORE, LAST],
         "learning_rates": {"w4a6": FINE_RATE, "other": RATE},
         "seconds": seconds,
         "cpu_cores": os.cpu_count(),
+        "rows": rows,
+        "curves": curves,
+        "search": search,
     }
-    return {**about, "rows": rows, "curves": curves, "search": search, "made": artifact.provenance()}
 
 
 def _scores(paths: list[Path]) -> dict[str, list[float]]:
@@ -239,12 +235,13 @@ def _scores(paths: list[Path]) -> dict[str, list[float]]:
 def _curve(cell: Cell) -> list[dict[str, float]]:
     """Scores of the students that were kept during a cell's training, in the order of training; the first one is only calibrated."""
     points = []
-    for part in (cell.start, cell):
-        for path in part.folder.glob("student.stage*.step*/metrics.json") if part is not None else ():
-            facts = artifact.load_checkpoint(path.parent.with_name(path.parent.name + ".pt"), "student")[0].facts
-            metrics = json.loads(path.read_text())
-            stage = facts.stage + len(BEFORE) * (part is cell and cell.start is not None)
-            points.append({"stage": stage, "epochs": facts.epochs, "nds": metrics["nds"], "map": metrics["map"]})
+    for student in cell.kept:
+        metrics = student.with_suffix("") / "metrics.json"
+        if metrics.is_file():
+            facts = artifact.load_checkpoint(student, "student")[0].facts
+            stages_before = len(BEFORE) if cell.start is not None and student.parent == cell.folder else 0
+            scores = json.loads(metrics.read_text())
+            points.append({"stage": stages_before + facts.stage, "epochs": facts.epochs, "nds": scores["nds"], "map": scores["map"]})
     return sorted(points, key=lambda point: (point["stage"], point["epochs"]))
 
 
@@ -270,8 +267,8 @@ def main(argv: list[str] | None = None) -> None:
     with tqdm(total=len(todo), desc="ablation", unit="cell") as bar:
 
         def done(cell: Cell) -> None:
-            with lock, artifact.atomic(args.run / "ablation.json") as temporary:
-                temporary.write_text(json.dumps(collect(args.run, float_metrics, args.stress), indent=1) + "\n")
+            with lock:
+                report.write(args.run / "ablation.json", collect(args.run, float_metrics, args.stress))
                 bar.set_postfix_str(f"{cell.row.name} {cell.width} seed {cell.seed}")
                 bar.update()
 

@@ -1,7 +1,6 @@
-"""The rows of the ablation: the settings and stages with which each of them trains.
+"""The rows of the ablation: those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515), and rows that we compare them with.
 
-They are those of QD-BEV's Tables 1 and 3 and Figures 3 and 5 (arXiv:2308.10515), and the rows that we compare them with. All rows that
-train have the same number of epochs in total, except the longer ones.
+All rows that train have the same number of epochs in total, except the longer ones.
 """
 
 import dataclasses
@@ -42,24 +41,16 @@ class AblationRow:
     longer: bool = False
     """Train for LONGER epochs, only at the stress width and with one seed."""
 
-    @property
-    def trains(self) -> bool:
-        """Whether the row trains; a row that trains is run with several seeds."""
-        return bool(self.stages)
 
-
-def _calibrated(name: str, **settings: Any) -> AblationRow:
-    return AblationRow(name, settings=_quant(**settings))
-
-
-def _distilling(name: str, form: str, **settings: float) -> AblationRow:
+def _distilling(name: str, form: str, weight: float, temperature: float) -> AblationRow:
     """A row that distils in the last stage only, as in the paper."""
-    return AblationRow(name, (Stage(epochs=LAST, distill=True),), _distill(form=form, **settings), start="progressive", curve=True)
+    settings = _distill(form=form, weight=weight, temperature=temperature)
+    return AblationRow(name, (Stage(epochs=LAST, distill=True),), settings, start="progressive", curve=True)
 
 
-def _distilling_throughout(name: str, form: str, **settings: float) -> AblationRow:
+def _distilling_throughout(name: str, form: str, head: float) -> AblationRow:
     """A row that quantizes everything and distils from the first step on."""
-    return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, **settings), curve=True)
+    return AblationRow(name, (Stage(epochs=EPOCHS, distill=True),), _distill(form=form, weight=2.0, head=head), curve=True)
 
 
 def _longer(row: AblationRow) -> AblationRow:
@@ -76,31 +67,31 @@ def _distill(**settings: float | str) -> dict[str, Any]:
     return {f"quant.distill.{name}": value for name, value in settings.items()}
 
 
-def _alone(*groups: str) -> list[str]:
-    """Patterns of float layers with which only `groups` stay quantized."""
-    return [*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)]
+def _alone(*groups: str) -> dict[str, Any]:
+    """Settings with which only `groups` are quantized."""
+    return _quant(float_layers=[*POLICY.float_layers, *(f"{group}.*" for group in BEVFormerConfig.groups if group not in groups)])
 
-
-MODULES = {"backbone": ("backbone",), "neck": ("neck",), "encoder": ("encoder",), "decoder": ("decoder", "head")}
-"""Groups of each part in the paper's Table 1, which counts the head with the decoder."""
 
 _PROGRESSIVE = progressive(BEFORE, RATE)
 _STANDARD, _LAST = (Stage(epochs=EPOCHS),), (Stage(epochs=LAST),)
 _FIXED = _quant(range_mode="fixed")
 STARTS = {
-    "progressive": AblationRow("progressive", _PROGRESSIVE, curve=True),
+    "progressive": AblationRow("progressive", _PROGRESSIVE),
     "progressive_fixed": AblationRow("progressive_fixed", _PROGRESSIVE, _FIXED),
 }
 """Progressive rows whose students other rows continue from."""
 
 _QAT = AblationRow("qat", _STANDARD, curve=True)
-_BEST = _distilling_throughout("vgd_best", "guided", weight=2.0, head=1.0)
+_BEST = _distilling_throughout("vgd_best", "guided", head=1.0)
 ROWS = (
     AblationRow("float_more", (Stage(groups=(), epochs=EPOCHS),)),
-    _calibrated("ptq_max_tensor", calibration="max", per_channel=False),
-    _calibrated("ptq_max", calibration="max"),
-    _calibrated("ptq_mse"),
-    *(_calibrated(f"ptq_{name}", float_layers=_alone(*groups)) for name, groups in MODULES.items()),
+    AblationRow("ptq_max_tensor", settings=_quant(calibration="max", per_channel=False)),
+    AblationRow("ptq_max", settings=_quant(calibration="max")),
+    AblationRow("ptq_mse"),
+    AblationRow("ptq_backbone", settings=_alone("backbone")),
+    AblationRow("ptq_neck", settings=_alone("neck")),
+    AblationRow("ptq_encoder", settings=_alone("encoder")),
+    AblationRow("ptq_decoder", settings=_alone("decoder", "head")),  # the paper's Table 1 counts the head with the decoder
     AblationRow("ptq_mixed", mixed=True),
     AblationRow("qat_fixed", _STANDARD, _FIXED),
     AblationRow("qat_fixed_progressive", _LAST, _FIXED, start="progressive_fixed"),
@@ -121,8 +112,8 @@ SEARCH = (
         for name, form in (("distill_image", "image"), ("distill_bev", "bev"), ("vgd", "product"))
         for weight, temperature in ((1.0, 1.0), (4.0, 1.0), (4.0, 4.0))
     ),
-    _distilling_throughout("whole_guided_w2_h1", "guided", weight=2.0, head=1.0),
-    _distilling_throughout("whole_guided_w2_h4", "guided", weight=2.0, head=4.0),
-    _distilling_throughout("whole_bev_w2_h1", "bev", weight=2.0, head=1.0),
+    _distilling_throughout("whole_guided_w2_h1", "guided", head=1.0),
+    _distilling_throughout("whole_guided_w2_h4", "guided", head=4.0),
+    _distilling_throughout("whole_bev_w2_h1", "bev", head=1.0),
 )
 """Weights and temperatures with which each form of distillation was tried."""

@@ -1,20 +1,19 @@
 """Measures time and memory of camera cross-attention on a CPU: `python -m bench.attention_cost --out runs/demo/attention.json`.
 
 Compares two forms of the operator, gathered (qdbev/ops/sca.py) and dense (qdbev/ops/sca_dense.py), and two forms of BEVFormer, ours and one
-whose attention is padded as in the official code (bench/padded_attention.py). Each form runs in a process of its own, so that its peak
-memory is its own. The two forms of a pair take turns, so that their ratio is also right on a busy machine. The cameras are those of the
-synthetic rig, which is close to that of nuScenes. Peak memory is the resident memory that Linux reports.
+whose attention is padded as in the official code (bench/padded_attention.py). Each form runs in a process of its own, whose peak of the
+resident memory is measured. The two forms take turns, so that their ratio is also right on a busy machine.
 """
 
 import argparse
-import json
+import ctypes
 import logging
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,15 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench import report
 from bench.padded_attention import pad_attention
-from bench.rig import rig
+from bench.rig import camera_attention, rig
 from bench.worker import Worker, WorkerError, status_kib
-from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.geometry import pillar_points, project
 from qdbev.ops.sca import spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
@@ -39,21 +37,20 @@ from qdbev.schema import CAMERAS, Batch
 ATOL = 1e-4
 """Largest allowed difference between the outputs and gradients of two forms, in float32."""
 SHARE_OF_MEMORY = 0.75
-"""Share of the machine's memory that the process of one form may take; a process that takes more is ended and reported as failed."""
+"""Share of the machine's memory that one form may take; a form that takes more is ended and reported as failed."""
 TURN_LIMIT_S = 1800.0
-"""Seconds that one run of one form may take; a process that takes longer is ended and reported as failed."""
-
-_MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
-"""Environment variable of glibc: blocks of this many bytes or more are given back to the system as soon as they are freed."""
+"""Seconds that one run of one form may take; a form that takes longer is ended and reported as failed."""
+_MMAP_THRESHOLD, _SMALL = -3, 1 << 16
+"""Parameter of glibc's mallopt, and its value: blocks of this many bytes or more are given back to the system as soon as they are freed."""
 
 _log = logging.getLogger(__name__)
-Work = Callable[[], tuple[list[Tensor], dict[str, float]]]
-"""A function that runs a form once; it returns its outputs, and the seconds of its parts by name."""
+Work = tuple[Callable[[], list[Tensor]], dict[str, float]]
+"""A function that runs a form once and returns its outputs, and the seconds of its parts by name in the latest run."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A comparison of two forms: a recipe, a part of its network (operator, encoder or model), and how many turns each form runs."""
+    """A comparison of two forms of a part (operator, encoder or model) of a recipe's network."""
 
     recipe: str
     part: str
@@ -90,8 +87,7 @@ def compare(case: Case, limit: int) -> dict[str, object]:
     Raises:
         ValueError: The two forms differ by more than ATOL.
     """
-    with _freed_memory_returned():
-        alone = _measure(case, 1, limit)
+    alone = _measure(case, 1, limit, live_only=True)
     measured = alone if case.turns == 1 else _measure(case, case.turns, limit)
     figures: dict[str, object] = {"recipe": case.recipe, "part": case.part, "backward": case.backward, "turns": case.turns}
     for form in case.forms:
@@ -104,35 +100,21 @@ def compare(case: Case, limit: int) -> dict[str, object]:
     return figures
 
 
-@contextmanager
-def _freed_memory_returned() -> Iterator[None]:
-    """Make glibc return freed blocks to the system at once in processes started inside, so that a peak counts live tensors only."""
-    kept = os.environ.get(_MMAP_THRESHOLD)
-    os.environ[_MMAP_THRESHOLD] = str(1 << 16)
-    try:
-        yield
-    finally:
-        os.environ.pop(_MMAP_THRESHOLD)
-        if kept is not None:
-            os.environ[_MMAP_THRESHOLD] = kept
-
-
-def _measure(case: Case, turns: int, limit: int) -> dict[str, list[dict]]:
+def _measure(case: Case, turns: int, limit: int, live_only: bool = False) -> dict[str, list[dict]]:
     """The measurements of both forms, turn by turn, each form in a process of its own; the order within a turn alternates.
 
     A form that fails gets a last entry with the reason as `failed`, and no further turn.
     """
     found: dict[str, list[dict]] = {form: [] for form in case.forms}
     with ExitStack() as stack:
-        workers = {form: stack.enter_context(Worker(_prepare, case, form)) for form in case.forms}
+        workers = {form: stack.enter_context(Worker(_prepare, case, form, live_only)) for form in case.forms}
         for turn in range(turns):
             for form in sorted(workers, reverse=bool(turn % 2)):
-                if found[form] and "failed" in found[form][-1]:
-                    continue
                 try:
                     found[form].append(workers[form].run(limit, TURN_LIMIT_S))
                 except WorkerError as error:
                     found[form].append({"failed": str(error)})
+                    del workers[form]
     return found
 
 
@@ -152,19 +134,22 @@ def _largest_difference(case: Case, first: list[np.ndarray], second: list[np.nda
     return largest
 
 
-def _prepare(case: Case, form: str) -> Callable[[], dict]:
-    """Build the form; the returned function runs it once and returns seconds, peak MiB, seconds of its parts and outputs."""
+def _prepare(case: Case, form: str, live_only: bool) -> Callable[[], dict]:
+    """Build the form; the returned function runs it once and returns seconds, peak MiB, seconds of its parts and outputs.
+
+    With `live_only` the peak counts live tensors only, because freed blocks are given back to the system at once.
+    """
+    if live_only:
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _SMALL)
     torch.manual_seed(0)
-    config = RECIPES[case.recipe]()
-    # The inputs are drawn before the network is built, because a swapped module draws random numbers too.
     build = {"operator": _operator, "encoder": _encoder, "model": _model}[case.part]
-    work = build(config, form, case.backward)
+    work, parts = build(RECIPES[case.recipe](), form, case.backward)
     Path("/proc/self/clear_refs").write_text("5")  # Linux restarts the peak at the memory that is in use now
     start_kib = status_kib("VmRSS")
 
     def measure() -> dict:
         start = time.perf_counter()
-        outputs, parts = work()
+        outputs = work()
         seconds = time.perf_counter() - start
         peak_mib = (status_kib("VmHWM") - start_kib) / 1024
         return {"seconds": seconds, "peak_mib": peak_mib, "parts": parts, "outputs": [x.detach().numpy() for x in outputs]}
@@ -173,40 +158,31 @@ def _prepare(case: Case, form: str) -> Callable[[], dict]:
 
 
 def _operator(config: Config, form: str, backward: bool) -> Work:
-    model, lidar2img, image_hw = config.model, *rig(config)
-    pillars = pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range)
-    reference_points, hit = project(pillars, lidar2img, image_hw)
-    level_hw, Q, M = model.level_hw(image_hw), reference_points.shape[2], model.num_heads
-    keys, samples = sum(h * w for h, w in level_hw), (1, Q, M, model.num_levels, model.num_spatial_points)
-    learned = [
-        torch.randn(1, len(CAMERAS), keys, M, model.embed_dim // M),
-        reference_points,
-        2 * torch.randn(*samples, 2),
-        torch.randn(samples),
-    ]
-    value, references, offsets, logits = (tensor.requires_grad_(backward) for tensor in learned)
-    visible = hit.any(-1).to(value.dtype)
+    inputs = camera_attention(config, "cpu")
+    learned = [inputs.value, inputs.reference_points, inputs.sampling_offsets, inputs.attention_logits]
+    for tensor in learned:
+        tensor.requires_grad_(backward)
     attention = {"gathered": spatial_cross_attention, "dense": dense_spatial_cross_attention}[form]
 
-    def work() -> tuple[list[Tensor], dict[str, float]]:
-        out = attention(value, references, visible, offsets, logits, level_hw)
-        return [out, *(torch.autograd.grad(out.sum(), learned) if backward else [])], {}
+    def work() -> list[Tensor]:
+        out = attention(inputs.value, *inputs.others(), inputs.variant.level_hw)
+        return [out, *(torch.autograd.grad(out.sum(), learned) if backward else [])]
 
-    return work
+    return work, {}
 
 
 def _encoder(config: Config, form: str, _: bool) -> Work:
     lidar2img, image_hw = rig(config)
+    # The inputs are drawn before the network is built, because a swapped module draws random numbers too.
     features = [torch.randn(1, len(CAMERAS), config.model.embed_dim, h, w) for h, w in config.model.level_hw(image_hw)]
-    motion = _motion(config)
+    can_bus, prev_bev = _motion(config)
     encoder = _with_form(Encoder(config.model), config, form)
-    given = (features, lidar2img, motion[0], image_hw, motion[1], torch.ones(1))
 
     @torch.no_grad()
-    def work() -> tuple[list[Tensor], dict[str, float]]:
-        return [encoder(*given)], {}
+    def work() -> list[Tensor]:
+        return [encoder(features, lidar2img, can_bus, image_hw, prev_bev, torch.ones(1))]
 
-    return work
+    return work, {}
 
 
 def _model(config: Config, form: str, _: bool) -> Work:
@@ -216,29 +192,22 @@ def _model(config: Config, form: str, _: bool) -> Work:
     batch = Batch(images, lidar2img, can_bus, torch.ones(1), [], [], [])
     model = BEVFormer(config.model).eval()
     _with_form(model.encoder, config, form)
-    clocks = {name: _Clock(model.get_submodule(name)) for name in ("backbone", "neck", "encoder", "decoder", "head")}
+    seconds: dict[str, float] = {}
+    for name in config.model.groups:
+        _time(model.get_submodule(name), f"{name}_s", seconds)
 
     @torch.no_grad()
-    def work() -> tuple[list[Tensor], dict[str, float]]:
+    def work() -> list[Tensor]:
         output, _ = model(batch, prev_bev)
-        return [output.bev, output.cls_logits, output.box_code], {f"{name}_s": clock.seconds for name, clock in clocks.items()}
+        return [output.bev, output.cls_logits, output.box_code]
 
-    return work
+    return work, seconds
 
 
-class _Clock:
-    """Measures the seconds of a module's latest forward."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.seconds = self._start = 0.0
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
-
-    def _begin(self, *_: object) -> None:
-        self._start = time.perf_counter()
-
-    def _end(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self._start
+def _time(module: nn.Module, name: str, seconds: dict[str, float]) -> None:
+    """Enter the seconds of each forward of `module` into `seconds` under `name`."""
+    module.register_forward_pre_hook(lambda *_: seconds.update({name: -time.perf_counter()}))
+    module.register_forward_hook(lambda *_: seconds.update({name: seconds[name] + time.perf_counter()}))
 
 
 def _with_form(encoder: Encoder, config: Config, form: str) -> Encoder:
@@ -262,20 +231,14 @@ def _motion(config: Config) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     """Compare the forms of camera cross-attention in time and peak memory."""
     parser = argparse.ArgumentParser(prog="python -m bench.attention_cost", description=main.__doc__)
-    parser.add_argument("--recipes", nargs="+", choices=("tiny", "base"), default=["tiny", "base"])
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     rows = []
     for case in CASES:
-        if case.recipe not in args.recipes:
-            continue
         rows.append(compare(case, limit))
         _log.info(_line(case, rows[-1]))
-    about = {"rows": rows, "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads", "made": artifact.provenance()}
-    if args.out:
-        with artifact.atomic(args.out) as temporary:
-            temporary.write_text(json.dumps(about, indent=1) + "\n")
+    report.write(args.out, {"rows": rows, "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads"})
     sys.stdout.write(f"{len(rows)} comparisons" + (f" in {args.out}\n" if args.out else "\n"))
 
 

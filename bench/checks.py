@@ -29,11 +29,6 @@ class Skipped(Exception):  # noqa: N818 - not an error
     """Raised when a command ran but found nothing to check; the message says why."""
 
 
-def read_json(path: Path) -> Figures:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
-
-
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """A command and its requirements. A check that lacks one of them is skipped, and its result names what is missing."""
@@ -51,7 +46,7 @@ class Check:
     """Names of checks that must have passed before."""
     figures: Path | None = None
     """File that the command writes. An entry "passed" that is false anywhere in it makes the check fail, whatever the exit status."""
-    read: Callable[[Path], Figures] = read_json
+    read: Callable[[Path], Figures] = lambda path: json.loads(path.read_text())
     """Reads the figures from that file; may raise Skipped."""
     may_be_refused: bool = False
     """If true, an exit with status 1 and an error message counts as skipped with that message, not as failed."""
@@ -106,14 +101,8 @@ def run(check: Check, log: Path, limit_s: float) -> Result:
     seconds = round(time.monotonic() - started, 2)
     lines = _tail(log)
     outcome, reason, figures = _judge(check, status, limit_s, lines)
-    return Result(
-        status=outcome,
-        command=shown(check),
-        seconds=seconds,
-        reason=reason,
-        figures=figures,
-        log=() if outcome == "passed" else lines,
-    )
+    kept = () if outcome == "passed" else lines
+    return Result(status=outcome, command=shown(check), seconds=seconds, reason=reason, figures=figures, log=kept)
 
 
 def shown(check: Check) -> str:

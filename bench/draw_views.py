@@ -126,7 +126,7 @@ def draw_points(axes: Axes, views: Views, index: int, camera: str) -> None:
     cells = thinned(views)
     distance = np.hypot(*views.pillars[0, cells, :2].T)
     size = (260 / distance.clip(5)).clip(3, 30)  # points^2; nearer is larger
-    for level, color in enumerate(_height_colors(views)):
+    for level, color in enumerate(_HEIGHTS(np.linspace(0, 1, len(views.pillars)))):
         seen = views.visible[index, cells, level]
         u, v = (views.points[index, cells, level][seen] * (width, height)).T
         axes.scatter(u, v, s=size[seen], color=color, edgecolors="black", linewidths=0.3, zorder=2.5)
@@ -143,10 +143,8 @@ def draw_input(axes: Axes, views: Views, index: int, camera: str) -> None:
 def draw_coverage(axes: Axes, views: Views) -> None:
     """Draw from above how many cameras see each cell at one height or more, and the annotated objects."""
     counts = seen_by(views).clip(max=len(_SEEN_BY) - 1)
-    limits = {"vmin": -0.5, "vmax": len(_SEEN_BY) - 0.5}
-    _from_above(axes, views, counts, cmap=ListedColormap(_SEEN_BY), **limits)
-    cells = thinned(views)
-    axes.scatter(*views.pillars[0, cells, :2].T, s=3, color=INK, linewidths=0, zorder=2)
+    _from_above(axes, views, counts, cmap=ListedColormap(_SEEN_BY), vmin=-0.5, vmax=len(_SEEN_BY) - 0.5)
+    axes.scatter(*views.pillars[0, thinned(views), :2].T, s=3, color=INK, linewidths=0, zorder=2)
     draw.rings(axes, views.lidar_from_ego, max(views.pc_range[3:5]), line="white", ink=INK)
     draw.shapes(axes, views.truth_boxes, ["#e4572e"] * len(views.truth_boxes), face="none", width=1.3)
     draw.frame_bev(axes, views.lidar_from_ego, views.pc_range)
@@ -185,9 +183,8 @@ def thinned(views: Views) -> np.ndarray:
 
 def ground_ring(radius: float, lidar_from_ego: np.ndarray) -> np.ndarray:
     """Points (R, 3) in the lidar frame of a closed circle on the ground around the own car's origin."""
-    zeros, ones = np.zeros_like(_RING_ANGLES), np.ones_like(_RING_ANGLES)
-    circle = np.stack((radius * np.cos(_RING_ANGLES), radius * np.sin(_RING_ANGLES), zeros, ones), -1)
-    return (circle @ lidar_from_ego.T)[:, :3]
+    x, y = radius * np.cos(_RING_ANGLES), radius * np.sin(_RING_ANGLES)
+    return (np.stack((x, y, np.zeros_like(x), np.ones_like(x)), -1) @ lidar_from_ego.T)[:, :3]
 
 
 def _aspect(views: Views) -> float:
@@ -198,11 +195,6 @@ def _aspect(views: Views) -> float:
 def _scale(values: np.ndarray) -> Normalize:
     """Range of the colours: the 1st to the 99th percentile, so that a few extreme cells do not use up all colours."""
     return Normalize(*np.percentile(values, (1, 99)))
-
-
-def _height_colors(views: Views) -> np.ndarray:
-    """RGBA colour (D, 4) of each height, the lowest first."""
-    return _HEIGHTS(np.linspace(0, 1, len(views.pillars)))
 
 
 def _ground_rings(axes: Axes, views: Views, index: int) -> None:
@@ -241,8 +233,9 @@ def _from_above(axes: Axes, views: Views, grid: np.ndarray, **style: object) -> 
 
 def _points_legend(page: Page, views: Views) -> None:
     heights = views.pillars[:, 0, 2]
+    colors = _HEIGHTS(np.linspace(0, 1, len(heights)))
     style = {"linestyle": "none", "marker": "o", "markeredgecolor": "black", "markeredgewidth": 0.4, "markersize": 8}
-    points = [Line2D([], [], color=color, label=f"z = {z:.2f} m", **style) for z, color in zip(heights, _height_colors(views), strict=True)]
+    points = [Line2D([], [], color=color, label=f"z = {z:.2f} m", **style) for z, color in zip(heights, colors, strict=True)]
     most = min(int(seen_by(views).max()), len(_SEEN_BY) - 1)
     cells = [Patch(color=_SEEN_BY[count], label=f"cameras that see a cell: {count}") for count in range(most + 1)]
     marks: list[Artist] = [

@@ -1,10 +1,9 @@
 """Checks everything that needs a GPU, with one command in under ten minutes: `python -m bench.gpu_check --out results`.
 
-The most valuable checks come first: the kernels, their operators in torch, and the network on the GPU compared with the CPU. These need
-only torch, cuda-python and NVRTC. With all of requirements.txt installed, a W8A8 network is made from random weights and a small synthetic
-world, and its training steps are timed. With TensorRT or TensorRT-RTX, engines of it are built, compared with onnxruntime and measured, and
-the models of --run are scored as engines, beside their ONNX files and checkpoints. The result is <gpu>_<date>.json, which is written after
-each check.
+The kernels, their operators in torch, and the network on the GPU compared with the CPU need only torch, cuda-python and NVRTC. With all of
+requirements.txt installed, a W8A8 network is made from random weights and a small synthetic world, and its training steps are timed. With
+TensorRT or TensorRT-RTX, engines of it are built, compared with onnxruntime and measured, and the models of --run are scored as engines,
+beside their ONNX files and checkpoints. The result is <gpu>_<date>.json, which is written after each check.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from bench import gpu_network
+from bench import gpu_network, report
 from bench.checks import Check, Figures, Result, Skipped, run_all
 from qdbev import artifact
 from qdbev.command import entry_point
@@ -101,10 +100,8 @@ def check(checks: Sequence[Check], device: dict[str, Any], out: Path, work: Path
             "complete": len(results) == len(checks),
             "seconds": round(time.monotonic() - started, 1),
             "checks": {name: dataclasses.asdict(result) for name, result in results.items()},
-            "made": artifact.provenance(),
         }
-        with artifact.atomic(out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        report.write(out, content)
     return results
 
 
@@ -139,28 +136,15 @@ def test_counts(path: Path) -> Figures:
 
 def _kernels(work: Path) -> Iterator[Check]:
     """Checks of the kernels: alone, as operators of torch, and in a network; a quantized network needs pytorch-quantization."""
-    yield Check(
-        name="kernels",
-        command=("bench.kernels", "--out", f"{work}/kernels.json"),
-        limit_s=300,
-        packages=("cuda.bindings",),
-        figures=work / "kernels.json",
-    )
+    yield _measurement("kernels", ("bench.kernels",), work, limit_s=300, packages=("cuda.bindings",))
     yield _tests("operators", [OPERATOR_TESTS], work, limit_s=120)
     for bits, packages in ((gpu_network.FLOAT, ()), ("w8a8", ("pytorch_quantization", "scipy"))):
-        path = work / f"network_{bits}.json"
-        yield Check(
-            name=path.stem,
-            command=("bench.gpu_network", "--bits", bits, "--out", str(path)),
-            limit_s=90,
-            packages=("cuda.bindings", *packages),
-            figures=path,
-        )
+        yield _measurement(f"network_{bits}", ("bench.gpu_network", "--bits", bits), work, packages=("cuda.bindings", *packages))
 
 
 def _network_files(work: Path) -> Iterator[Check]:
     """Checks that make a W8A8 network of random weights, calibrated on the GPU with three scenes, and time its training steps."""
-    world, teacher, student, cost = work / "world", work / "teacher.pt", work / "untrained.pt", work / "step_cost.json"
+    world, teacher, student = work / "world", work / "teacher.pt", work / "untrained.pt"
     generate = ("synthetic.generate", "--world", "micro", "--scenes", "2", "1", "--workers", "1", "--out", str(world))
     yield Check(name="world", command=generate, limit_s=60, packages=_FULL)
     untrained = ("bench.untrained", "--recipe", "micro", "--teacher", str(teacher), "--set", f"data.root={world}")
@@ -168,38 +152,24 @@ def _network_files(work: Path) -> Iterator[Check]:
     quantize = ("train.qat", "--teacher", str(teacher), "--student", str(student), "--bits", "w8a8", "--device", "cuda")
     few = ("--set", "quant.stages=()", "--set", "quant.calibration_samples=8")
     yield Check(name="calibration", command=(*quantize, *few), limit_s=90, packages=_FULL, after=("teacher",))
-    measure = ("bench.step_cost", "--teacher", str(teacher), "--bits", "w8a8", "--device", "cuda", "--out", str(cost))
-    yield Check(name="step_cost", command=measure, limit_s=90, packages=_FULL, after=("teacher",), figures=cost)
+    measure = ("bench.step_cost", "--teacher", str(teacher), "--bits", "w8a8", "--device", "cuda")
+    yield _measurement("step_cost", measure, work, packages=_FULL, after=("teacher",))
     export = ("export.to_onnx", "--checkpoint", str(student), "--onnx", str(student.with_suffix(".onnx")))
     yield Check(name="onnx", command=export, limit_s=90, packages=_EXPORT, after=("calibration",))
 
 
 def _engines(work: Path) -> Iterator[Check]:
     """Checks of that network's engines with both TensorRT variants. An engine of TensorRT-RTX may refuse this GPU, which is a skip."""
-    onnx = work / "untrained.onnx"
-    for backend, package in (("tensorrt", "tensorrt"), ("tensorrt-rtx", "tensorrt_rtx")):
-        engine = work / f"{package}.engine"
-        names = {step: f"{package}_{step}" for step in ("build", "bench", "same")}
-        build = ("engine.build", "--onnx", str(onnx), "--out", str(engine), "--backend", backend)
-        yield Check(name=names["build"], command=build, limit_s=180, packages=(package,), after=("onnx",))
-        bench, same = (work / f"{names[step]}.json" for step in ("bench", "same"))
-        yield Check(
-            name=names["bench"],
-            command=("engine.bench", "--engine", str(engine), "--iterations", _ITERATIONS, "--out", str(bench)),
-            limit_s=90,
-            packages=(package, "cuda.bindings"),
-            after=(names["build"],),
-            figures=bench,
-            may_be_refused=backend == "tensorrt-rtx",
-        )
-        yield Check(
-            name=names["same"],
-            command=("bench.gpu_engine", "--engine", str(engine), "--onnx", str(onnx), "--out", str(same)),
-            limit_s=90,
-            packages=(package, "cuda.bindings"),
-            after=(names["bench"],),
-            figures=same,
-        )
+    onnx = str(work / "untrained.onnx")
+    for package, may_be_refused in (("tensorrt", False), ("tensorrt_rtx", True)):
+        engine = str(work / f"{package}.engine")
+        build, bench, same = (f"{package}_{step}" for step in ("build", "bench", "same"))
+        yield _build(build, onnx, engine, package, after=("onnx",))
+        needs = (package, "cuda.bindings")
+        measure = ("engine.bench", "--engine", engine, "--iterations", _ITERATIONS)
+        yield _measurement(bench, measure, work, packages=needs, after=(build,), may_be_refused=may_be_refused)
+        compare = ("bench.gpu_engine", "--engine", engine, "--onnx", onnx)
+        yield _measurement(same, compare, work, packages=needs, after=(bench,))
 
 
 def _students(run: Path, work: Path) -> Iterator[Check]:
@@ -208,11 +178,9 @@ def _students(run: Path, work: Path) -> Iterator[Check]:
     same = f"{package}_same"
     for name in STUDENTS:
         copied, files = work / "run" / name, tuple(run / f"{name}{suffix}" for suffix in (".pt", ".onnx", ".onnx.seal.json"))
-        present = all(path.is_file() for path in files)
-        data = _copy_model(run, name, copied.parent) if present else ()
+        data = _copy_model(run, name, copied.parent) if all(path.is_file() for path in files) else ()
         onnx, engine = (str(copied.with_suffix(suffix)) for suffix in (".onnx", ".engine"))
-        build = ("engine.build", "--onnx", onnx, "--out", engine, "--backend", package.replace("_", "-"))
-        yield Check(name=f"{name}_build", command=build, limit_s=180, packages=(package,), files=files, after=(same,))
+        yield _build(f"{name}_build", onnx, engine, package, files=files, after=(same,))
         yield Check(
             name=f"{name}_nds",
             command=("eval.engine_eval", "--model", engine, "--device", "cuda"),
@@ -226,6 +194,18 @@ def _students(run: Path, work: Path) -> Iterator[Check]:
     marked = sorted(path for path in OPERATOR_TESTS.parent.glob("test_*.py") if re.search(r"pytest\.mark\.(gpu|trt)\b", path.read_text()))
     paths = [path for path in marked if path != OPERATOR_TESTS]
     yield _tests("engines", paths, work, limit_s=180, after=(same,))
+
+
+def _measurement(name: str, command: tuple[str, ...], work: Path, limit_s: float = 90, **settings: Any) -> Check:
+    """A check whose command writes its figures into the file that --out names."""
+    figures = work / f"{name}.json"
+    return Check(name=name, command=(*command, "--out", str(figures)), limit_s=limit_s, figures=figures, **settings)
+
+
+def _build(name: str, onnx: str, engine: str, package: str, **settings: Any) -> Check:
+    """A check that builds an engine with the TensorRT of this package."""
+    command = ("engine.build", "--onnx", onnx, "--out", engine, "--backend", package.replace("_", "-"))
+    return Check(name=name, command=command, limit_s=180, packages=(package,), **settings)
 
 
 def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Check:
@@ -244,11 +224,7 @@ def _tests(name: str, paths: Sequence[Path], work: Path, **settings: Any) -> Che
 
 
 def _copy_model(run: Path, name: str, folder: Path) -> tuple[Path, ...]:
-    """Copy a model of `run`, its ONNX and seal into `folder`, so that its engine does not replace the run's own.
-
-    Returns:
-        Folder of the dataset in the model's config.
-    """
+    """Copy a model, its ONNX and seal into `folder`, so that its engine does not replace the run's own; returns its dataset's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (run / f"{name}.pt", *run.glob(f"{name}.onnx*")):
         shutil.copy(path, folder)

@@ -1,7 +1,7 @@
 """Compares a network on the GPU with itself on the CPU, output by output: `python -m bench.gpu_network --bits w8a8 --out network.json`.
 
-The network is the micro recipe with random weights and runs on two successive frames of noise, so neither a checkpoint nor a dataset is
-needed. On the GPU it runs twice: with PyTorch's operators, compared with the CPU, and with our kernels, compared with PyTorch's operators.
+The network is the micro recipe with random weights and runs on two successive frames of noise. On the GPU it runs twice: with PyTorch's
+operators, compared with the CPU, and with our kernels, compared with PyTorch's operators.
 """
 
 import argparse
@@ -25,16 +25,14 @@ from qdbev.detector import Arrays, Deployed, Detector
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.schema import Frame
 
-IMAGE_HW = (96, 160)
+_IMAGE_HW = (96, 160)
 """Padded height and width of the images in pixels, as in the recipe."""
 FLOAT = "float"
 """Value of --bits for a network without quantization."""
 FLOAT_DISTANCE = 1e-4
-"""Largest relative distance between outputs of float networks. For scale: changing the images by one part in a million changes the BEV by
-3e-7, and sampling a thousandth of a cell away by 2e-4."""
+"""Largest relative distance between outputs of float networks. For scale: sampling a thousandth of a cell away changes the BEV by 2e-4."""
 _WEIGHT_STD = 0.02
-"""Standard deviation of the noise added to every weight. Weights that training initialises to zero (sampling offsets, attention weights)
-would otherwise hide errors."""
+"""Standard deviation of the noise added to every weight, because weights that are initialised to zero would hide errors."""
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +70,7 @@ def differences(config: Config, deployed: Deployed, target: torch.device, allowe
         f"pytorch_{target.type}": _open(config, there, torch.enable_grad),  # our kernels are only used without gradients
         f"kernels_{target.type}": _open(config, there, torch.inference_mode),
     }
-    return list(compare(list(sides.items()), noise(config, IMAGE_HW), allowed))
+    return list(compare(list(sides.items()), noise(config, _IMAGE_HW), allowed))
 
 
 def worst(rows: Sequence[TensorDifference]) -> list[dict[str, Any]]:
@@ -110,7 +108,7 @@ def _calibrated(model: Detector, config: Config) -> Detector:
     from train.calibration import calibration_run
 
     student = quantized(config, model)
-    calibrate(student, calibration_run(student, config, [noise(config, IMAGE_HW)]), config.quant.calibration)
+    calibrate(student, calibration_run(student, config, [noise(config, _IMAGE_HW)]), config.quant.calibration)
     return student
 
 

@@ -5,16 +5,15 @@ The report lists registers, shared memory, stack and spills of each attention ke
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import report
 from plugins import nvrtc
 from plugins.attention.variant import TYPES, Variant
-from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.data.image_transform import image_transform
@@ -27,21 +26,16 @@ _log = logging.getLogger(__name__)
 
 
 def variants(config: Config) -> Iterator[Variant]:
-    """Yield the kernels of both attentions of a recipe's network, for all combinations of number types.
+    """Yield the kernels of both attentions of a recipe's network, for all combinations of number types, float32 first.
 
     The images have the size of nuScenes images or, for the recipe `micro`, of the synthetic world of that name.
     """
-    model = config.model
+    model, levels = config.model, camera_levels(config)
+    cameras = {"operator": SCA, "num_points": model.num_spatial_points, "num_pillar_points": model.num_pillar_points, "level_hw": levels}
+    bev = {"operator": MSDA, "num_points": model.num_points, "num_pillar_points": 1, "level_hw": (model.bev_hw,)}
     for value, out in TYPES:
-        shared = {"value": value, "out": out, "num_heads": model.num_heads, "channels": model.embed_dim // model.num_heads}
-        yield Variant(
-            operator=SCA,
-            num_points=model.num_spatial_points,
-            num_pillar_points=model.num_pillar_points,
-            level_hw=camera_levels(config),
-            **shared,
-        )
-        yield Variant(operator=MSDA, num_points=model.num_points, num_pillar_points=1, level_hw=(model.bev_hw,), **shared)
+        for sizes in (cameras, bev):
+            yield Variant(value=value, out=out, num_heads=model.num_heads, channels=model.embed_dim // model.num_heads, **sizes)
 
 
 def camera_levels(config: Config) -> tuple[tuple[int, int], ...]:
@@ -49,8 +43,8 @@ def camera_levels(config: Config) -> tuple[tuple[int, int], ...]:
     return tuple(config.model.level_hw(image_transform(config.data, config.data.stored_hw).padded_hw))
 
 
-def report(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, Any]:
-    """Compile every kernel of these recipes for every architecture and return the figures as the report's content.
+def measure(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, Any]:
+    """Compile every kernel of these recipes for every architecture and return the figures of the report.
 
     Raises:
         CompileError: NVRTC is not installed or does not know an architecture.
@@ -58,20 +52,15 @@ def report(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, An
     rows = []
     for recipe in recipes:
         for variant in variants(RECIPES[recipe]()):
+            constants = {name: value for name, value in vars(variant).items() if name != "operator"}
+            kernel = {"recipe": recipe, "op": variant.operator.torch_name, **constants}
             for architecture in architectures:
                 code, usage = nvrtc.build(variant.source(), architecture)
-                row = {"recipe": recipe, **_constants(variant), "architecture": architecture}
-                rows.append({**row, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
+                rows.append({**kernel, "architecture": architecture, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
             _log.info("%s %s %s to %s", recipe, variant.entry, variant.value, variant.out)
     spilled = sum(row["spill_store_bytes"] + row["spill_load_bytes"] for row in rows)
     version = ".".join(map(str, nvrtc.version()))
-    return {"threads": Variant.threads, "nvrtc": version, "spill_bytes": spilled, "rows": rows, "made": artifact.provenance()}
-
-
-def _constants(variant: Variant) -> dict[str, Any]:
-    """Return the kernel's compile-time constants, with the operator by its name in PyTorch."""
-    fields = {field.name: getattr(variant, field.name) for field in dataclasses.fields(variant)}
-    return {"op": fields.pop("operator").torch_name, **fields}
+    return {"threads": Variant.threads, "nvrtc": version, "spill_bytes": spilled, "rows": rows}
 
 
 @entry_point
@@ -82,9 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     args = parser.parse_args(argv)
-    figures = report(args.recipes, args.architectures)
-    with artifact.atomic(args.report) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = measure(args.recipes, args.architectures)
+    report.write(args.report, figures)
     sys.stdout.write(f"{len(figures['rows'])} kernels, {figures['spill_bytes']} bytes spilled; {args.report}\n")
 
 

@@ -9,7 +9,6 @@ the speed of reads that hit the L2 cache.
 import argparse
 import ctypes
 import dataclasses
-import json
 import logging
 import statistics
 import sys
@@ -20,23 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernel_build import camera_levels
+from bench import report
 from bench.memory_traffic import corners_inside, traffic
-from bench.rig import rig
+from bench.rig import camera_attention
 from plugins import launch
 from plugins.attention.cases import Case, edge_cases, error_ratio, level_attribute, operator_inputs, random_cases
 from plugins.attention.variant import TYPES, Variant
 from plugins.kernel import OutType, Types, ValueType
-from qdbev import artifact
 from qdbev.command import entry_point
-from qdbev.config import Config
-from qdbev.geometry import pillar_points, project
-from qdbev.ops.contract import SCA
 from qdbev.ops.msda import joint_softmax
 from qdbev.ops.sca import gathered_spatial_cross_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 from qdbev.recipes import RECIPES
-from qdbev.schema import CAMERAS
 
 GOALS = {"pytorch_over_kernel": 3.0, "mmcv_over_kernel": 2.0, "floor_over_kernel": 0.5, "float16_over_int8": 1.5}
 """Smallest acceptable ratio of two times on an H200, at the size of base. `floor` is the lower bound of the time."""
@@ -78,7 +72,6 @@ def check() -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "cuda": torch.version.cuda,
         "correctness": {" to ".join(types): correctness(types) for types in TYPES},
-        "made": artifact.provenance(),
     }
 
 
@@ -101,33 +94,6 @@ def run(variant: Variant, inputs: Sequence[Tensor]) -> Tensor:
     return launch.compute(variant.form, inputs, level_attribute(variant))
 
 
-def base_case(config: Config) -> Case:
-    """Return spatial cross-attention at the size of a recipe, on the GPU: random numbers with the geometry of the synthetic rig."""
-    model = config.model
-    level_hw = camera_levels(config)
-    reference_points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *rig(config))
-    variant = Variant(
-        operator=SCA,
-        value="float32",
-        out="float32",
-        num_heads=model.num_heads,
-        channels=model.embed_dim // model.num_heads,
-        num_points=model.num_spatial_points,
-        num_pillar_points=model.num_pillar_points,
-        level_hw=level_hw,
-    )
-    samples = (1, hit.shape[2], model.num_heads, len(level_hw), model.num_spatial_points)
-    return Case(
-        name=config.name,
-        variant=variant,
-        value=torch.randn(1, len(CAMERAS), variant.num_keys, variant.num_heads, variant.channels, device="cuda"),
-        reference_points=reference_points.cuda(),
-        visible=hit.any(-1).float().cuda(),
-        sampling_offsets=2 * torch.randn(*samples, 2, device="cuda"),
-        attention_logits=torch.randn(samples, device="cuda"),
-    )
-
-
 def measure(case: Case) -> dict[str, Any]:
     """Measure one problem: times, memory speeds, lower bounds of the time, and the kernels' errors on some of its queries."""
     ceilings = {"copy_bytes_per_s": copy_speed(), "l2_read_bytes_per_s": l2_read_speed()}
@@ -136,12 +102,12 @@ def measure(case: Case) -> dict[str, Any]:
     for number, out in MEASURED.items():
         variant, value, scale = case.in_types((number, out))
         inputs = operator_inputs(variant, value, scale, case.others())
-        times[f"kernel_{number}"] = median_ms(lambda variant=variant, inputs=inputs: run(variant, inputs), _REPEATS)
+        times[f"kernel_{number}"] = median_ms(run, variant, inputs, repeats=_REPEATS)
         counted = traffic(variant, *case.visible.shape, corners)
         moved[number] = dataclasses.asdict(counted)
         seconds = (counted.bytes_once / ceilings["copy_bytes_per_s"], counted.gathered_bytes / ceilings["l2_read_bytes_per_s"])
         floors[number] = 1000 * max(seconds)
-        errors[number] = _largest_error(case, number)
+        errors[number] = _largest_error(case, run(variant, inputs), value, scale)
     times |= pytorch_times(case) | mmcv_times(case)
     for name, value in times.items():
         _log.info("%s: %s", name, value if isinstance(value, str) else f"{value:.3f} ms")
@@ -156,8 +122,7 @@ def pytorch_times(case: Case) -> dict[str, float]:
     for number in ("float32", "float16"):
         tensors = [tensor.to(getattr(torch, number)) for tensor in (case.value, *case.others())]
         for name, form in (("per_camera", dense_spatial_cross_attention), ("gathered", gathered_spatial_cross_attention)):
-            work = lambda form=form, tensors=tensors: form(*tensors, case.variant.level_hw)  # noqa: E731
-            times[f"pytorch_{name}_{number}"] = median_ms(work, _FEW_REPEATS)
+            times[f"pytorch_{name}_{number}"] = median_ms(form, *tensors, case.variant.level_hw)
     return times
 
 
@@ -179,9 +144,8 @@ def mmcv_times(case: Case) -> dict[str, float | str]:
     times: dict[str, float | str] = {}
     for number in ("float32", "float16"):
         value, *rest = (tensor.to(getattr(torch, number)).contiguous() for tensor in (case.value[0], locations, weights))
-        arguments = (value, level_hw, starts, *rest, N)
         try:
-            times[f"mmcv_per_camera_{number}"] = median_ms(lambda a=arguments: MultiScaleDeformableAttnFunction.apply(*a), _FEW_REPEATS)
+            times[f"mmcv_per_camera_{number}"] = median_ms(MultiScaleDeformableAttnFunction.apply, value, level_hw, starts, *rest, N)
         except RuntimeError as error:
             times[f"mmcv_per_camera_{number}"] = f"not measured: {str(error).splitlines()[0]}"
     return times
@@ -191,7 +155,7 @@ def copy_speed() -> float:
     """Return the speed of a device copy in bytes per second, where reads and writes both count."""
     source = torch.randint(256, (_COPY_BYTES,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * _COPY_BYTES / median_ms(lambda: target.copy_(source), _FEW_REPEATS) * 1000
+    return 2 * _COPY_BYTES / median_ms(target.copy_, source) * 1000
 
 
 def l2_read_speed() -> float:
@@ -204,29 +168,27 @@ def l2_read_speed() -> float:
     blocks, rounds = 8 * properties.multi_processor_count, 256
     values, types = (buffer.data_ptr(), words, rounds, out.data_ptr()), (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
     source = Path(__file__).with_name("bandwidth.cu").read_text()
-    read = lambda: launch.run(buffer.device, source, "read_through_l2", (blocks, 1, 1), _READ_THREADS, values, types)  # noqa: E731
-    return blocks * rounds * step * 16 / median_ms(read, _FEW_REPEATS) * 1000
+    ms = median_ms(launch.run, buffer.device, source, "read_through_l2", (blocks, 1, 1), _READ_THREADS, values, types)
+    return blocks * rounds * step * 16 / ms * 1000
 
 
-def median_ms(work: Callable[[], object], repeats: int) -> float:
-    """Return the median GPU time of `work` in milliseconds. The L2 cache is filled with other data first, as it is in a network."""
+def median_ms(work: Callable[..., object], *arguments: Any, repeats: int = _FEW_REPEATS) -> float:
+    """Return the median GPU time of `work(*arguments)` in milliseconds. The L2 cache is filled with other data first, as in a network."""
     other = torch.empty(_COPY_BYTES, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         other.zero_()  # this also keeps the GPU busy until `work` has been launched
         start.record()
-        work()
+        work(*arguments)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times[3:])
 
 
-def _largest_error(case: Case, number: ValueType) -> float:
-    """Return the largest error of some queries compared with PyTorch on the CPU; for int8 in steps of the scale."""
-    variant, value, scale = case.in_types((number, MEASURED[number]))
-    out = run(variant, operator_inputs(variant, value, scale, case.others()))
+def _largest_error(case: Case, out: Tensor, value: Tensor, scale: float) -> float:
+    """Return the largest error of some queries of `out` compared with PyTorch on the CPU; for int8 in steps of the scale."""
     queries = torch.arange(0, out.shape[1], out.shape[1] // _CHECKED_QUERIES + 1, device="cuda")
     some = dataclasses.replace(
         case,
@@ -258,18 +220,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures")
     out = parser.parse_args(argv).out
     content = check()
-    _save(out, content)  # saved before measuring, which may end the process
-    figures = measure(base_case(RECIPES["base"]()))
-    _save(out, {**content, **figures, "goals": goals(figures)})
+    report.write(out, content)  # before measuring, which may end the process
+    figures = measure(camera_attention(RECIPES["base"](), "cuda"))
+    report.write(out, {**content, **figures, "goals": goals(figures)})
     wrong = [name for name, found in content["correctness"].items() if not found["passed"]]
     if wrong:
         raise BenchError(f"the kernels compute wrong numbers in {', '.join(wrong)}; {out} has the errors")
     sys.stdout.write(f"{out}\n")
-
-
-def _save(out: Path, content: dict[str, Any]) -> None:
-    with artifact.atomic(out) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

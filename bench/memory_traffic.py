@@ -1,6 +1,5 @@
 """Count the bytes that spatial cross-attention reads and writes, and its operations. plugins/README.md has the formulas.
 
-`traffic` computes them from sizes and the number of corners that are read; `corners_inside` counts these corners in given tensors.
 Letters as in qdbev/ops/sca.py.
 """
 

@@ -7,14 +7,17 @@ B batch, N cameras, S keys of all levels, K BEV cells, R re-batched queries of a
 """
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qdbev.detectors.bevformer.attention import CameraCrossAttention
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.encoder import Encoder
+from qdbev.ops.msda import level_wh
 
 
 class PaddedCrossAttention(CameraCrossAttention):
@@ -24,21 +27,13 @@ class PaddedCrossAttention(CameraCrossAttention):
         self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Arguments and result are those of `CameraCrossAttention.forward`."""
-        B, _, C = query.shape
-        N, D = reference_points.shape[1], reference_points.shape[3]
-        seen = [[visible[sample, camera].nonzero().squeeze(1) for camera in range(N)] for sample in range(B)]
-        R = max(len(indices) for cameras in seen for indices in cameras)
-        queries = query.new_zeros(B, N, R, C)
-        references = reference_points.new_zeros(B, N, R, D, 2)
-        for sample, cameras in enumerate(seen):
-            for camera, indices in enumerate(cameras):
-                queries[sample, camera, : len(indices)] = query[sample, indices]
-                references[sample, camera, : len(indices)] = reference_points[sample, camera, indices]
-        read = self._attend(queries.flatten(0, 1), tokens.flatten(0, 1), references.flatten(0, 1), level_hw).view(B, N, R, C)
+        seen = {place: visible[place].nonzero().squeeze(1) for place in product(*map(range, visible.shape[:2]))}
+        queries = pad_sequence([query[sample, indices] for (sample, _), indices in seen.items()], batch_first=True)  # (B*N, R, C)
+        references = pad_sequence([reference_points[place][indices] for place, indices in seen.items()], batch_first=True)  # (B*N, R, D, 2)
+        read = self._attend(queries, tokens.flatten(0, 1), references, level_hw)
         slots = torch.zeros_like(query)
-        for sample, cameras in enumerate(seen):
-            for camera, indices in enumerate(cameras):
-                slots[sample, indices] += read[sample, camera, : len(indices)]
+        for ((sample, _), indices), row in zip(seen.items(), read, strict=True):
+            slots[sample, indices] += row[: len(indices)]
         slots = slots / visible.sum(1).clamp(min=1)[..., None]
         return self.dropout(self.output_proj(slots)) + query
 
@@ -50,14 +45,13 @@ class PaddedCrossAttention(CameraCrossAttention):
         value = inner.value_proj(tokens).view(cameras, -1, M, C // M)
         offsets = inner.sampling_offsets(queries).view(cameras, R, M, L, P, 2)
         weights = inner.attention_weights(queries).view(cameras, R, M, L * P).softmax(-1)
-        level_wh = torch.tensor([(w, h) for h, w in level_hw], dtype=offsets.dtype, device=offsets.device)[:, None]
-        offsets = (offsets / level_wh).view(cameras, R, M, L, P // D, D, 2)
+        offsets = (offsets / level_wh(level_hw, offsets)).view(cameras, R, M, L, P // D, D, 2)
         locations = (references[:, :, None, None, None] + offsets).view(cameras, R, M, L, P, 2)
-        grids = 2 * locations - 1
+        grids = (2 * locations - 1).unbind(3)
         reads = []
-        for index, ((h, w), level) in enumerate(zip(level_hw, value.split([h * w for h, w in level_hw], dim=1), strict=True)):
+        for (h, w), level, points in zip(level_hw, value.split([h * w for h, w in level_hw], dim=1), grids, strict=True):
             image = level.flatten(2).transpose(1, 2).reshape(cameras * M, C // M, h, w)
-            grid = grids[:, :, :, index].transpose(1, 2).flatten(0, 1)  # (B*N*M, R, P, 2)
+            grid = points.transpose(1, 2).flatten(0, 1)  # (B*N*M, R, P, 2)
             reads.append(F.grid_sample(image, grid, align_corners=False))
         weights = weights.transpose(1, 2).reshape(cameras * M, 1, R, L * P)
         out = (torch.stack(reads, dim=-2).flatten(-2) * weights).sum(-1)  # (B*N*M, C/M, R)

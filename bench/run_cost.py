@@ -4,7 +4,6 @@ Each file is opened and run in a process of its own. The files take turns, so th
 """
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench import report
 from bench.worker import Worker, WorkerError
 from engine.typical_frame import typical_inputs
 from export.runner import OnnxRunner
@@ -83,10 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
     rows = measure(args.onnx, args.turns)
-    content = {"turns": args.turns, "cpu_cores": os.cpu_count(), "rows": rows, "made": artifact.provenance()}
-    if args.out:
-        with artifact.atomic(args.out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+    report.write(args.out, {"turns": args.turns, "cpu_cores": os.cpu_count(), "rows": rows})
     for row in rows:
         sys.stdout.write(f"{row['file']:<28}{row['seconds']:>9.2f} s{row['ratio']:>7.2f}x{row['peak_memory_mb']:>8} MB\n")
 

@@ -4,13 +4,13 @@ Writes sizes.json with parity with PyTorch, trace time and peak memory of each e
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench import report
 from qdbev import artifact
 from qdbev.command import entry_point
 
@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder with .onnx and .engine files")
     run = parser.parse_args(argv).run
     rows = collect(run)
-    content = {"cpu_cores": os.cpu_count(), **rows, "made": artifact.provenance()}
-    with artifact.atomic(run / FILE) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    report.write(run / FILE, {"cpu_cores": os.cpu_count(), **rows})
     sys.stdout.write(f"{table(rows)}\n{run / FILE}\n")
 
 

@@ -6,7 +6,6 @@ machine.
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from qdbev import artifact
+from bench import report
 from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
@@ -27,27 +26,23 @@ from train.distributed import World
 from train.loop import Learner, Run, batches, train_step
 from train.stage_loss import StageLoss
 
-WARM_UP = 3
-"""Number of first steps of each kind that are not measured."""
+STEPS, WARM_UP = 20, 3
+"""Number of measured steps of each kind, and of steps before them that are not measured."""
 
 
-def measure(teacher: Detector, config: Config, target: torch.device, steps: int) -> dict[str, float]:
-    """Measure each kind of step over `steps` batches: median seconds, and the median ratio to the float step of the same batch."""
+def measure(teacher: Detector, config: Config, target: torch.device) -> dict[str, float]:
+    """Measure each kind of step: median seconds, and the median ratio to the float step of the same batch."""
     frames = open_frames(config, config.data.train_split, training=True)
     student = calibrated_student(copy.deepcopy(teacher), config, frames, target)
     world = World()
-    kinds = {
-        "float": (copy.deepcopy(teacher), StageLoss(None, config, world)),
-        "qat": (copy.deepcopy(student), StageLoss(None, config, world)),
-        "distill": (student, StageLoss(teacher.to(target), config, world)),
-    }
-    learners = {name: Learner.of(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
-    runs = {
-        name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=loss)
-        for name, (_, loss) in kinds.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in kinds}
-    for history, current in batches(frames, runs["float"], 0, WARM_UP + steps):
+    models = {"float": copy.deepcopy(teacher), "qat": copy.deepcopy(student), "distill": student}
+    learners, runs = {}, {}
+    for name, model in models.items():
+        learners[name] = Learner.of(model.requires_grad_(True), config.train, target)
+        loss = StageLoss(teacher.to(target) if name == "distill" else None, config, world)
+        runs[name] = Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=loss)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for history, current in batches(frames, runs["float"], 0, WARM_UP + STEPS):
         for name, learner in learners.items():
             start = time.perf_counter()
             train_step(learner, history, current, runs[name], 0)
@@ -55,12 +50,11 @@ def measure(teacher: Detector, config: Config, target: torch.device, steps: int)
                 torch.cuda.synchronize(target)
             seconds[name].append(time.perf_counter() - start)
     counted = {name: values[WARM_UP:] for name, values in seconds.items()}
-    ratios = {
-        f"{name}_ratio": statistics.median(own / plain for plain, own in zip(counted["float"], values, strict=True))
-        for name, values in counted.items()
-        if name != "float"
-    }
-    return {"steps": steps, **ratios} | {f"{name}_s": statistics.median(values) for name, values in counted.items()}
+    figures: dict[str, float] = {"steps": STEPS}
+    for name in ("qat", "distill"):
+        ratios = (own / plain for plain, own in zip(counted["float"], counted[name], strict=True))
+        figures[f"{name}_ratio"] = statistics.median(ratios)
+    return figures | {f"{name}_s": statistics.median(values) for name, values in counted.items()}
 
 
 @entry_point
@@ -69,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.step_cost", description=main.__doc__)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--bits", required=True, help="bits of weights and activations, such as w4a6")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     add_settings(parser)
     add_device(parser)
@@ -77,12 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     seal, teacher = restore(args.teacher)
     config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
     target = parse_device(args.device)
-    figures = measure(teacher, config, target, args.steps)
+    figures = measure(teacher, config, target)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    figures |= {"recipe": config.name, "bits": args.bits, "hardware": hardware, "made": artifact.provenance()}
-    if args.out:
-        with artifact.atomic(args.out) as temporary:
-            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    report.write(args.out, {**figures, "recipe": config.name, "bits": args.bits, "hardware": hardware})
     for name in ("qat", "distill"):
         line = f"{name} step {figures[f'{name}_s']:.3f} s, float step {figures['float_s']:.3f} s, ratio {figures[f'{name}_ratio']:.2f}"
         sys.stdout.write(line + "\n")

@@ -1,9 +1,4 @@
-"""Writes a teacher with random weights, to check that a network of official size can be quantized, exported and built.
-
-It detects nothing:
-
-python -m bench.untrained --recipe base --teacher runs/sizes/base.pt
-"""
+"""Writes a teacher with random weights, to try networks of official size: `python -m bench.untrained --recipe base --teacher F`."""
 
 import argparse
 import statistics
@@ -26,14 +21,10 @@ from qdbev.recipes import RECIPES
 
 _RESIDUAL_GAIN = 0.3
 """Scale of each residual branch. With it 33 branches increase the activations a few times; without it, ten thousand times."""
-_PREDICTION_STD = 0.02
-"""Standard deviation of weights that training initialises to zero (sampling offsets, attention weights). With zeros, an error in them
-would not show."""
 _DEFORMATION = 0.3
-"""Pixels by which a unit activation moves a sampling point of a deformable convolution. With much more, the network amplifies every
-rounding error."""
-_FROM_ZERO = ("sampling_offsets.weight", "attention_weights.weight")
-"""Ends of the names of weights that training initialises to zero."""
+"""Pixels by which a unit activation moves a sampling point of a deformable convolution. With much more, rounding errors are amplified."""
+_FROM_ZERO, _PREDICTION_STD = ("sampling_offsets.weight", "attention_weights.weight"), 0.02
+"""Ends of the names of weights that training initialises to zero, which would hide errors, and their standard deviation here."""
 
 
 def untrained(config: Config) -> Detector:

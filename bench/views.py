@@ -1,15 +1,9 @@
-"""Draws the inner state of BEVFormer for one frame: reference points of the BEV in the cameras, image features, and BEV features.
-
-    python -m bench.views --model runs/demo/teacher.pt --out runs/demo/views
-
-The frame has no history: the previous BEV is empty.
-"""
+"""Draws the inner state of BEVFormer for one frame without history: `python -m bench.views --model F --out FOLDER`."""
 
 import logging
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bench import draw_views
 from bench.draw_views import Views
@@ -23,16 +17,15 @@ from qdbev.data.collate import frame_batch
 from qdbev.data.dataset import FrameDataset
 from qdbev.data.image_transform import ImageTransform
 from qdbev.data.infos import DatasetError
-from qdbev.detector import Output
 from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.frames import open_frames
 from qdbev.restore import restore
-from qdbev.schema import Frame
 from train.loop import to_device
 
 _log = logging.getLogger(__name__)
 
 
+@torch.inference_mode()
 def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.device) -> Views:
     """Run one frame through the network and collect the content of the pictures.
 
@@ -42,7 +35,9 @@ def views_of(model: BEVFormer, dataset: FrameDataset, index: int, device: torch.
     if not 0 <= index < len(dataset):
         raise DatasetError(f"--frame is {index}, the split has {len(dataset)} frames; choose one from 0 to {len(dataset) - 1}")
     frame, info = dataset.frame(index), dataset.info(index)
-    output, points, visible = _run(model.to(device), frame, device)
+    batch = to_device(frame_batch([frame], [relative_can_bus(frame.can_bus, None)], [False]), device)
+    output, _ = model.to(device)(batch)
+    points, visible = geometry.project(model.encoder.pillars, batch.lidar2img, batch.images.shape[-2:])
     cells = output.bev[0] - output.bev[0].mean(0)  # the norm itself hardly varies, because the last layer is a LayerNorm
     return Views(
         title=f"frame {index} · {frame.token[:8]}",
@@ -67,26 +62,15 @@ def colors(planes: np.ndarray, transform: ImageTransform) -> np.ndarray:
     return pixels if transform.to_rgb else pixels[:, :, ::-1]
 
 
-@torch.inference_mode()
-def _run(model: BEVFormer, frame: Frame, device: torch.device) -> tuple[Output, Tensor, Tensor]:
-    """The network's output, and the projection of the encoder's pillar points: (1, N, K, D, 2) and visibility (1, N, K, D)."""
-    batch = to_device(frame_batch([frame], [relative_can_bus(frame.can_bus, None)], [False]), device)
-    image_hw = (batch.images.shape[-2], batch.images.shape[-1])
-    return model(batch)[0], *geometry.project(model.encoder.pillars, batch.lidar2img, image_hw)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    """Draw reference points and features of one frame."""
-    what, model, out = "Draw a frame's reference points, features and BEV.", ".pt file with its seal", "folder for the pictures"
-    parser = model_parser("bench.views", what, model, out, out_required=True)
+    """Draw a frame's reference points, features and BEV."""
+    parser = model_parser("bench.views", main.__doc__, ".pt file with its seal", "folder for the pictures", out_required=True)
     parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
     args = parser.parse_args(argv)
     device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)
-    config, split = chosen_data(from_dict(seal.config), args)
-    dataset = open_frames(config, split)
-    views = views_of(model, dataset, args.frame, device)
+    views = views_of(model, open_frames(*chosen_data(from_dict(seal.config), args)), args.frame, device)
     for name, save in (("points", draw_views.save_points), ("features", draw_views.save_features)):
         path = args.out / f"frame_{args.frame:05d}_{name}.png"
         with atomic(path) as temporary:

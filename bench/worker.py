@@ -1,7 +1,7 @@
 """Runs a measurement in a process of its own, so that its peak memory is its own and a failure ends nothing else.
 
-The parent never waits without an end: it watches the memory of the process from outside and ends it when it exceeds a limit. A limit of
-the process's own address space would not do, because OpenBLAS waits without an end when it cannot allocate memory.
+The parent watches the memory of the process from outside. A limit of its address space would not do, because OpenBLAS waits without an end
+when it cannot allocate memory.
 """
 
 import multiprocessing
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 _POLL_S = 0.02
@@ -24,14 +23,12 @@ class WorkerError(ValueError):
 
 
 class Worker:
-    """A process that prepares some work once and runs it whenever it is asked. A context manager; the process is ended on leaving it."""
+    """A process that prepares some work once and runs it whenever it is asked. A context manager; the process is ended on leaving it.
+
+    `prepare`, a function of a module, is called in the process with `arguments` and returns the work. Arguments and results are pickled.
+    """
 
     def __init__(self, prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
-        """
-        Args:
-            prepare: Function of a module; it is called in the new process and returns the work.
-            arguments: Arguments of `prepare`. They are pickled, as are the results of the work.
-        """
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
@@ -41,7 +38,7 @@ class Worker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pipe.close()
         self._process.kill()
         self._process.join(_KILL_S)

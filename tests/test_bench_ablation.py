@@ -31,11 +31,11 @@ def test_every_row_that_trains_has_equal_epochs_and_settings_that_exist(tmp_path
     for cell in [*found, *search_cells(tmp_path, "w3a3")]:
         configs = [config_of(cell, tmp_path, which) for which in range(len(trainings(cell, tmp_path)))]
         epochs = sum(stage.epochs for config in configs for stage in config.quant.stages)
-        wanted = ablation_rows.LONGER if cell.row.longer else ablation_rows.EPOCHS if cell.row.trains else 0
+        wanted = ablation_rows.LONGER if cell.row.longer else ablation_rows.EPOCHS if cell.row.stages else 0
         assert epochs == pytest.approx(wanted)
         assert {config.seed for config in configs} == {cell.seed}
         rates = {stage.learning_rate for config in configs for stage in config.quant.stages}
-        assert rates == ({ablation_rows.FINE_RATE if cell.width == "w4a6" else ablation_rows.RATE} if cell.row.trains else set())
+        assert rates == ({ablation_rows.FINE_RATE if cell.width == "w4a6" else ablation_rows.RATE} if cell.row.stages else set())
         assert len({(config.quant.range_mode, config.quant.calibration) for config in configs}) == 1, "a row and its start have one policy"
     assert len({cell.folder for cell in found}) == len(found)
 

@@ -7,7 +7,7 @@ import cv2
 import pytest
 from rich.console import Console
 
-from bench import ablation_report, draw_ablation
+from bench import ablation_report
 from eval.nds import EvaluationError
 
 
@@ -50,10 +50,10 @@ def test_the_table_has_mean_spread_recovered_share_and_the_share_of_the_paper(re
 
 
 def test_the_curves_are_drawn_with_every_row_that_has_some(results, tmp_path):
-    draw_ablation.save(tmp_path / "with.png", ablation_report.read(results))
+    ablation_report.save_curves(tmp_path / "with.png", ablation_report.read(results))
     content = ablation_report.read(results)
     content["curves"] = {}
-    draw_ablation.save(tmp_path / "without.png", content)
+    ablation_report.save_curves(tmp_path / "without.png", content)
     pictures = [cv2.imread(str(tmp_path / f"{name}.png")) for name in ("with", "without")]
     for half in (slice(None, 900), slice(1000, None)):
         violet = [int(((picture[:, half] == (0xE5, 0x5D, 0x9B)).all(-1)).sum()) for picture in pictures]

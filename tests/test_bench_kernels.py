@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Generator
 from bench import kernels
 from bench.kernel_build import variants
 from bench.memory_traffic import corners_inside, traffic
+from bench.rig import rig
 from plugins.attention.cases import SIZES, draw
 from qdbev.geometry import pillar_points, project
 from qdbev.ops.contract import SCA
@@ -26,22 +28,22 @@ def test_the_benchmark_needs_a_gpu(monkeypatch, tmp_path):
 def test_wrong_kernels_fail_the_benchmark_after_all_is_written(monkeypatch, tmp_path):
     found = {"float32 to float32": {"passed": True}, "int8 to float16": {"passed": False}}
     monkeypatch.setattr(kernels, "check", lambda: {"correctness": found})
-    monkeypatch.setattr(kernels, "base_case", lambda config: None)
+    monkeypatch.setattr(kernels, "camera_attention", lambda config, device: None)
     monkeypatch.setattr(kernels, "measure", lambda case: {"times_ms": {}})
     monkeypatch.setattr(kernels, "goals", lambda figures: {})
     out = tmp_path / "kernels.json"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(kernels, "measure", lambda case: 1 / 0)
         kernels.main(["--out", str(out)])
-    assert json.loads(out.read_text()) == {"correctness": found}, "the result of the check is kept"
+    assert json.loads(out.read_text()) == {"correctness": found, "made": ANY}, "the result of the check is kept"
     with pytest.raises(SystemExit, match="wrong numbers in int8 to float16; .*kernels.json"):
         kernels.main(["--out", str(out)])
-    assert json.loads(out.read_text()) == {"correctness": found, "times_ms": {}, "goals": {}}
+    assert json.loads(out.read_text()) == {"correctness": found, "times_ms": {}, "goals": {}, "made": ANY}
 
 
 def test_the_rig_of_the_benchmark_sees_most_cells_once():
     model = RECIPES["base"]().model
-    points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *kernels.rig(RECIPES["base"]()))
+    points, hit = project(pillar_points(model.bev_hw, model.num_pillar_points, model.pc_range), *rig(RECIPES["base"]()))
     assert points.shape == (1, 6, 40000, 4, 2)
     assert 1.0 < float(hit.any(-1).float().sum(1).mean()) < 1.3
 
