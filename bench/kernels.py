@@ -33,8 +33,7 @@ from qdbev.config import Config
 from qdbev.geometry import pillar_points, project
 from qdbev.ops.contract import SCA
 from qdbev.ops.msda import joint_softmax
-from qdbev.ops.sca import gathered_spatial_cross_attention
-from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.ops.sca import dense_spatial_cross_attention, gathered_spatial_cross_attention
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS
 

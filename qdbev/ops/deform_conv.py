@@ -36,14 +36,12 @@ class DeformConv2d(nn.Module):
 def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
     """Read the nine kernel positions around each output position, each shifted by its offset and multiplied by its mask.
 
-    Samples are interpolated bilinearly, and are zero outside the map. While a model is exported, this function calls the custom operator,
-    which becomes one ONNX node.
+    Samples are interpolated bilinearly, and are zero outside the map. While a model is exported, this calls the custom operator.
 
     Args:
         x: (B, C, H, W) features.
         offsets: (B, 18, h, w) pixels, (dy, dx) for each kernel position, row-major.
         mask: (B, 9, h, w) factor of each kernel position.
-        stride: Distance in pixels between the centres of neighbouring output positions.
 
     Returns:
         (B, C * 9, h, w) with the kernel position as the fast axis.
