@@ -22,7 +22,6 @@ class BEVFormerConfig:
     embed_dim: int = 256
     """Width of image features, BEV features and object queries."""
     num_heads: int = 8
-    """Attention heads."""
     ffn_dim: int = 512
     """Hidden width of the feed-forward layers."""
     num_cameras: int = 6
@@ -41,7 +40,6 @@ class BEVFormerConfig:
     encoder_layers: int = 3
     decoder_layers: int = 6
     num_query: int = 900
-    """Number of object queries."""
     num_classes: int = 10
     max_boxes: int = 300
     """Largest number of decoded boxes of a frame."""
