@@ -1,7 +1,6 @@
 """Converts configs that earlier versions of this project saved to the present format.
 
-A config has a format version. A change that renames, moves or removes a setting must append a function to `MIGRATIONS` that
-converts a config of the previous format to the new one. Configs without a version have format 1.
+A change that renames, moves or removes a setting must append a function to `MIGRATIONS` that converts a config of the previous format.
 """
 
 import logging
@@ -52,4 +51,3 @@ def _drop_removed(quant: dict[str, Any]) -> None:
 
 
 MIGRATIONS: tuple[Migration, ...] = (_to_format_2,)
-"""Step k leads from format k + 1 to format k + 2."""

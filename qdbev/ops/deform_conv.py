@@ -1,7 +1,6 @@
 """Modulated deformable convolution (DCNv2), split into a gather of columns and a 1x1 convolution that is quantized like any other.
 
-The gather is a custom operator: one node of domain `qdbev` in the exported graph, with an ONNX local function of the same name as its body
-(export/bodies/im2col.py). export/deform_conv.py can replace the gather and the product after it by ONNX's own DeformConv.
+The gather is a custom operator, with its ONNX body in export/bodies/im2col.py. export/deform_conv.py can replace both by ONNX's DeformConv.
 Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
 """
 

@@ -72,15 +72,9 @@ def _sampled(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, 
 
 
 def weighted_samples(value: Tensor, level_hw: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples.
+    """Weighted sum (B, Q, M * C) of bilinear samples.
 
-    Args:
-        value: (B, S, M, C), with the levels concatenated in the order of `level_hw`.
-        locations: (B, Q, M, L, P, 2) as (x, y) in 0..1.
-        weights: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, M * C).
+    Samples of value (B, S, M, C) are taken at locations (B, Q, M, L, P, 2), as (x, y) in 0..1, and have weights (B, Q, M, L, P).
     """
     B, _, M, C = value.shape
     Q = locations.shape[1]

@@ -1,12 +1,7 @@
 """Spatial cross-attention: BEV queries read features of the cameras that see them.
 
-There is one contract, and several implementations that must give the same results:
-
-    gathered   PyTorch; each camera computes only the queries that it sees; can be trained and runs on any device
-    dense      PyTorch; each camera computes every query, as the ONNX body does; results/attention_cpu.json has the costs of both
-    CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/sca.py)
-    TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
+The implementations are those of qdbev/ops/msda.py, with two forms in PyTorch: gathered, in which each camera computes only the queries that
+it sees, and dense, in which it computes every query, as the ONNX body does. results/attention_cpu.json has the costs of both.
 
 Offsets and logits depend only on the query, so all cameras share one set of them. The mask of the cameras that see a query, the sum over
 these cameras and the division by their number are part of the operator. Source: BEVFormer (arXiv:2203.17270), equation 3.
