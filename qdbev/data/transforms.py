@@ -91,9 +91,8 @@ def _coin_flip(rng: np.random.Generator) -> bool:
 def _write_planes(image: np.ndarray, transform: ImageTransform, rng: np.random.Generator | None, planes: np.ndarray) -> None:
     """Write the network input of an (H, W, 3) uint8 BGR image into `planes` (3, *padded_hw), which is zero in the padding already.
 
-    Scaling comes first here, so that there are fewer pixels to distort and to normalise. In fixed point the scaled values are exact for
-    scales of 1/2, 4/5 and 1, and right to 1/512 of a grey level for others. BEVFormer distorts first, which gives other hues and
-    saturations at edges only.
+    Scaling comes first here, as it leaves fewer pixels to distort and normalise; it is right to 1/512 of a grey level. BEVFormer distorts
+    first, which gives other hues and saturations at edges only.
     """
     height, width = transform.scaled_hw
     pixels = np.multiply(image, _FIXED_POINT, dtype=np.uint16)

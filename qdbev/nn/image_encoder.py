@@ -14,7 +14,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3, 1x1 with a residual; the 3x3 (pytorch) or the first 1x1 (caffe) has the stride."""
+    """Convolutions 1x1, 3x3, 1x1 with a residual; `BackboneConfig.style` says which of them has the stride."""
 
     def __init__(self, in_channels: int, planes: int, stride: int, style: str, deformable: bool) -> None:
         super().__init__()
