@@ -1,6 +1,6 @@
 """Measures time and memory of camera cross-attention on a CPU: `python -m bench.attention_cost --out runs/demo/attention.json`.
 
-Compares two forms of the operator, gathered (qdbev/ops/sca.py) and dense (qdbev/ops/sca_dense.py), and two forms of BEVFormer, ours and one
+Compares two forms of the operator, gathered and dense (qdbev/ops/sca.py), and two forms of BEVFormer, ours and one
 whose attention is padded as in the official code (bench/padded_attention.py). Each form runs in a process of its own, whose peak of the
 resident memory is measured. The two forms take turns, so that their ratio is also right on a busy machine.
 """
@@ -29,8 +29,7 @@ from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.detectors.bevformer.encoder import Encoder
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.ops.sca import spatial_cross_attention
-from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.ops.sca import dense_spatial_cross_attention, spatial_cross_attention
 from qdbev.recipes import RECIPES
 from qdbev.schema import CAMERAS, Batch
 

@@ -28,8 +28,7 @@ from plugins.attention.variant import TYPES, Variant
 from plugins.kernel import OutType, Types, ValueType
 from qdbev.command import entry_point
 from qdbev.ops.msda import joint_softmax
-from qdbev.ops.sca import gathered_spatial_cross_attention
-from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.ops.sca import dense_spatial_cross_attention, gathered_spatial_cross_attention
 from qdbev.recipes import RECIPES
 
 GOALS = {"pytorch_over_kernel": 3.0, "mmcv_over_kernel": 2.0, "floor_over_kernel": 0.5, "float16_over_int8": 1.5}

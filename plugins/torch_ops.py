@@ -16,7 +16,7 @@ from plugins.launch import compute
 from plugins.operators import KERNELS
 from qdbev.ops.contract import DOMAIN, MSDA, SCA, Operator
 from qdbev.ops.msda import multi_scale_deformable_attention
-from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.ops.sca import dense_spatial_cross_attention
 
 
 def _flat_levels(form: Callable[..., Tensor]) -> Callable[..., Tensor]:

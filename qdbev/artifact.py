@@ -1,7 +1,6 @@
 """Sealed files, with which the stages pass on their results.
 
-The seal of an artifact contains its kind, its config, the hash of the artifact that it was made from, and the facts measured when it was
-made. It is part of a checkpoint; any other file has it beside, as `<file>.seal.json`. Files are written whole or not at all.
+The seal is part of a checkpoint; any other file has it beside, as `<file>.seal.json`. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -63,11 +62,7 @@ def seal(path: Path, *, config: dict[str, Any], parent: Seal | None, facts: Fact
 
 
 def unseal(path: Path, kind: Kind) -> Seal:
-    """Seal of `path`, after checking that file and seal belong together.
-
-    Raises:
-        ArtifactError: The file or its seal is missing or damaged, or it is of another kind.
-    """
+    """Seal of `path`. Raises ArtifactError if file or seal is missing, damaged or of another kind, or they do not belong together."""
     if not path.is_file():
         raise ArtifactError(f"{path} {_absence(path)}; it should be {_a(kind)} file")
     if not seal_path(path).is_file():
@@ -93,13 +88,7 @@ def expect_parent(child: Path, child_seal: Seal, parent: Path, parent_seal: Seal
 
 
 def save_checkpoint(
-    path: Path,
-    *,
-    config: dict[str, Any],
-    weights: dict[str, Tensor],
-    parent: Seal | None,
-    facts: Facts,
-    state: Any = None,
+    path: Path, *, config: dict[str, Any], weights: dict[str, Tensor], parent: Seal | None, facts: Facts, state: Any = None
 ) -> None:
     """Write weights and their seal as one file; the class of `facts` decides its kind. `state` is additional data for `--resume`."""
     import torch  # here, because a session in a vehicle reads seals without torch
@@ -109,11 +98,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, *kinds: Kind) -> tuple[Seal, dict[str, Tensor], Any]:
-    """Seal, weights and training state of a checkpoint of one of `kinds`.
-
-    Raises:
-        ArtifactError: The file is missing, damaged, not one of ours, or of another kind.
-    """
+    """Seal, weights and training state. Raises ArtifactError if the file is missing, damaged, not ours, or of none of `kinds`."""
     import torch
 
     if not path.is_file():
@@ -148,11 +133,7 @@ def _to_dict(seal_: Seal) -> dict[str, Any]:
 
 
 def _from_dict(values: Any) -> Seal:
-    """A seal from the values that `_to_dict` returned, in this or an earlier version.
-
-    Raises:
-        ConfigError: A field is missing, unknown or of the wrong type, or the seal is of a later version.
-    """
+    """A seal from the values that `_to_dict` returned in this or an earlier version; raises ConfigError if they are no such seal."""
     values = migrate(values, MIGRATIONS, "seal")
     known = {field.name for field in dataclasses.fields(Seal)}
     require(values.keys() == known, f"its fields are {', '.join(sorted(values))}; a seal has {', '.join(sorted(known))}")
@@ -182,22 +163,12 @@ def seal_path(path: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's content."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_target(path: Path, *sources: Path | None) -> None:
-    """Check that `path` can be written, before the work whose result it will hold; creates nothing.
-
-    Args:
-        sources: Files that the result is made from, which it must not replace; None is no file.
-
-    Raises:
-        ArtifactError: `path` is a folder or one of `sources`, or its folder cannot be made or written to.
-    """
+    """Raise ArtifactError, before any work is done, if the result of `sources` (None is no file) cannot be written to `path`."""
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; give the path of a file to write")
     if any(source is not None and source.resolve() == path.resolve() for source in sources):
@@ -227,20 +198,17 @@ def provenance() -> dict[str, str]:
     """When, with which versions and from which commit something is made."""
     facts = {"utc": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version(), "commit": commit()}
     for package in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return facts
 
 
 def commit() -> str:
     """Commit of the source tree, with '+' when it has changes, or 'unknown' outside a repository."""
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root)]
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "-uno"], stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")

@@ -1,7 +1,6 @@
 """The settings that decide a run's numbers: one frozen dataclass for each room, joined in `Config`.
 
-A recipe (qdbev/recipes.py) builds a config, `override` applies changes from the command line, and every artifact holds its config as
-`to_dict` returns it. After training no stage takes a recipe.
+A recipe (qdbev/recipes.py) builds a config, and every artifact holds its config as `to_dict` returns it.
 """
 
 import dataclasses
@@ -40,9 +39,8 @@ class TrainConfig:
     anneal: Literal["epoch", "step"] = "epoch"
     """How often the cosine schedule changes the learning rate: once an epoch, as upstream, or every step, which short runs need."""
     cls_weight: float = 2.0
-    """Weight of the classification loss."""
+    """Weight of the classification loss, beside `box_weight`."""
     box_weight: float = 0.25
-    """Weight of the box loss."""
     code_weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.2, 0.2)
     """Weights of the ten numbers of a box code in the box loss."""
     grid_mask: float = 0.7
@@ -72,8 +70,8 @@ class Config:
 
     def __post_init__(self) -> None:
         known = self.model.groups
-        used = [name for stage in self.quant.stages for name in stage.groups or ()] + [entry.group for entry in self.quant.group_bits]
-        unknown = sorted({name for name in used if name not in known})
+        used = {name for stage in self.quant.stages for name in stage.groups or ()} | {entry.group for entry in self.quant.group_bits}
+        unknown = sorted(used.difference(known))
         require(not unknown, f"quant: groups {', '.join(unknown)} do not exist; this detector has {', '.join(known)}")
 
 
@@ -83,20 +81,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Build a config from values that `to_dict` returned, in this or an earlier version of this project.
-
-    Raises:
-        ConfigError: A key is unknown or missing, a value has the wrong type or is not finite, or the config is of a later version.
-    """
+    """Build a config from values that `to_dict` returned in this or an earlier version. Raises ConfigError if they are not such values."""
     return _build(settings.migrate(values, MIGRATIONS, "config"))
 
 
 def override(config: Config, changes: list[str]) -> Config:
-    """Apply settings of the form `a.b=value` to a config; each value is converted to the type of its field.
-
-    Raises:
-        ConfigError: A setting has no '=', names no field, or its value does not fit the field.
-    """
+    """Apply settings of the form `a.b=value`. Raises ConfigError if one has no '=', names no field, or its value does not fit."""
     return _build(settings.override(dataclasses.asdict(config), changes))
 
 

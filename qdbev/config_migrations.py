@@ -1,7 +1,6 @@
 """Converts configs that earlier versions of this project saved to the present format.
 
-A config has a format version. A change that renames, moves or removes a setting must append a function to `MIGRATIONS` that
-converts a config of the previous format to the new one. Configs without a version have format 1.
+A change that renames, moves or removes a setting must append a function to `MIGRATIONS` that converts a config of the previous format.
 """
 
 import logging
@@ -14,8 +13,6 @@ _BEVFORMER_GROUPS = ("backbone", "neck", "encoder", "decoder", "head")
 """Groups of format 1, which knew no other detector."""
 _REMOVED_DISTILL = {"axis": "channel", "generalized": True, "image_map": "camera", "foreground": 0.0, "balance": "start"}
 """Settings of distillation that format 2 does not have, each with the value that the code now always uses."""
-_REMOVED_CHOICES = {"distill.form": ("sum",), "calibration": ("percentile", "entropy")}
-"""Settings of quantization that lost some of their values in format 2, with these values."""
 
 
 def _to_format_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -43,13 +40,12 @@ def _drop_removed(quant: dict[str, Any]) -> None:
     distill = quant.get("distill", {})
     dropped = {name: distill.pop(name, kept) for name, kept in _REMOVED_DISTILL.items()}
     lost = [f"quant.distill.{name}={value!r}" for name, value in dropped.items() if value != _REMOVED_DISTILL[name]]
-    for path, removed in _REMOVED_CHOICES.items():
-        node, name = (distill, "form") if path == "distill.form" else (quant, path)
-        if node.get(name) in removed:
-            lost.append(f"quant.{path}={node.pop(name)!r}")
+    if distill.get("form") == "sum":
+        lost.append(f"quant.distill.form={distill.pop('form')!r}")
+    if quant.get("calibration") in ("percentile", "entropy"):
+        lost.append(f"quant.calibration={quant.pop('calibration')!r}")
     if lost:
         _log.warning("warning: a config of an earlier version has settings that no longer exist and are ignored: %s", ", ".join(lost))
 
 
 MIGRATIONS: tuple[Migration, ...] = (_to_format_2,)
-"""Step k leads from format k + 1 to format k + 2."""

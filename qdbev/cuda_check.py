@@ -8,10 +8,7 @@ class CudaError(ValueError):
 
 
 def check(result: tuple[Any, ...], error: type[ValueError] = CudaError) -> Any:
-    """Return the values of a cuda-python call from its result (status, values...): a single value itself, else a tuple.
-
-    Raises `error` if the call failed.
-    """
+    """Return the value, or the tuple of values, of a cuda-python call from its result (status, values...); raises `error` if it failed."""
     status, *values = result
     if int(status) != 0:
         raise error(f"a CUDA call failed with {status.name}")

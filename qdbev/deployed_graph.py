@@ -1,10 +1,10 @@
 """Reads deployed ONNX graphs: opens the file, checks that it is one, and derives shapes and dependencies of its tensors.
 
-Export, engine and evaluation open an ONNX file through this module only. Every error is one sentence that names the file and the node or
-tensor, so that a wrong file is refused before a runtime gives an unclear error, or none.
+A wrong file is refused here with the name of the node or tensor, before a runtime gives an unclear error, or none.
 """
 
-from collections.abc import Collection, Iterator
+import itertools
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +41,7 @@ def load(path: Path) -> onnx.ModelProto:
 
 
 def check(path: Path, model: onnx.ModelProto, interface: Interface, plugins: Plugins = frozenset()) -> None:
-    """Check that `model`, read from `path`, is the deployed graph of a detector and can be run.
-
-    Args:
-        interface: Inputs and outputs that the detector has.
-        plugins: Plugins that replace missing function bodies; none for a runtime without plugins.
+    """Check that `model`, read from `path`, is the deployed graph of a detector and can be run with these plugins.
 
     Raises:
         DeployedGraphError: Types and shapes of the graph contradict each other, names or shapes of inputs or outputs differ, an operator
@@ -125,7 +121,7 @@ def _check_interface(path: Path, model: onnx.ModelProto, interface: Interface) -
 def _check_operators(path: Path, model: onnx.ModelProto, plugins: Plugins) -> None:
     bodies = {(function.domain, function.name) for function in model.functions}
     names = {name for name, _, _ in plugins}
-    for node in _all_nodes(model):
+    for node in itertools.chain(model.graph.node, *(function.node for function in model.functions)):
         if node.domain not in STANDARD_DOMAINS and (node.domain, node.op_type) not in bodies and node.op_type not in names:
             raise DeployedGraphError(
                 f"{path}: node {node_name(node)} is a {node.domain}::{node.op_type} without a function body in the ONNX or a registered "
@@ -145,12 +141,6 @@ def _check_finite(path: Path, model: onnx.ModelProto) -> None:
                 raise DeployedGraphError(
                     f"{path}: {wrong} of {values.size} values of weight {tensor.name} are NaN or infinite; the training diverged"
                 )
-
-
-def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    yield from model.graph.node
-    for function in model.functions:
-        yield from function.node
 
 
 def _listed(names: Collection[str]) -> str:

@@ -7,7 +7,7 @@ B batch, N cameras, C width, h w a feature level, K places of the BEV, Q queries
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -46,15 +46,15 @@ class Output(NamedTuple):
 
 
 class Detector(nn.Module):
-    """A detection network. Its top-level children are the groups of the quantization policy, in the order of the progressive stages.
+    """A detection network. Its top-level children are the groups of the quantization policy; one is called `backbone`."""
 
-    One group is called `backbone` (see `BACKBONE`).
-    """
-
-    groups: ClassVar[tuple[str, ...]]
-    """Names of the top-level children, in order."""
     config: Any
     """The network's part of the run's config."""
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the top-level children, in the order of the progressive stages."""
+        return self.config.groups
 
     def forward(self, batch: Batch, state: State = None) -> tuple[Output, State]:
         """Compute one frame of each sample; returns the output and the state for the next frame.
@@ -91,15 +91,12 @@ class FrameStream(Protocol):
         Raises:
             FrameOrderError: The memory is of the same scene but not of an earlier frame.
         """
-        ...
 
     def remember(self, frame: Frame, outputs: Mapping[str, np.ndarray]) -> Memory:
         """Return the memory for the frame after `frame`."""
-        ...
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> Detections:
         """Decode the boxes in the lidar frame, best first."""
-        ...
 
 
 class Deployed(nn.Module):
@@ -110,7 +107,6 @@ class Deployed(nn.Module):
         self.model = model
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Compute the deployed graph: inputs and outputs in the graph's order."""
         return self.model.deployed(*tensors)
 
     def run(self, inputs: Arrays) -> Arrays:

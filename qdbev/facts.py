@@ -1,7 +1,4 @@
-"""Facts in seals: what was measured or decided when an artifact was made, as one dataclass for each kind of artifact.
-
-The rooms read them by attribute. A fact that older or differently made files lack is None.
-"""
+"""Facts in seals, measured or decided when an artifact was made. A fact that older or differently made files lack is None."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,7 +11,7 @@ ImageSize = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class InfosFacts:
-    """The info cache of a dataset."""
+    """The info cache of a dataset, with numbers of samples and boxes; `splits` has the samples of each split."""
 
     kind: ClassVar[str] = "infos"
     tables: dict[str, tuple[int, ...]]
@@ -25,7 +22,6 @@ class InfosFacts:
     boxes_with_points: int
     samples_without_can_signals: int
     splits: dict[str, int]
-    """Number of samples of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +33,22 @@ class TrainingFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherFacts:
-    """A float model."""
+class _ModelFacts:
+    """Facts of every model; steps and epochs are those of all stages so far."""
 
-    kind: ClassVar[str] = "teacher"
     image_hw: ImageSize | None = None
     steps: int | None = None
     epochs: float | None = None
+    final_loss: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts(_ModelFacts):
+    """A float model."""
+
+    kind: ClassVar[str] = "teacher"
     seconds: float | None = None
     """Duration of the training."""
-    final_loss: float | None = None
     pretrained: str | None = None
     """sha256 of the file with the backbone that training started from."""
     official: str | None = None
@@ -56,18 +58,12 @@ class TeacherFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudentFacts:
-    """A quantized model."""
+class StudentFacts(_ModelFacts):
+    """A quantized model. `epochs` and `stage` are those of a student that was kept during training."""
 
     kind: ClassVar[str] = "student"
-    image_hw: ImageSize | None = None
-    steps: int | None = None
-    """Training steps of all stages so far."""
-    final_loss: float | None = None
     stage: int | None = None
-    """Stage, counted from 1, of a student that was kept during training."""
-    epochs: float | None = None
-    """Epochs of all stages so far, of a student that was kept during training."""
+    """Stage, counted from 1."""
     paper_bytes: float | None = None
     """Size as QD-BEV counts it: every parameter at the width of the weights."""
     packed_bytes: int | None = None
@@ -76,7 +72,7 @@ class StudentFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFacts:
-    """A packed student."""
+    """A packed student. Multiply-accumulates (`macs`) and bit operations (`bops`) are those of one frame."""
 
     kind: ClassVar[str] = "packed"
     image_hw: ImageSize
@@ -85,9 +81,7 @@ class PackedFacts:
     float_bytes: float
     paper_bytes: float
     macs: int
-    """Multiply-accumulates of one frame."""
     bops: int
-    """Bit operations of one frame."""
     float_bops: int
 
 
@@ -112,7 +106,6 @@ class OnnxFacts:
 
     @property
     def image_hw(self) -> ImageSize:
-        """Height and width of the padded images in pixels."""
         height, width = self.interface.inputs["images"][-2:]
         return height, width
 

@@ -19,11 +19,8 @@ RECIPES: dict[str, Callable[[], Config]] = {**bevformer.RECIPES}
 def at_bits(config: Config, bits: str) -> Config:
     """Return the config with widths like `w4a6`: 4 bits for the weights and 6 bits for the activations of all groups.
 
-    With weights of 4 bits or fewer, embedding tables get 8 bits. At `w8a8` calibration is enough, so the stages of training are removed.
-    The first convolution and the last linear layers keep the bits of `quant.edge`.
-
-    Raises:
-        ConfigError: `bits` does not have this form, or is not 2 to 8 bits.
+    At `w8a8` calibration is enough, so the stages of training are removed. The edge layers keep the bits of `quant.edge`.
+    Raises ConfigError if `bits` does not have this form, or is not 2 to 8 bits.
     """
     found = re.fullmatch(r"w([2-8])a([2-8])", bits)
     if found is None:

@@ -15,19 +15,15 @@ PACKED = "packed"
 """Name of the only array of a packed file, uint8."""
 _MAX_REASON_LENGTH = 300
 """Characters of torch's message that are shown; it lists every tensor that does not fit, each in a line."""
-_KINDS: tuple[Kind, ...] = ("teacher", "student", "packed")
 
 
 def restore(path: Path, *kinds: Kind) -> tuple[Seal, Detector]:
-    """Open a checkpoint; returns its seal, and its model in evaluation mode on the CPU.
-
-    Args:
-        kinds: Accepted kinds: teacher (a float model), student (a quantized model), packed (a student in packed form). All by default.
+    """Open a checkpoint of one of `kinds` (all by default); returns its seal, and its model in evaluation mode on the CPU.
 
     Raises:
         ArtifactError: The file is missing, damaged, of another kind, or its weights do not fit its config.
     """
-    seal, weights, _ = artifact.load_checkpoint(path, *(kinds or _KINDS))
+    seal, weights, _ = artifact.load_checkpoint(path, *(kinds or ("teacher", "student", "packed")))
     try:
         config = from_dict(seal.config)
     except ConfigError as error:

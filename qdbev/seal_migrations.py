@@ -1,8 +1,7 @@
 """Converts seals that earlier versions of this project wrote to the present format.
 
-A seal has a format version. A change that renames, moves or removes a field of a seal or of its facts must append a function to
-`MIGRATIONS` that converts a seal of the previous format to the new one. Seals without a version have format 1. The config inside
-a seal has a format of its own (qdbev/config_migrations.py).
+A change that renames, moves or removes a field of a seal or of its facts must append a function to `MIGRATIONS` that converts a seal of
+the previous format to the new one. The config inside a seal has a format of its own (qdbev/config_migrations.py).
 """
 
 from dataclasses import asdict
@@ -50,4 +49,3 @@ def _engine_facts(config: dict[str, Any], facts: dict[str, Any]) -> dict[str, An
 
 
 MIGRATIONS: tuple[Migration, ...] = (_to_format_2, _to_format_3)
-"""Step k leads from format k + 1 to format k + 2."""

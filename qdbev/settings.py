@@ -29,36 +29,25 @@ def build(kind: type[T], values: Any, path: str = "") -> T:
 
     Nested dataclasses are built too. Where a field's type is a union of dataclasses, the value's `kind` entry selects the member whose
     own `kind` field has that literal. Integers become floats and lists become tuples where the annotation asks for it; nothing else is
-    converted. A dataclass that is already built is taken as it is.
-
-    Args:
-        values: A mapping from field names to values.
-        path: Position of `values` in the whole config, for messages: empty, or dotted names with a final dot.
+    converted. `path` is the position of `values` in the whole config, for messages: empty, or dotted names with a final dot.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type.
     """
     require(isinstance(values, dict), f"{path.rstrip('.') or 'config'} must be a mapping, got {values!r}")
     hints = get_type_hints(kind)
-    known = [field.name for field in dataclasses.fields(typing.cast(Any, kind))]
+    fields = {field.name: field for field in dataclasses.fields(typing.cast(Any, kind))}
     for key in values:
-        require(key in known, f"{path}{key} is no setting; known: {', '.join(known)}")
+        require(key in fields, f"{path}{key} is no setting; known: {', '.join(fields)}")
     built = {key: _coerce(value, hints[key], f"{path}{key}") for key, value in values.items()}
-    missing = [
-        field.name
-        for field in dataclasses.fields(typing.cast(Any, kind))
-        if field.name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
+    needed = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in built]
     require(not missing, f"{path.rstrip('.') or 'config'} lacks {', '.join(missing)}")
     return kind(**built)
 
 
 def override(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Apply settings of the form `a.b=value` to `values` in place and return them; a value is a Python literal or else text.
-
-    Raises:
-        ConfigError: A setting has no '=', names no setting, or names a group of settings.
-    """
+    """Apply settings `a.b=value`, a Python literal or else text, in place. Raises ConfigError if one has no '=' or names no setting."""
     for setting in settings:
         path, separator, text = setting.partition("=")
         require(bool(separator), f"--set {setting!r}: expected name=value, for example train.epochs=2")
@@ -97,11 +86,7 @@ def migrate(values: Any, migrations: tuple[Migration, ...], what: str) -> dict[s
 
 
 def check_format(values: Any, migrations: tuple[Migration, ...], what: str) -> int:
-    """The format of saved values, from 1 to the present one.
-
-    Raises:
-        ConfigError: The values are of a later format, or their entry `format` is no version.
-    """
+    """The format of saved values. Raises ConfigError if it is later than the present one or no version."""
     require(isinstance(values, dict), f"a {what} must be a mapping, got {values!r}")
     found, present = values.get("format", 1), len(migrations) + 1
     says = f"the {what} is of format {found!r}, this version of qdbev reads formats 1 to {present}"
@@ -111,17 +96,11 @@ def check_format(values: Any, migrations: tuple[Migration, ...], what: str) -> i
 
 
 def require_positive(owner: Any, path: str, *names: str, least: int = 1) -> None:
-    """Raise ConfigError if one of the integer fields `names` of a dataclass, or an entry of one that is a tuple, is below `least`.
-
-    Args:
-        path: Position of `owner` in the whole config, for the message.
-    """
+    """Raise ConfigError if one of the integer fields `names` of a dataclass, or an entry of one that is a tuple, is below `least`."""
     for name in names:
         value = getattr(owner, name)
-        require(
-            min(value if isinstance(value, tuple) else (value,), default=least) >= least,
-            f"{path}.{name} is {value}, must be {least} or more",
-        )
+        smallest = min(value, default=least) if isinstance(value, tuple) else value
+        require(smallest >= least, f"{path}.{name} is {value}, must be {least} or more")
 
 
 def require_finite(values: Any, path: str = "") -> None:
@@ -144,7 +123,6 @@ def _parse(text: str) -> Any:
 
 
 def _coerce(value: Any, hint: Any, path: str) -> Any:
-    """Convert `value` to the annotated type `hint`."""
     origin = get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, typing.cast(type, hint)):
@@ -170,13 +148,12 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         require(abs(value) < 1 << 1023, f"{path} is an integer of {value.bit_length()} bits, too large for a float")
         return float(value)
-    fits = type(value) is hint
-    require(fits, f"{path} is {value!r} ({type(value).__name__}), must be {getattr(hint, '__name__', hint)}")
+    require(type(value) is hint, f"{path} is {value!r} ({type(value).__name__}), must be {getattr(hint, '__name__', hint)}")
     return value
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...], path: str) -> Any:
-    """Convert `value` to a member of a union: None, the only other member, or the dataclass that the value's `kind` selects."""
+    """Convert to None, to the only other member of the union, or to the dataclass that the value's `kind` selects."""
     if value is None and type(None) in members:
         return None
     members = tuple(member for member in members if member is not type(None))

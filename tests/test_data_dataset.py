@@ -87,7 +87,7 @@ def test_frames_have_the_documented_shapes_and_are_in_order_of_time(tiny_world: 
     dataset = open_split(tiny_world, "val", training=False)
     frames = [dataset.frame(index) for index in range(len(dataset))]
     assert len(frames) == 4
-    assert dataset.padded_hw == (96, 160)
+    assert dataset.transform.padded_hw == (96, 160)
     assert np.diff([frame.timestamp_us for frame in frames]).min() > 0
     for frame in frames:
         expected = {

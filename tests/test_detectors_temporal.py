@@ -19,12 +19,13 @@ from qdbev.data.config import DataConfig
 from qdbev.detector import Arrays, FrameOrderError
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.detectors.bevformer.temporal import BEVFormerStream, Memory, previous
+from qdbev.detectors.bevformer.temporal import BEVFormerStream, Memory
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
 from train.loop import history_state
 
 BEV = np.ones((1, 4, 2), np.float32)
+STREAM = BEVFormerStream(BEVFormerConfig())
 MOVING = [*range(3), layout.YAW_DEG]
 
 
@@ -44,7 +45,7 @@ def seen(can_bus: np.ndarray, time_s: float, scene: str = "a", images: np.ndarra
 
 def remember(frame: Frame, bev: np.ndarray) -> Memory:
     """The memory for the frame after `frame`."""
-    return BEVFormerStream(BEVFormerConfig()).remember(frame, {"bev": bev})
+    return STREAM.remember(frame, {"bev": bev})
 
 
 def heading(degrees: float) -> np.ndarray:
@@ -58,10 +59,10 @@ def streamed(frames: list[Frame]) -> tuple[np.ndarray, list[bool]]:
     """Relative can_bus of each frame (F, 18), and whether it had a history."""
     memory, vectors, known = None, [], []
     for frame in frames:
-        can_bus, bev = previous(frame, memory)
+        inputs = STREAM.inputs(frame, memory)
         memory = remember(frame, BEV)
-        vectors.append(can_bus)
-        known.append(bev is not None)
+        vectors.append(inputs["can_bus"][0])
+        known.append(inputs["has_prev"].tolist() == [1.0])
     return np.stack(vectors), known
 
 
@@ -145,10 +146,8 @@ def test_a_frame_that_is_not_later_is_refused_with_both_times(time_s):
     late = seen(heading(1), time_s)
     message = rf"{late.timestamp_us} us is not later than the one before it at 7500000 us .*'a'; .*memory=None\Z"
     with pytest.raises(FrameOrderError, match=message):
-        previous(late, memory)
-    with pytest.raises(FrameOrderError, match=message):
-        BEVFormerStream(small_config()).inputs(late, memory)
-    assert previous(late, None)[1] is None
+        STREAM.inputs(late, memory)
+    assert STREAM.inputs(late, None)["has_prev"].tolist() == [0.0]
 
 
 def test_another_scene_may_have_been_recorded_earlier():
@@ -252,9 +251,9 @@ def test_queues_of_a_batch_do_not_share_their_histories(model, frames):
 
 def test_a_dropped_frame_turns_and_shifts_the_history_of_the_network_by_the_whole_motion(model, frames):
     found = last_bev(model, [frames["a0"], frames["a2"]])
-    stream = previous(frames["a2"], remember(frames["a0"], BEV))[0]
+    stream = STREAM.inputs(frames["a2"], remember(frames["a0"], BEV))["can_bus"]
     history, current = queue_batch([[frames["a0"], frames["a2"]]])
     assert not torch.allclose(found, last_bev(model, [frames["a1"], frames["a2"]]), atol=1e-3)
     with torch.no_grad():
-        alone = model.advance(current._replace(can_bus=torch.from_numpy(stream)[None]), history_state(model, history))
+        alone = model.advance(current._replace(can_bus=torch.from_numpy(stream)), history_state(model, history))
     torch.testing.assert_close(found, alone, atol=0, rtol=0)

@@ -40,7 +40,9 @@ def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> O
     model = BEVFormer(config.model).eval()
     parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
     path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    to_onnx.export(model, parent, path, dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
+    to_onnx.export(
+        model, parent, path, dataset.transform.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.transform.padded_hw)
+    )
     return OnnxRunner(path)
 
 

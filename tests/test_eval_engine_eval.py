@@ -53,7 +53,13 @@ def made(config: Config, dataset: FrameDataset, tmp_path_factory: pytest.TempPat
     weights = model.state_dict()
     artifact.save_checkpoint(folder / "net.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
     parent, *_ = artifact.load_checkpoint(folder / "net.pt", "teacher")
-    to_onnx.export(model, parent, folder / "net.onnx", dataset.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.padded_hw))
+    to_onnx.export(
+        model,
+        parent,
+        folder / "net.onnx",
+        dataset.transform.padded_hw,
+        noise_frames(DATA, model.config.num_cameras, dataset.transform.padded_hw),
+    )
     return folder
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, library
 from qdbev.ops.deform_conv import DeformConv2d
 from qdbev.ops.msda import multi_scale_deformable_attention, weighted_samples
 from qdbev.ops.rotate import rotate_bev
-from qdbev.ops.sca import spatial_cross_attention
-from qdbev.ops.sca_dense import dense_spatial_cross_attention
+from qdbev.ops.sca import dense_spatial_cross_attention, spatial_cross_attention
 
 LEVELS = [(5, 7), (3, 4)]
 

@@ -39,7 +39,7 @@ def test_every_convolution_linear_layer_product_and_value_tensor_has_the_bits_of
     for name, row in rows.items():
         expected = {"Embedding": (4, None), "Matmul": (None, 6)}.get(row.kind, (None, 6) if "Attention" in row.kind else (4, 6))
         assert bits(row) == ((8, 8) if name in edge else (None, None) if name in floats else expected), name
-    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in BEVFormer.groups}
+    kinds = {group: {row.kind for name, row in rows.items() if name.startswith(f"{group}.")} for group in micro().model.groups}
     assert kinds == {
         "backbone": {"Conv2d"},
         "neck": {"Conv2d"},

@@ -61,17 +61,15 @@ class ToyConfig:
 class Toy(Detector):
     """The toy's network; its state is None."""
 
-    groups = ToyConfig.groups
-
     def __init__(self, config: ToyConfig) -> None:
         super().__init__()
-        self.config = config
         self.backbone = ResNet(config.backbone)
         (channels,) = self.backbone.out_channels
         self.mixer = nn.Sequential(
             nn.Conv2d(channels, config.embed_dim, 3, padding=1), nn.ReLU(), nn.Conv2d(config.embed_dim, config.embed_dim, 1)
         )
         self.head = SetHead(config.embed_dim, config.num_classes, config.decoder_layers, config.pc_range)
+        self.config = config
 
     def forward(self, batch: Batch, state: None = None) -> tuple[Output, None]:
         """Compute the output for images (B, N, 3, H, W)."""

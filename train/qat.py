@@ -81,7 +81,7 @@ def train(
     round_floats_to_half(student)
     if world.is_main:
         sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
-        facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
+        facts = dataclasses.replace(facts, image_hw=frames.transform.padded_hw, **sizes)
         student_run.save(student.cpu(), config, facts)
 
 

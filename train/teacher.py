@@ -48,7 +48,7 @@ def train(config: Config, folder: Path, device: torch.device, world: World, resu
         loss=StageLoss(None, config, world),
         resume=resume,
     )
-    facts = TeacherFacts(image_hw=frames.padded_hw, **facts, **fit(model, frames, run)._asdict())
+    facts = TeacherFacts(image_hw=frames.transform.padded_hw, **facts, **fit(model, frames, run)._asdict())
     teacher = folder / "teacher.pt"
     if world.is_main:
         artifact.save_checkpoint(teacher, config=to_dict(config), weights=model.cpu().state_dict(), parent=None, facts=facts)

@@ -1,8 +1,6 @@
 """Builds the `Infos` of a dataset from its tables and keeps them in a sealed file beside the tables, so that they are read only once.
 
-    python -m qdbev.data.build_infos --root data/nuscenes --version v1.0-trainval
-
-The functions of the dataset's reader are called here and nowhere else.
+python -m qdbev.data.build_infos --root data/nuscenes --version v1.0-trainval
 """
 
 import argparse
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from qdbev import artifact
+from qdbev.can_bus import SIGNALS
 from qdbev.command import entry_point
 from qdbev.data.config import DataConfig
 from qdbev.data.infos import DatasetError, Infos
@@ -31,11 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_or_build(config: DataConfig) -> Infos:
-    """Infos of `config.version`, from the sealed file if the tables have not changed since it was written, otherwise built again.
-
-    Raises:
-        DatasetError: The dataset is missing or incomplete, or its folder cannot be written to.
-    """
+    """Infos from the sealed file if the tables have not changed since it was written, otherwise from `build`."""
     root = Path(config.root)
     cached = _load(cache_path(root, config.version), fingerprint(root, config.version))
     return build(config) if cached is None else cached
@@ -45,7 +40,7 @@ def build(config: DataConfig) -> Infos:
     """Check that `config.version` is complete, read it with `config.workers` processes, write the sealed file and return the infos.
 
     Raises:
-        DatasetError: As for `load_or_build`. One message names everything that is missing.
+        DatasetError: Files are missing, all of which the message names, or the folder cannot be written to.
     """
     from qdbev.data.nuscenes import completeness, tables  # the devkit takes seconds to import and is needed only here
 
@@ -79,7 +74,7 @@ def summary(infos: Infos) -> dict[str, Any]:
         "scenes": len(np.unique(infos.scene_token)),
         "boxes": len(infos.boxes),
         "boxes_with_points": int((infos.num_points > 0).sum()),
-        "samples_without_can_signals": int((infos.can_bus[:, 7:16] == 0).all(1).sum()),
+        "samples_without_can_signals": int((infos.can_bus[:, SIGNALS] == 0).all(1).sum()),
         "splits": {name.decode(): int(inside.sum()) for name, inside in zip(infos.split_names, infos.in_split, strict=True)},
     }
 

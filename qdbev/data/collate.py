@@ -15,10 +15,13 @@ def queue_batch(queues: list[list[Frame]]) -> tuple[list[Batch], Batch]:
     can_bus becomes relative to the previous frame of the same queue. has_prev is zero for the first frame of a queue and where the scene
     changes.
     """
-    relative = [_relative(queue) for queue in queues]
     steps = []
-    for frames, motions in zip(zip(*queues, strict=True), zip(*relative, strict=True), strict=True):
-        steps.append(frame_batch(frames, [can_bus for can_bus, _ in motions], [has_prev for _, has_prev in motions]))
+    last: Sequence[Frame | None] = [None] * len(queues)
+    for frames in zip(*queues, strict=True):
+        previous = [old if old and old.scene_token == frame.scene_token else None for frame, old in zip(frames, last, strict=True)]
+        can_bus = [relative_can_bus(frame.can_bus, old.can_bus if old else None) for frame, old in zip(frames, previous, strict=True)]
+        steps.append(frame_batch(frames, can_bus, [old is not None for old in previous]))
+        last = frames
     return steps[:-1], steps[-1]
 
 
@@ -33,12 +36,3 @@ def frame_batch(frames: Sequence[Frame], can_bus: Sequence[np.ndarray], has_prev
         labels=[torch.from_numpy(frame.labels) for frame in frames],
         tokens=[frame.token for frame in frames],
     )
-
-
-def _relative(queue: list[Frame]) -> list[tuple[np.ndarray, bool]]:
-    """For each frame, can_bus (18,) relative to the previous frame of the queue, and whether that frame is of the same scene."""
-    motions = []
-    for previous, frame in zip([None, *queue], queue):  # noqa: B905 (one longer: no frame follows the last one)
-        continues = previous is not None and previous.scene_token == frame.scene_token
-        motions.append((relative_can_bus(frame.can_bus, previous.can_bus if continues else None), continues))
-    return motions

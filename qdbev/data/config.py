@@ -15,8 +15,7 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     stored_hw: tuple[int, int] = (900, 1600)
-    """Height and width of the stored camera images in pixels, for what is computed without opening the dataset. The dataset's own tables
-    decide wherever it is open."""
+    """Height and width of the stored camera images in pixels, where the dataset is not open; else its tables decide."""
     image_scale: float = 0.5
     """Scale of the camera images; the result is padded at the bottom and right to `pad_multiple`."""
     pad_multiple: int = 32
@@ -27,8 +26,8 @@ class DataConfig:
     queue_length: int = 3
     """Frames of a training queue, the current one included."""
     full_quaternion: bool = False
-    """can_bus[3:7] is the ego's rotation (w, x, y, z). The code that trained the published checkpoints casts the quaternion to a float on
-    assignment and so repeats w four times (upstream pull request 285); False does the same."""
+    """can_bus[3:7] is the ego's rotation (w, x, y, z). With False it is w four times, as in the code that trained the published checkpoints
+    (upstream pull request 285)."""
     photometric: bool = True
     """Random brightness, contrast, saturation, hue and channel order during training."""
     workers: int = 4

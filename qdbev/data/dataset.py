@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from torch.utils.data import Dataset
 
-from qdbev import can_bus
+from qdbev.can_bus import ROTATION
 from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
 from qdbev.data.image_transform import image_transform, scale_lidar2img
@@ -24,15 +24,11 @@ _MAX_DRAWS = 1000
 class FrameDataset(Dataset):
     """Key frames of one split in order of time.
 
-    `frame` returns one key frame without distortion. `queue` returns the successive frames of one training sample, which depend on
-    (seed, epoch, index) only. As a torch `Dataset` it is indexed by pairs (epoch, index), so a sampler must yield such pairs.
+    As a torch `Dataset` it is indexed by pairs (epoch, index) and returns queues, which depend on these and the seed only.
     """
 
     def __init__(self, config: DataConfig, pc_range: tuple[float, ...], split: str, training: bool, seed: int) -> None:
         """Open a split. The dataset's tables are read first if that has not been done yet.
-
-        This turns off OpenCV's threads in the whole process. Loader processes use all cores anyway, and a process that is forked after
-        OpenCV has started its thread pool hangs when it uses the pool (seen with OpenCV 4.11, pthreads build).
 
         Args:
             pc_range: x, y, z minimum, then maximum, in metres, lidar frame. Objects outside it in x or y are left out.
@@ -42,7 +38,7 @@ class FrameDataset(Dataset):
         Raises:
             DatasetError: The dataset or the split is missing or incomplete.
         """
-        cv2.setNumThreads(0)
+        cv2.setNumThreads(0)  # in the whole process, as a child forked after OpenCV 4.11 has started its threads hangs when it uses them
         self._config = config
         self._infos = load_or_build(config)
         self._indices = self._infos.split(split)
@@ -55,17 +51,10 @@ class FrameDataset(Dataset):
         height, width = self._infos.image_hw.tolist()
         self.transform = image_transform(config, (height, width))
 
-    @property
-    def padded_hw(self) -> tuple[int, int]:
-        """Height and width in pixels of the network's input images."""
-        return self.transform.padded_hw
-
     def __len__(self) -> int:
-        """Number of key frames."""
         return len(self._indices)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Frame]:
-        """The queue that `key` = (epoch, index) selects."""
         epoch, index = key
         return self.queue(index, epoch)
 
@@ -73,9 +62,27 @@ class FrameDataset(Dataset):
         """Calibration, poses and all annotated boxes of a frame."""
         return self._infos[self._indices[index]]
 
-    def frame(self, index: int) -> Frame:
-        """One frame, without distortion of its images."""
-        return self._frame(index, None)
+    def frame(self, index: int, rng: np.random.Generator | None = None) -> Frame:
+        """One frame; `rng` distorts its images at random."""
+        position = self._indices[index]
+        info = self._infos[position]
+        kept = self._kept[self._infos.box_start[position] : self._infos.box_start[position + 1]]
+        boxes = info.boxes[kept]
+        boxes[:, 6] -= np.floor(boxes[:, 6] / (2 * np.pi) + 0.5) * np.float32(2 * np.pi)
+        can_bus = info.can_bus.copy()
+        if self._config.full_quaternion:
+            can_bus[ROTATION] = info.quaternion
+        root = Path(self._config.root)
+        return Frame(
+            token=info.token,
+            scene_token=info.scene_token,
+            timestamp_us=info.timestamp_us,
+            images=load_images([root / name for name in info.image_files], self.transform, rng),
+            lidar2img=scale_lidar2img(info.lidar2img, self.transform.scale).astype(np.float32),
+            can_bus=can_bus,
+            boxes=boxes,
+            labels=info.labels[kept],
+        )
 
     def queue(self, index: int, epoch: int) -> list[Frame]:
         """`config.queue_length` frames, oldest first; the last one is frame `index`.
@@ -87,50 +94,21 @@ class FrameDataset(Dataset):
             DatasetError: An image cannot be read, or hardly any queue of the split has objects in every frame.
         """
         rng = np.random.default_rng((self._seed, epoch, index))
-        frames = self._draw(index, rng)
-        return [self._frame(i, rng if self._distorts else None) for i in frames]
-
-    def _draw(self, index: int, rng: np.random.Generator) -> list[int]:
         length = self._config.queue_length
         for _ in range(_MAX_DRAWS):
             left_out = index - 1 - int(rng.integers(length))
             frames = [max(0, i) for i in range(index - length, index + 1) if i != left_out]
             if self._has_objects[frames].all():
-                return frames
+                return [self.frame(i, rng if self._distorts else None) for i in frames]
             index = int(rng.integers(len(self)))
         raise DatasetError(
             f"split {self._split!r}: {_MAX_DRAWS} draws gave no queue of {length} frames with objects in each; "
             f"{int(self._has_objects.sum())} of {len(self)} frames have any in model.pc_range; enlarge it, or train on another split"
         )
 
-    def _frame(self, index: int, rng: np.random.Generator | None) -> Frame:
-        position = self._indices[index]
-        info = self._infos[position]
-        kept = self._kept[self._infos.box_start[position] : self._infos.box_start[position + 1]]
-        boxes = info.boxes[kept]
-        boxes[:, 6] -= np.floor(boxes[:, 6] / (2 * np.pi) + 0.5) * np.float32(2 * np.pi)
-        root = Path(self._config.root)
-        return Frame(
-            token=info.token,
-            scene_token=info.scene_token,
-            timestamp_us=info.timestamp_us,
-            images=load_images([root / name for name in info.image_files], self.transform, rng),
-            lidar2img=scale_lidar2img(info.lidar2img, self.transform.scale).astype(np.float32),
-            can_bus=self._can_bus(info),
-            boxes=boxes,
-            labels=info.labels[kept],
-        )
-
-    def _can_bus(self, info: Info) -> np.ndarray:
-        """A copy of the absolute can_bus (18,), with the whole quaternion if `DataConfig.full_quaternion` is set."""
-        absolute = info.can_bus.copy()
-        if self._config.full_quaternion:
-            absolute[can_bus.ROTATION] = info.quaternion
-        return absolute
-
 
 def start_worker(worker: int) -> None:
-    """`worker_init_fn` for a DataLoader. It fails if OpenCV's threads have been turned on again, since the worker process could hang."""
+    """`worker_init_fn` for a DataLoader; it fails if OpenCV's threads have been turned on again."""
     assert cv2.getNumThreads() <= 1, f"OpenCV has {cv2.getNumThreads()} threads in loader process {worker}; call cv2.setNumThreads(0)"
 
 

@@ -22,19 +22,14 @@ class ImageTransform:
     padded_hw: tuple[int, int]
     """Size of the network's input images."""
     mean: np.ndarray
-    """(3,) float32 in the network's channel order, on the 0-255 scale."""
+    """(3,) float32 in the network's channel order, on the 0-255 scale, as `std`."""
     std: np.ndarray
-    """(3,) float32 in the network's channel order, on the 0-255 scale."""
     to_rgb: bool
     """Reverse the stored order blue, green, red."""
 
 
 def image_transform(config: DataConfig, image_hw: tuple[int, int]) -> ImageTransform:
-    """The preprocessing that `config` describes, for stored images of size `image_hw` (height, width).
-
-    Raises:
-        DatasetError: The scaled image would have no pixels.
-    """
+    """The preprocessing for stored images of `image_hw` (height, width). Raises DatasetError if scaled images would have no pixels."""
     height, width = image_hw
     scaled_hw = (int(height * config.image_scale), int(width * config.image_scale))
     if min(scaled_hw) < 1:

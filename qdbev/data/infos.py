@@ -33,7 +33,7 @@ class Info(NamedTuple):
     quaternion: np.ndarray
     """(4,) float64 (w, x, y, z): the rotation of `global_from_ego` with the sign that the dataset has."""
     can_bus: np.ndarray
-    """(18,) float64 in the global frame; see `qdbev.data.nuscenes.tables.can_bus`."""
+    """(18,) float64 in the global frame; see `qdbev.can_bus`."""
     boxes: np.ndarray
     """(G, 9) float32 in the lidar frame: gravity centre x, y, z, width, length, height, SECOND yaw, velocity x, y. All annotated boxes are
     included, and the yaw is not wrapped."""
@@ -47,38 +47,28 @@ class Info(NamedTuple):
 class Infos:
     """All key frames of one version of a dataset in order of time, as arrays that worker processes can share.
 
-    S samples (key frames), N cameras, G boxes of all samples together, K splits. Text is UTF-8 bytes. Fields that `Info` has too mean
-    the same here and have one more axis in front.
+    S samples (key frames), G boxes of all samples together, K splits. Text is UTF-8 bytes. Fields that `Info` has too mean the same here:
+    boxes, labels and num_points of all samples follow each other, and the others have one more axis (S) in front.
     """
 
     token: np.ndarray
-    """(S,) bytes."""
     scene_token: np.ndarray
-    """(S,) bytes. The history of a frame ends where the scene changes."""
+    """The history of a frame ends where the scene changes."""
     timestamp_us: np.ndarray
-    """(S,) int64 microseconds, ascending."""
+    """Ascending, int64."""
     image_files: np.ndarray
-    """(S, N) bytes."""
     image_hw: np.ndarray
     """(2,) int64 height and width in pixels of every stored image."""
     lidar2img: np.ndarray
-    """(S, N, 4, 4) float64."""
     ego_from_lidar: np.ndarray
-    """(S, 4, 4) float64."""
     global_from_ego: np.ndarray
-    """(S, 4, 4) float64."""
     quaternion: np.ndarray
-    """(S, 4) float64."""
     can_bus: np.ndarray
-    """(S, 18) float64."""
     box_start: np.ndarray
     """(S + 1,) int64. Sample s has the boxes from box_start[s] up to, but not including, box_start[s + 1]."""
     boxes: np.ndarray
-    """(G, 9) float32."""
     labels: np.ndarray
-    """(G,) int64."""
     num_points: np.ndarray
-    """(G,) int64."""
     split_names: np.ndarray
     """(K,) bytes."""
     in_split: np.ndarray
@@ -107,11 +97,7 @@ class Infos:
         )
 
     def split(self, name: str) -> np.ndarray:
-        """(n,) indices of the samples of a split, in order of time.
-
-        Raises:
-            DatasetError: The split is unknown, or none of its scenes is in this version.
-        """
+        """(n,) indices of a split's samples in order of time. Raises DatasetError if this version has no such split."""
         known = [text.decode() for text in self.split_names]
         if name not in known:
             raise DatasetError(f"there is no split {name!r} in this version; it has {', '.join(known) or 'none'}")

@@ -25,22 +25,21 @@ def noise_frames(data: DataConfig, num_cameras: int, image_hw: tuple[int, int]) 
     rng = np.random.default_rng(0)
     lidar2img = rig.lidar2img(num_cameras, image_hw[1]).astype(np.float32)
     pixel_std = np.float32(PIXEL_STD / statistics.mean(data.std))
-    first, second = (_frame(rng, index, lidar2img, image_hw, pixel_std) for index in (0, 1))
-    return first, second
-
-
-def _frame(rng: np.random.Generator, index: int, lidar2img: np.ndarray, image_hw: tuple[int, int], pixel_std: np.float32) -> Frame:
-    can_bus = np.zeros(layout.SIZE)
-    can_bus[layout.POSITION] = index * _STEP
-    can_bus[layout.YAW_RAD] = index * _TURN
-    can_bus[layout.YAW_DEG] = np.rad2deg(index * _TURN)
-    return Frame(
-        token=f"synthetic_{index}",
-        scene_token="synthetic",
-        timestamp_us=index * 500_000,
-        images=rng.standard_normal((len(lidar2img), 3, *image_hw), dtype=np.float32) * pixel_std,
-        lidar2img=lidar2img,
-        can_bus=can_bus,
-        boxes=np.zeros((0, 9), np.float32),
-        labels=np.zeros(0, np.int64),
-    )
+    frames = []
+    for index in (0, 1):
+        can_bus = np.zeros(layout.SIZE)
+        can_bus[layout.POSITION] = index * _STEP
+        can_bus[layout.YAW_RAD] = index * _TURN
+        can_bus[layout.YAW_DEG] = np.rad2deg(index * _TURN)
+        frame = Frame(
+            token=f"synthetic_{index}",
+            scene_token="synthetic",
+            timestamp_us=index * 500_000,
+            images=rng.standard_normal((num_cameras, 3, *image_hw), dtype=np.float32) * pixel_std,
+            lidar2img=lidar2img,
+            can_bus=can_bus,
+            boxes=np.zeros((0, 9), np.float32),
+            labels=np.zeros(0, np.int64),
+        )
+        frames.append(frame)
+    return frames[0], frames[1]

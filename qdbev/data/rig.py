@@ -20,9 +20,8 @@ CHANNELS = (*CAMERAS, LIDAR)
 _EGO_FROM_FORWARD_CAM = np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]])
 """Rotation of a level camera whose optical axis is the ego's x axis."""
 _REFERENCE_WIDTH = 1600
-"""Image width in pixels for which the focal lengths and the principal point below are given."""
+"""Image width in pixels for which the principal point (column, row) and the focal lengths below are given."""
 _PRINCIPAL_POINT = (816.0, 491.0)
-"""Column and row in pixels."""
 _MOUNTS = {
     "CAM_FRONT": (0.0, (1.70, 0.0, 1.51), 1266.0, -35_491),
     "CAM_FRONT_RIGHT": (-56.0, (1.55, -0.49, 1.50), 1266.0, -27_612),
@@ -37,34 +36,24 @@ _MOUNTS = {
 
 @dataclass(frozen=True)
 class Sensor:
-    """One sensor and how it is mounted on the vehicle.
-
-    Attributes:
-        channel: nuScenes channel name.
-        yaw: direction of a camera's optical axis, or of the lidar's x axis, counter-clockwise from the ego's x axis, in radians.
-        ego_from_sensor: (3, 3) rotation.
-        translation: (3,) position in metres, ego frame.
-        intrinsic: (3, 3) camera matrix in pixels, or None for the lidar.
-        delay_us: time of this sensor's measurement minus the time of the key frame, in microseconds; zero or negative.
-    """
+    """One sensor and how it is mounted on the vehicle."""
 
     channel: str
     yaw: float
+    """Direction of a camera's optical axis, or of the lidar's x axis, counter-clockwise from the ego's x axis, in radians."""
     ego_from_sensor: np.ndarray
+    """(3, 3) rotation."""
     translation: np.ndarray
+    """(3,) position in metres, ego frame."""
     intrinsic: np.ndarray | None
+    """(3, 3) camera matrix in pixels, or None for the lidar."""
     delay_us: int
+    """Time of this sensor's measurement minus the time of the key frame, in microseconds; zero or negative."""
 
 
 @dataclass(frozen=True)
 class View:
-    """Pose of a sensor in the global frame at one moment, with its intrinsics.
-
-    Attributes:
-        global_from_sensor: (3, 3) rotation.
-        position: (3,) metres.
-        intrinsic: (3, 3) camera matrix in pixels, or None for the lidar.
-    """
+    """Pose of a sensor in the global frame at one moment: a rotation (3, 3), a position (3,) in metres, and the sensor's intrinsics."""
 
     global_from_sensor: np.ndarray
     position: np.ndarray

@@ -22,11 +22,7 @@ _FIXED_POINT = 256
 
 
 def load_images(paths: Sequence[Path], transform: ImageTransform, rng: np.random.Generator | None = None) -> np.ndarray:
-    """(N, 3, *padded_hw) float32 network input from N files. If `rng` is given, each image gets a random distortion of its own.
-
-    Raises:
-        DatasetError: A file is missing, truncated, not an image, or not of size `transform.image_hw`.
-    """
+    """(N, 3, *padded_hw) float32 network input from N files, as `read_image` and `prepare_image` make it of each."""
     out = np.zeros((len(paths), 3, *transform.padded_hw), dtype=np.float32)
     for path, planes in zip(paths, out, strict=True):
         _write_planes(read_image(path, transform.image_hw), transform, rng, planes)
@@ -41,7 +37,7 @@ def prepare_image(image: np.ndarray, transform: ImageTransform, rng: np.random.G
 
 
 def read_image(path: Path, image_hw: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 BGR pixels of a file; an orientation tag is ignored.
+    """(H, W, 3) uint8 BGR pixels; an orientation tag is ignored.
 
     Raises:
         DatasetError: The file is missing, truncated, not an image, or not of size `image_hw` (height, width).
@@ -89,17 +85,14 @@ def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _coin_flip(rng: np.random.Generator) -> bool:
-    """True or False with equal probability."""
     return bool(rng.random() < 0.5)
 
 
 def _write_planes(image: np.ndarray, transform: ImageTransform, rng: np.random.Generator | None, planes: np.ndarray) -> None:
     """Write the network input of an (H, W, 3) uint8 BGR image into `planes` (3, *padded_hw), which is zero in the padding already.
 
-    Scaling and normalisation are linear, so scaling comes first here: normalisation then has fewer pixels to process. Only the rounding
-    of the scaled values differs. With eight fractional bits of fixed point they are exact for scales of 1/2, 4/5 and 1, and right to
-    1/512 of a grey level for others. Distortion follows scaling for the same reason; BEVFormer distorts first, which gives other hues and
-    saturations at edges only.
+    Scaling comes first here, as it leaves fewer pixels to distort and normalise; it is right to 1/512 of a grey level. BEVFormer distorts
+    first, which gives other hues and saturations at edges only.
     """
     height, width = transform.scaled_hw
     pixels = np.multiply(image, _FIXED_POINT, dtype=np.uint16)

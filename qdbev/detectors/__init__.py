@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_never
 
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 
@@ -14,34 +15,34 @@ DetectorConfig = BEVFormerConfig
 """Union of all detectors' configs. In saved configs the entry `kind` names the member."""
 
 
-def build(config: DetectorConfig) -> Detector:
-    """Build the network of a config, with freshly initialised weights."""
+class _Parts(NamedTuple):
+    """Parts of a detector that need torch, and so are imported only when they are used."""
+
+    network: Callable[[Any], Detector]
+    stream: Callable[[Any], FrameStream]
+    official_keys: OfficialKeys
+
+
+def _parts(config: DetectorConfig) -> _Parts:
     match config:
         case BEVFormerConfig():
-            from qdbev.detectors.bevformer.model import BEVFormer
+            from qdbev.detectors.bevformer import model, official, temporal
 
-            return BEVFormer(config)
+            return _Parts(model.BEVFormer, temporal.BEVFormerStream, official.KEYS)
         case _:
             assert_never(config)
+
+
+def build(config: DetectorConfig) -> Detector:
+    """Build the network of a config, with freshly initialised weights."""
+    return _parts(config).network(config)
 
 
 def stream(config: DetectorConfig) -> FrameStream:
     """Build the host side of a config's detector."""
-    match config:
-        case BEVFormerConfig():
-            from qdbev.detectors.bevformer.temporal import BEVFormerStream
-
-            return BEVFormerStream(config)
-        case _:
-            assert_never(config)
+    return _parts(config).stream(config)
 
 
 def official_keys(config: DetectorConfig) -> OfficialKeys:
     """Return the names of the tensors in published checkpoints of a config's detector."""
-    match config:
-        case BEVFormerConfig():
-            from qdbev.detectors.bevformer.official import KEYS
-
-            return KEYS
-        case _:
-            assert_never(config)
+    return _parts(config).official_keys

@@ -14,7 +14,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1, 3x3, 1x1 with a residual; the 3x3 (pytorch) or the first 1x1 (caffe) has the stride."""
+    """Convolutions 1x1, 3x3, 1x1 with a residual; `BackboneConfig.style` says which of them has the stride."""
 
     def __init__(self, in_channels: int, planes: int, stride: int, style: str, deformable: bool) -> None:
         super().__init__()
@@ -65,7 +65,11 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self._freeze()
+        frozen = self._evaluated_norms()
+        if config.frozen_stages >= 0:
+            frozen += [self.conv1, self.bn1, *(self.get_submodule(name) for name in self.stages[: config.frozen_stages])]
+        for module in frozen:
+            module.requires_grad_(False)
 
     @property
     def out_channels(self) -> list[int]:
@@ -85,35 +89,22 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> "ResNet":
         """Set the training mode; with `norm_eval` batch norm stays in evaluation mode and uses its stored statistics."""
         super().train(mode)
-        if self.config.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for norm in self._evaluated_norms():
+            norm.eval()
         return self
 
-    def _freeze(self) -> None:
-        if self.config.norm_eval:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.requires_grad_(False)
-        if self.config.frozen_stages >= 0:
-            frozen = [self.conv1, self.bn1, *(self.get_submodule(name) for name in self.stages[: self.config.frozen_stages])]
-            for module in frozen:
-                module.requires_grad_(False)
+    def _evaluated_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if self.config.norm_eval and isinstance(module, nn.BatchNorm2d)]
 
 
 class FeaturePyramid(nn.Module):
-    """A feature pyramid: 1x1 laterals, top-down nearest upsampling and 3x3 outputs, without norm and activation.
-
-    Levels beyond those of the backbone are made by stride-2 convolutions.
-    """
+    """1x1 laterals, top-down nearest upsampling and 3x3 outputs; stride-2 convolutions make the levels beyond those of the backbone."""
 
     def __init__(self, in_channels: list[int], embed_dim: int, num_levels: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(channels, embed_dim, 1) for channels in in_channels)
-        num_extra = num_levels - len(in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim, 3, 1, 1) for _ in in_channels)
-        self.output.extend(nn.Conv2d(embed_dim, embed_dim, 3, 2, 1) for _ in range(num_extra))
+        strides = [1 if level < len(in_channels) else 2 for level in range(num_levels)]
+        self.output = nn.ModuleList(nn.Conv2d(embed_dim, embed_dim, 3, stride, 1) for stride in strides)
         for layer in (*self.lateral, *self.output):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

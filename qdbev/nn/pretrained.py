@@ -6,18 +6,16 @@ Three kinds of file are accepted, all with the ResNet's usual names (conv1, bn1,
 - a caffe network as mmdet converts it, without `fc` and num_batches_tracked, some with a conv1.bias;
 - a whole detector, with backbone, neck and head under img_backbone, img_neck, ... or under mmdet's backbone, neck, bbox_head.
 
-The third kind includes r101_dcn_fcos3d_pretrain.pth, from which the official `small` and `base` start. It is DETR3D's fcos3d.pth without
-the optimizer (fundamentalvision/BEVFormer issue 118), that is an FCOS3D (configs/_base_/models/fcos3d.py of mmdetection3d: an FPN on
-stages 2 to 4 with five outputs). Its keys are not published. A sibling of it was made by renaming backbone to img_backbone
-(zehuichen123/BEVDistill issue 3), so a neck is loaded only if its prefix belongs to that of the backbone, as it is upstream.
+The third kind includes r101_dcn_fcos3d_pretrain.pth, from which the official `small` and `base` start: an FCOS3D of mmdetection3d with an
+FPN on stages 2 to 4 with five outputs (fundamentalvision/BEVFormer issue 118). Its keys are not published. A sibling of it was made by
+renaming backbone to img_backbone (zehuichen123/BEVDistill issue 3), so a neck is loaded only if its prefix belongs to that of the backbone.
 
-Upstream's `load_from` is mmcv's non-strict loading, which loads each tensor that fits and warns about the others. Here the backbone is
-loaded whole or refused, and the neck whole or not at all. `base` loads an FCOS3D's laterals and first four outputs. `small` loads nothing
-of that neck, where upstream would load one output without its lateral.
+Upstream's `load_from` loads each tensor that fits and warns about the others. Here the backbone is loaded whole or refused, and the neck
+whole or not at all: `base` loads an FCOS3D's laterals and first four outputs, and `small` nothing of that neck.
 
-The keys show neither the channel order of the images nor which convolution of a bottleneck has the stride. torchvision's networks are
-trained on RGB and have the stride on the 3x3 convolution, as `tiny`. `small` and `base` are caffe networks: BGR, with the stride on the
-first 1x1 convolution. torchvision's ResNet-101 has their keys and is the wrong network for them.
+The keys show neither the channel order of the images nor which convolution of a bottleneck has the stride. torchvision's networks are for
+RGB with the stride on the 3x3 convolution, as `tiny`; `small` and `base` are caffe networks, for BGR with the stride on the first 1x1.
+torchvision's ResNet-101 has their keys and is the wrong network for them.
 """
 
 import re
@@ -36,9 +34,6 @@ def load_pretrained(model: Detector, state_dict: Mapping[str, Tensor], keys: Off
     Three things may be absent from the file and then keep their initialisation: num_batches_tracked; the neck; and, if the file's network
     has no deformable convolution, the layers that predict offsets. Those start at zero as in mmdet, which makes a deformable convolution
     a plain one with all nine masks at one half.
-
-    Args:
-        keys: Table of the model's official names.
 
     Returns:
         Lines that say what was loaded, what keeps its initialisation and what was ignored.
@@ -69,10 +64,7 @@ def load_pretrained(model: Detector, state_dict: Mapping[str, Tensor], keys: Off
 def _backbone(
     state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Map the official key of each backbone tensor to the file's key, and report each kind of optional tensor that the file lacks.
-
-    `prefix` is that of the backbone's keys in the file, `official` that of its official keys.
-    """
+    """Map the official key of each backbone tensor to the file's key, and report each kind of optional tensor that the file lacks."""
     sources = {key: prefix + key.removeprefix(official) for key in shapes if key.startswith(official)}
     counters = [key for key, source in sources.items() if key.endswith("num_batches_tracked") and source not in state_dict]
     plain = not any("conv_offset." in key for key in state_dict)
@@ -83,7 +75,7 @@ def _backbone(
     found = {
         key: value.shape
         for key, value in state_dict.items()
-        if key.startswith(prefix) and not _is_classifier(key, prefix) and not _is_zero_bias(key, value, prefix)
+        if key.startswith(prefix) and not key.startswith("fc.") and not _is_zero_bias(key, value, prefix)
     }
     if differences := Differences(found, expected):
         raise ValueError(f"the file's backbone is not this model's: {differences}")
@@ -95,20 +87,13 @@ def _backbone(
     return sources, lines
 
 
-def _is_classifier(key: str, prefix: str) -> bool:
-    return not prefix and key.startswith("fc.")
-
-
 def _is_zero_bias(key: str, value: Tensor, prefix: str) -> bool:
-    """Return whether a tensor is the all-zero bias of a convolution that has no bias here; some files converted from caffe have these."""
+    """Return whether a tensor is the all-zero bias of a convolution that has no bias here, as in some files converted from caffe."""
     return key.startswith(prefix) and re.search(r"\b(conv\d|downsample\.0)\.bias$", key) is not None and not value.any()
 
 
 def _neck(state_dict: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], prefix: str, official: str) -> tuple[dict[str, str], str]:
-    """Map the official key of each neck tensor to the file's, or nothing if a tensor does not fit; also returns a line for the report.
-
-    `prefix` is that of the backbone's keys in the file, `official` that of the neck's official keys.
-    """
+    """Map the official key of each neck tensor to the file's, or nothing if a tensor does not fit; also returns a line for the report."""
     sources = {key: prefix.replace("backbone", "neck") + key.removeprefix(official) for key in shapes if key.startswith(official)}
     for key, source in sources.items():
         if not prefix or source not in state_dict:

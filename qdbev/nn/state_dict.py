@@ -1,9 +1,5 @@
-"""Reads checkpoints of other projects, translates the names of their tensors into ours, and reports tensors that do not fit.
+"""Reads checkpoints of other projects, translates the names of their tensors into ours, and reports tensors that do not fit."""
 
-`OfficialKeys` is the table of names that a detector provides for its published checkpoints; everything else here works for any detector.
-"""
-
-import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,15 +10,11 @@ from torch import Tensor
 
 from qdbev.detector import Detector
 
-BACKBONE_PREFIXES = ("img_backbone.", "backbone.", "")
-"""Prefixes of a ResNet's keys in files: of detectors on mmdet3d, detectors of mmdet, and image classifiers."""
 NUM_SHOWN = 20
 """Largest number of lines in a list of differences."""
 
 _PACKED = re.compile(r"(.*)\.[qkv]_proj\.(weight|bias)")
 """Name of a query, key or value projection; nn.MultiheadAttention, which published code uses, stores the three as one tensor."""
-
-Rules = tuple[tuple[re.Pattern[str], str], ...]
 
 
 class StateDictError(ValueError):
@@ -51,7 +43,7 @@ class OfficialKeys:
 
     def translate(self, key: str, value: Tensor, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return our tensors, by name, for one official tensor; three for a packed projection. `own` is the model's state dict."""
-        name = _rename(key, self._to_ours)
+        name = _rename(key, self.names)
         stem, _, leaf = name.rpartition(".")
         if leaf in ("in_proj_weight", "in_proj_bias"):
             kind = leaf.removeprefix("in_proj_")
@@ -63,53 +55,38 @@ class OfficialKeys:
     def shapes(self, own: Mapping[str, Tensor]) -> dict[str, torch.Size]:
         """Return the shapes of an official checkpoint of a model by official key, from the model's state dict `own`."""
         shapes = {}
+        reverse = tuple((ours, official) for official, ours in self.names)
         for name, value in own.items():
             shape = value.shape
             if packed := _PACKED.fullmatch(name):
                 name, shape = f"{packed[1]}.in_proj_{packed[2]}", torch.Size((3 * shape[0], *shape[1:]))
             elif name.endswith(".product.weight"):
                 name, shape = name.replace(".product.", "."), torch.Size((shape[0], shape[1] // 9, 3, 3))
-            shapes[_rename(name, self._to_official)] = shape
+            shapes[_rename(name, reverse)] = shape
         return shapes
 
     def differences(self, state_dict: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> "Differences":
         """Compare an official state dict with the shapes that a model expects; ignored keys count as absent."""
         return Differences({key: value.shape for key, value in state_dict.items() if key not in self.ignored}, expected)
 
-    @functools.cached_property
-    def _to_ours(self) -> Rules:
-        return _rules(self.names)
 
-    @functools.cached_property
-    def _to_official(self) -> Rules:
-        return _rules((ours, official) for official, ours in self.names)
-
-
-def _rules(pairs: Iterable[tuple[str, str]]) -> Rules:
-    rules = []
+def _rename(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
+    """Apply the first pair (beginning, replacement) that matches; # and * are as in `OfficialKeys.names`."""
     for before, after in pairs:
         pattern = re.escape(before).replace(r"\#", r"(\d+)").replace(r"\*", "(.*)")
-        rules.append((re.compile("^" + pattern), re.sub(r"[#*]", r"\\1", after)))
-    return tuple(rules)
-
-
-def _rename(name: str, rules: Rules) -> str:
-    for pattern, replacement in rules:
-        renamed, count = pattern.subn(replacement, name)
-        if count:
-            return renamed
+        if match := re.match(pattern, name):
+            return match.expand(re.sub(r"[#*]", r"\\1", after)) + name[match.end() :]
     return name
 
 
 @dataclass(frozen=True)
 class Differences:
-    """The tensors in which a file and a model differ, by the file's names; its length is their number, so that no differences are false.
-
-    `found` and `expected` are the shapes of all tensors of the file and of the model.
-    """
+    """The tensors in which a file and a model differ, by the file's names; its length is their number, so that no differences are false."""
 
     found: Mapping[str, torch.Size]
+    """Shapes of all tensors of the file."""
     expected: Mapping[str, torch.Size]
+    """Shapes of all tensors of the model."""
 
     @property
     def missing(self) -> list[str]:
@@ -141,7 +118,7 @@ class Differences:
 
 
 def _by_group(word: str, keys: list[str], everything: Iterable[str]) -> list[tuple[str, int]]:
-    """Return the lines of a list of keys, each with the number of keys that it covers."""
+    """Return lines that list keys, each with the number of keys that it covers."""
     whole, part = key_groups(everything), key_groups(keys)
     lines = []
     for name, members in part.items():
@@ -161,11 +138,7 @@ def key_groups(keys: Iterable[str]) -> dict[str, list[str]]:
 
 
 def load_official(model: Detector, state_dict: Mapping[str, Tensor], keys: OfficialKeys) -> None:
-    """Load an official state dict into `model`.
-
-    Raises:
-        ValueError: A key is missing, unknown, or of the wrong shape; the message lists them and nothing is loaded.
-    """
+    """Load an official state dict. Raises ValueError, and loads nothing, if keys are missing, unknown, or of the wrong shape."""
     own = model.state_dict()
     if differences := keys.differences(state_dict, keys.shapes(own)):
         raise ValueError(f"the checkpoint does not fit this model: {differences}")
@@ -178,11 +151,12 @@ def load_official(model: Detector, state_dict: Mapping[str, Tensor], keys: Offic
 
 def backbone_prefix(state_dict: Mapping[str, Tensor]) -> str | None:
     """Return the prefix of a bottleneck ResNet's keys in a file, or None if the file has no such network."""
-    return next((prefix for prefix in BACKBONE_PREFIXES if f"{prefix}layer1.0.conv3.weight" in state_dict), None)
+    prefixes = ("img_backbone.", "backbone.", "")  # of detectors on mmdet3d, of detectors of mmdet, and of image classifiers
+    return next((prefix for prefix in prefixes if f"{prefix}layer1.0.conv3.weight" in state_dict), None)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of an mmcv-style checkpoint (under 'state_dict', beside 'meta' and 'optimizer') or of a bare one.
+    """Read the state dict of an mmcv-style checkpoint (under 'state_dict') or of a bare one.
 
     Raises:
         StateDictError: The file is missing, is no such checkpoint, or holds classes, NaN or infinity.

@@ -1,7 +1,7 @@
 """The contract of each custom operator: its name, inputs, attributes and output shape.
 
-This is the only place that states them. PyTorch (`torch.ops.qdbev.<torch_name>`), the ONNX node and its function body, the CUDA kernels and
-the TensorRT plugins all read it from here. The meaning of the inputs is described in qdbev/ops/msda.py, sca.py and deform_conv.py.
+PyTorch (`torch.ops.qdbev.<torch_name>`), the ONNX node and its function body, the CUDA kernels and the TensorRT plugins read it from here.
+The meaning of the inputs is described in qdbev/ops/msda.py, sca.py and deform_conv.py.
 
 B batch, N cameras, S keys of all levels, M heads, C channels of a head, Q queries, D pillar points, L levels, P points of a level.
 """
@@ -17,9 +17,6 @@ VERSION = 1
 OPSET = 18
 """ONNX operator set of the deployed graph and of the function bodies."""
 
-Shape = tuple[int, ...]
-"""Shape of a tensor."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
@@ -33,7 +30,7 @@ class Operator:
     """Names of the inputs, in order."""
     attributes: Mapping[str, Literal["int", "ints"]] = field(hash=False)
     """The node's own attributes and their types."""
-    output_shape: Callable[[Mapping[str, Sequence[int]]], Shape] = field(repr=False)
+    output_shape: Callable[[Mapping[str, Sequence[int]]], tuple[int, ...]] = field(repr=False)
     """Function that gives the shape of the only output from the shapes of the inputs, which it takes by name."""
 
     @property
@@ -47,14 +44,14 @@ class Operator:
         return self.inputs[:2] if self.has_integer_value else self.inputs[:1]
 
 
-def _attended(shapes: Mapping[str, Sequence[int]]) -> Shape:
+def _attended(shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """Output shape of both attentions, (B, Q, M * C)."""
     batch, num_query = shapes["attention_logits"][:2]
     heads, channels = shapes["value"][-2:]
     return batch, num_query, heads * channels
 
 
-def _columns(shapes: Mapping[str, Sequence[int]]) -> Shape:
+def _columns(shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
     """Output shape of the gather, (B, C * 9, h, w)."""
     batch, channels = shapes["x"][:2]
     taps, height, width = shapes["mask"][1:]
@@ -94,9 +91,7 @@ def with_integer_value(operator: Operator) -> Operator:
 
 
 MSDA_INT8 = with_integer_value(MSDA)
-"""`MSDA` with an int8 value."""
 SCA_INT8 = with_integer_value(SCA)
-"""`SCA` with an int8 value."""
 
 OPERATORS: dict[str, Operator] = {operator.name: operator for operator in (MSDA, SCA, IM2COL, MSDA_INT8, SCA_INT8)}
 """All operators by ONNX name."""

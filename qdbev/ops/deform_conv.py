@@ -1,7 +1,6 @@
 """Modulated deformable convolution (DCNv2), split into a gather of columns and a 1x1 convolution that is quantized like any other.
 
-The gather is a custom operator: one node of domain `qdbev` in the exported graph, with an ONNX local function of the same name as its body
-(export/bodies/im2col.py). export/deform_conv.py can replace the gather and the product after it by ONNX's own DeformConv.
+The gather is a custom operator, with its ONNX body in export/bodies/im2col.py. export/deform_conv.py can replace both by ONNX's DeformConv.
 Source: Deformable ConvNets v2 (arXiv:1811.11168), equation 1; layout of offsets and masks as in mmcv 1.4.0 ops/modulated_deform_conv.py.
 """
 
@@ -36,14 +35,12 @@ class DeformConv2d(nn.Module):
 def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
     """Read the nine kernel positions around each output position, each shifted by its offset and multiplied by its mask.
 
-    Samples are interpolated bilinearly, and are zero outside the map. While a model is exported, this function calls the custom operator,
-    which becomes one ONNX node.
+    Samples are interpolated bilinearly, and are zero outside the map. While a model is exported, this calls the custom operator.
 
     Args:
         x: (B, C, H, W) features.
         offsets: (B, 18, h, w) pixels, (dy, dx) for each kernel position, row-major.
         mask: (B, 9, h, w) factor of each kernel position.
-        stride: Distance in pixels between the centres of neighbouring output positions.
 
     Returns:
         (B, C * 9, h, w) with the kernel position as the fast axis.

@@ -7,7 +7,7 @@ class Matmul(nn.Module):
     """The product `a @ b`, with the broadcasting of torch.matmul."""
 
     quantized_inputs = (0, 1)
-    """Indices of the arguments that quantization puts quantizers on."""
+    """Indices of the positional arguments that quantization puts quantizers on."""
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Product (..., m, n) of `a` (..., m, k) and `b` (..., k, n)."""

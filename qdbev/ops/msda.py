@@ -18,29 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+LevelSizes = Sequence[tuple[int, int]]
+"""Height and width of each level in cells."""
+
 
 class MultiScaleDeformableAttention(nn.Module):
-    """The operator as a module, so that quantization can put a quantizer on its argument `value`."""
+    """`multi_scale_deformable_attention` as a module with the same positional arguments, so that `value` can get a quantizer."""
 
     quantized_inputs = (0,)
-    """Indices of the arguments that quantization puts quantizers on."""
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Arguments and result are those of `multi_scale_deformable_attention`, all positional."""
         return multi_scale_deformable_attention(*inputs)
 
 
 def multi_scale_deformable_attention(
-    value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
+    value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes
 ) -> Tensor:
     """Attend to a few points around the reference point of each query.
 
-    Nothing at the call says which implementation runs; it depends on the situation:
-    - While a model is exported, this function calls the custom operator `torch.ops.qdbev.multi_scale_deformable_attention`, which becomes
-      one ONNX node.
-    - For CUDA tensors of which none needs a gradient (`evaluated_on_gpu`), it calls the same operator. The operator runs the CUDA kernel
-      if `plugins.torch_ops.install()` was called in this process, and the PyTorch code of this file otherwise.
-    - In all other cases, training on a GPU included, it runs the PyTorch code of this file.
+    While a model is exported, and for CUDA tensors of which none needs a gradient, this calls the custom operator
+    `torch.ops.qdbev.multi_scale_deformable_attention`. It becomes one ONNX node, and runs the CUDA kernel if
+    `plugins.torch_ops.install()` was called in this process. In all other cases the PyTorch code of this file runs.
 
     Args:
         value: (B, S, M, C) projected keys, with the levels concatenated in the order of `level_hw`.
@@ -56,36 +54,27 @@ def multi_scale_deformable_attention(
         ValueError: `level_hw` does not add up to S.
     """
     check_levels(value.shape[1], level_hw)
-    if torch.compiler.is_exporting() or evaluated_on_gpu(value, reference_points, sampling_offsets, attention_logits):
-        flat = [size for hw in level_hw for size in hw]
-        return torch.ops.qdbev.multi_scale_deformable_attention(value, reference_points, sampling_offsets, attention_logits, flat)
-    return _sampled(value, reference_points, sampling_offsets, attention_logits, level_hw)
+    tensors = (value, reference_points, sampling_offsets, attention_logits)
+    if torch.compiler.is_exporting() or evaluated_on_gpu(*tensors):
+        return torch.ops.qdbev.multi_scale_deformable_attention(*tensors, [size for hw in level_hw for size in hw])
+    return _sampled(*tensors, level_hw)
 
 
 def evaluated_on_gpu(*tensors: Tensor) -> bool:
-    """True for CUDA tensors of which none needs a gradient now. Attention then calls the custom operator, which may have a CUDA kernel."""
+    """True for CUDA tensors of which none needs a gradient now."""
     return tensors[0].is_cuda and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _sampled(
-    value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[tuple[int, int]]
-) -> Tensor:
-    """The PyTorch implementation; arguments and result are those of `multi_scale_deformable_attention`."""
+def _sampled(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes) -> Tensor:
+    """The PyTorch implementation."""
     locations = reference_points[:, :, None, None, None] + sampling_offsets / level_wh(level_hw, sampling_offsets)
     return weighted_samples(value, level_hw, locations, joint_softmax(attention_logits))
 
 
-def weighted_samples(value: Tensor, level_hw: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples.
+def weighted_samples(value: Tensor, level_hw: LevelSizes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum (B, Q, M * C) of bilinear samples.
 
-    Args:
-        value: (B, S, M, C), with the levels concatenated in the order of `level_hw`.
-        level_hw: Height and width of each level in cells.
-        locations: (B, Q, M, L, P, 2) as (x, y) in 0..1.
-        weights: (B, Q, M, L, P).
-
-    Returns:
-        (B, Q, M * C).
+    Samples of value (B, S, M, C) are taken at locations (B, Q, M, L, P, 2), as (x, y) in 0..1, and have weights (B, Q, M, L, P).
     """
     B, _, M, C = value.shape
     Q = locations.shape[1]
@@ -105,13 +94,13 @@ def joint_softmax(logits: Tensor) -> Tensor:
     return logits.flatten(-2).softmax(-1).view_as(logits)
 
 
-def level_wh(level_hw: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+def level_wh(level_hw: LevelSizes, like: Tensor) -> Tensor:
     """(L, 1, 2) width and height of each level, to divide offsets of shape (..., L, P, 2)."""
     return torch.tensor([(w, h) for h, w in level_hw], dtype=like.dtype, device=like.device)[:, None]
 
 
-def check_levels(num_keys: int, level_hw: Sequence[tuple[int, int]]) -> None:
-    """Check that levels of these sizes have `num_keys` keys in all. Raises ValueError if they have another number of keys."""
+def check_levels(num_keys: int, level_hw: LevelSizes) -> None:
+    """Raise ValueError unless levels of these sizes have `num_keys` keys in all."""
     total = sum(h * w for h, w in level_hw)
     if total != num_keys:
         raise ValueError(f"level_hw {list(level_hw)} covers {total} keys, value has {num_keys}; give the level sizes of the keys")
@@ -124,6 +113,6 @@ def _node(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, att
 
 
 @_node.register_fake
-def _(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[int]) -> Tensor:
+def _(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, *_: Any) -> Tensor:
     B, _, M, C = value.shape
     return value.new_empty(B, sampling_offsets.shape[1], M * C)

@@ -1,7 +1,6 @@
 """Rotation of a BEV map by the change of the ego's yaw, with nearest-cell sampling around a fixed centre.
 
-Source: torchvision 0.10.1 `rotate`, as BEVFormer calls it (bevformer modules/transformer.py at 66b65f3). It is written as a gather of rows,
-so that it is exported as standard ONNX nodes.
+Source: torchvision 0.10.1 `rotate`, as BEVFormer calls it (bevformer modules/transformer.py at 66b65f3); here a gather of rows, for ONNX.
 """
 
 import torch

@@ -1,12 +1,7 @@
 """Spatial cross-attention: BEV queries read features of the cameras that see them.
 
-There is one contract, and several implementations that must give the same results:
-
-    here       PyTorch; each camera computes only the queries that it sees; can be trained and runs on any device
-    sca_dense  PyTorch; each camera computes every query, as the ONNX body does; results/attention_cpu.json has the costs of both
-    CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/sca.py)
-    TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
+The implementations are those of qdbev/ops/msda.py, with two forms in PyTorch: gathered, in which each camera computes only the queries that
+it sees, and dense, in which it computes every query, as the ONNX body does. results/attention_cpu.json has the costs of both.
 
 Offsets and logits depend only on the query, so all cameras share one set of them. The mask of the cameras that see a query, the sum over
 these cameras and the division by their number are part of the operator. Source: BEVFormer (arXiv:2203.17270), equation 3.
@@ -20,33 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 
-from qdbev.ops.msda import check_levels, evaluated_on_gpu, joint_softmax, level_wh, weighted_samples
+from qdbev.ops.msda import LevelSizes, check_levels, evaluated_on_gpu, joint_softmax, level_wh, weighted_samples
 
 
 class SpatialCrossAttention(nn.Module):
-    """The operator as a module, so that quantization can put a quantizer on its argument `value`."""
+    """`spatial_cross_attention` as a module with the same positional arguments, so that `value` can get a quantizer."""
 
     quantized_inputs = (0,)
-    """Indices of the arguments that quantization puts quantizers on."""
 
     def forward(self, *inputs: Any) -> Tensor:
-        """Arguments and result are those of `spatial_cross_attention`, all positional."""
         return spatial_cross_attention(*inputs)
 
 
 def spatial_cross_attention(
-    value: Tensor,
-    reference_points: Tensor,
-    visible: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_hw: Sequence[tuple[int, int]],
+    value: Tensor, reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes
 ) -> Tensor:
     """Deformable attention of each query to all cameras that see it, averaged over these cameras.
 
-    The implementation is chosen as in `qdbev.ops.msda.multi_scale_deformable_attention`. During export, and for CUDA tensors that need no
-    gradient, it is the custom operator, which runs the CUDA kernel if `plugins.torch_ops.install()` was called in this process. Otherwise
-    it is the PyTorch code of this file.
+    The implementation is chosen as in `qdbev.ops.msda.multi_scale_deformable_attention`; the PyTorch code is the gathered form.
 
     Args:
         value: (B, N, S, M, C) projected keys of each camera, with the levels concatenated in the order of `level_hw`.
@@ -66,26 +52,21 @@ def spatial_cross_attention(
     num_points, num_pillar_points = sampling_offsets.shape[-2], reference_points.shape[-2]
     if num_points % num_pillar_points:
         raise ValueError(f"{num_points} sampling points cannot be shared among {num_pillar_points} pillar points; use a multiple")
-    if torch.compiler.is_exporting() or evaluated_on_gpu(value, reference_points, visible, sampling_offsets, attention_logits):
-        flat = [size for hw in level_hw for size in hw]
-        return torch.ops.qdbev.spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, flat)
-    return gathered_spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, level_hw)
+    tensors = (value, reference_points, visible, sampling_offsets, attention_logits)
+    if torch.compiler.is_exporting() or evaluated_on_gpu(*tensors):
+        return torch.ops.qdbev.spatial_cross_attention(*tensors, [size for hw in level_hw for size in hw])
+    return gathered_spatial_cross_attention(*tensors, level_hw)
 
 
 def gathered_spatial_cross_attention(
-    value: Tensor,
-    reference_points: Tensor,
-    visible: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_hw: Sequence[tuple[int, int]],
+    value: Tensor, reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes
 ) -> Tensor:
-    """The PyTorch implementation, in which each camera computes only the queries that it sees.
+    """Compute, for each camera, only the queries that it sees; arguments and result are those of `spatial_cross_attention`.
 
-    Arguments and result are those of `spatial_cross_attention`. All cameras are padded to K queries, the most that any of them sees.
+    All cameras are padded to K queries, the most that any of them sees.
     """
     B, N, _, M, C = value.shape
-    Q, L, P = sampling_offsets.shape[1], sampling_offsets.shape[3], sampling_offsets.shape[4]
+    Q, _, L, P = sampling_offsets.shape[1:5]
     D = reference_points.shape[-2]
     seen, query = visible.flatten(0, 1).sort(dim=1, descending=True, stable=True)  # (B*N, Q)
     K = max(int((visible > 0).sum(-1).max()), 1)
@@ -103,27 +84,36 @@ def gathered_spatial_cross_attention(
     return out.view(B, Q, M * C)
 
 
+def dense_spatial_cross_attention(
+    value: Tensor, reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes
+) -> Tensor:
+    """Compute every query for one camera after the other; arguments and result are those of `spatial_cross_attention`.
+
+    Its shapes are static, as in the ONNX function body. The gathered form is several times cheaper, and so the network uses that one;
+    this one gives the gradients of the CUDA kernel (plugins/torch_ops.py).
+    """
+    B, N, _, M, C = value.shape
+    Q, _, L, P = sampling_offsets.shape[1:5]
+    D = reference_points.shape[-2]
+    offsets = (sampling_offsets / level_wh(level_hw, sampling_offsets)).unflatten(4, (P // D, D))  # (B, Q, M, L, P/D, D, 2)
+    weights = joint_softmax(attention_logits)
+    total = value.new_zeros(B, Q, M * C)
+    for camera in range(N):
+        pillars = reference_points[:, camera, :, None, None, None]  # (B, Q, 1, 1, 1, D, 2)
+        locations = (offsets + pillars).view(B, Q, M, L, P, 2)
+        total = total + weighted_samples(value[:, camera], level_hw, locations, weights) * visible[:, camera, :, None]
+    return total / visible.sum(1).clamp(min=1)[..., None]
+
+
 @library.custom_op("qdbev::spatial_cross_attention", mutates_args=())
 def _node(
-    value: Tensor,
-    reference_points: Tensor,
-    visible: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_hw: Sequence[int],
+    value: Tensor, reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: Sequence[int]
 ) -> Tensor:
     pairs = list(zip(level_hw[::2], level_hw[1::2], strict=True))
     return gathered_spatial_cross_attention(value, reference_points, visible, sampling_offsets, attention_logits, pairs)
 
 
 @_node.register_fake
-def _(
-    value: Tensor,
-    reference_points: Tensor,
-    visible: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_hw: Sequence[int],
-) -> Tensor:
+def _(value: Tensor, reference_points: Tensor, visible: Tensor, sampling_offsets: Tensor, *_: Any) -> Tensor:
     B, _, _, M, C = value.shape
     return value.new_empty(B, sampling_offsets.shape[1], M * C)

@@ -74,7 +74,9 @@ def missing(root: Path, version: str) -> list[str]:
         lines, tables = [f"{version}: no such folder, there is {', '.join(found)}; unpack {archives.metadata}, or set data.version"], {}
     else:
         lines, tables = _read(root / version, archives)
-    lines += _missing_maps(root, tables.get("map", []), archives)
+    masks = tables.get("map", [])
+    if absent := [name for name in masks if not (root / name).is_file()]:
+        lines.append(f"maps: {len(absent)} of {len(masks)} masks missing, first {absent[0]}; unpack {archives.metadata}")
     lines += _missing_can_signals(root, [name for _, name in tables.get("scene", [])])
     all_read = len(tables) == len(_NEEDED)
     return lines + (_missing_images(root, tables, archives) if all_read else _empty_folders(root, archives))
@@ -86,7 +88,7 @@ def scenes_without_can_signals(root: Path) -> set[str]:
 
 
 def _read(folder: Path, archives: _Archives) -> tuple[list[str], dict[str, list[Any]]]:
-    """Lines about missing and damaged tables, and the needed fields of the readable ones."""
+    """Lines about missing and damaged tables, and the needed fields of the others."""
     absent = [f"{name}.json" for name in TABLES if not (folder / f"{name}.json").is_file()]
     lines = [f"{folder.name}: {', '.join(absent)} missing; unpack {archives.metadata}"] if absent else []
     tables = {}
@@ -98,11 +100,6 @@ def _read(folder: Path, archives: _Archives) -> tuple[list[str], dict[str, list[
             except (ValueError, KeyError, TypeError) as error:
                 lines.append(f"{folder.name}/{path.name}: damaged ({error!r}); unpack {archives.metadata} again")
     return lines, tables
-
-
-def _missing_maps(root: Path, names: list[str], archives: _Archives) -> list[str]:
-    absent = [name for name in names if not (root / name).is_file()]
-    return [f"maps: {len(absent)} of {len(names)} masks missing, first {absent[0]}; unpack {archives.metadata}"] if absent else []
 
 
 def _missing_can_signals(root: Path, scenes: list[str]) -> list[str]:

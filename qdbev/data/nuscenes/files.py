@@ -25,10 +25,7 @@ TABLES = (
 
 
 def fingerprint(root: Path, version: str) -> dict[str, tuple[int, ...]]:
-    """Size in bytes and modification time in nanoseconds of each table and of `splits.json`, and the number of CAN pose files.
-
-    It costs milliseconds, opens no file, and differs when the tables have been changed or replaced.
-    """
+    """Size in bytes and modification time in nanoseconds of each table and of `splits.json`, and the number of CAN pose files."""
     folder, can_bus = root / version, root / "can_bus"
     files = [path for path in (*(folder / f"{name}.json" for name in TABLES), folder / "splits.json") if path.is_file()]
     stamp = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

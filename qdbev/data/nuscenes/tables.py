@@ -17,8 +17,8 @@ from nuscenes.nuscenes import NuScenes
 from nuscenes.utils.splits import create_splits_scenes
 from tqdm import tqdm
 
-from qdbev import can_bus as layout
 from qdbev import geometry
+from qdbev.can_bus import absolute_can_bus
 from qdbev.data.infos import DatasetError, Infos
 from qdbev.data.nuscenes.completeness import scenes_without_can_signals
 from qdbev.schema import CAMERAS, CLASSES
@@ -32,7 +32,7 @@ _OFFICIAL_SPLITS = {
 """Official splits of each version; the key is the ending of the version's name, which the official evaluation checks too."""
 
 Record = dict[str, Any]
-"""One record of a nuScenes table, as the devkit returns it."""
+"""One record of a nuScenes table."""
 SampleFields = dict[str, Any]
 """The values of one sample for the fields of `Infos`."""
 
@@ -56,33 +56,8 @@ def read(root: Path, version: str, workers: int) -> Infos:
     return _stack(samples, _splits(root, version))
 
 
-def can_bus(signals: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """The (18,) vector `can_bus` of one frame in the global frame, with the error of the code that trained the published checkpoints.
-
-    Args:
-        signals: (9,) acceleration (m/s^2), rotation rate (rad/s) and velocity (m/s), each as x, y, z.
-        rotation: (4,) unit quaternion (w, x, y, z) of the ego in the global frame.
-        translation: (3,) position of the ego in metres, global frame.
-
-    Returns:
-        [0:3] position; [3:7] w of the quaternion, four times (see `DataConfig.full_quaternion`); [7:16] signals; [16] yaw in [0, 2 pi);
-        [17] the yaw in degrees.
-    """
-    heading = _rotation_matrices(rotation)[:, 0]
-    yaw_deg = np.rad2deg(np.arctan2(heading[1], heading[0]))
-    if yaw_deg < 0:
-        yaw_deg += 360
-    vector = np.empty(layout.SIZE)
-    vector[layout.POSITION] = translation
-    vector[layout.ROTATION] = rotation[0]
-    vector[7:16] = signals
-    vector[layout.YAW_RAD] = np.deg2rad(yaw_deg)
-    vector[layout.YAW_DEG] = yaw_deg
-    return vector
-
-
 class SceneReader:
-    """Reads the samples of one scene at a time. G is the number of boxes of a sample, N the number of cameras."""
+    """Reads the samples of one scene at a time. G is the number of boxes of a sample."""
 
     def __init__(self, root: Path, nuscenes: NuScenes) -> None:
         self.nuscenes = nuscenes
@@ -95,17 +70,14 @@ class SceneReader:
         samples, token = [], scene["first_sample_token"]
         while token:
             sample = self.nuscenes.get("sample", token)
+            # As in BEVFormer's converter, a sample gets the signals of the first message after it.
             after = np.searchsorted(times, sample["timestamp"], side="right").clip(max=len(times) - 1)
             samples.append({"scene_name": scene["name"], **self._sample_fields(sample, signals[after])})
             token = sample["next"]
         return samples
 
     def _can_signals(self, scene_name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) times in microseconds and (M, 9) signals of the scene's pose messages; one message of zeros if the scene has none.
-
-        As in BEVFormer's converter, a sample gets the signals of the first message after it, and its position and rotation from the
-        ego pose.
-        """
+        """(M,) times in microseconds and (M, 9) signals of the scene's pose messages; one message of zeros if the scene has none."""
         if scene_name in self._without_can:
             return np.zeros(1), np.zeros((1, 9))
         path = self._can_folder / f"{scene_name}_pose.json"
@@ -121,8 +93,8 @@ class SceneReader:
         absent = [channel for channel in (_LIDAR, *CAMERAS) if channel not in sample["data"]]
         if absent:
             raise DatasetError(f"sample {sample['token']} has no key frame of {', '.join(absent)}; the tables are incomplete")
-        _, ego_from_lidar, ego_pose = self._sensor(sample, _LIDAR)
-        global_from_ego = _pose(ego_pose)
+        _, calibration, ego_pose = self._sensor(sample, _LIDAR)
+        ego_from_lidar, global_from_ego = _pose(calibration), _pose(ego_pose)
         lidar_from_global = geometry.inverse(global_from_ego @ ego_from_lidar)
         cameras = [self._camera(sample, camera, lidar_from_global) for camera in CAMERAS]
         return {
@@ -135,32 +107,30 @@ class SceneReader:
             "ego_from_lidar": ego_from_lidar,
             "global_from_ego": global_from_ego,
             "quaternion": np.array(ego_pose["rotation"]),
-            "can_bus": can_bus(signals, np.array(ego_pose["rotation"]), np.array(ego_pose["translation"])),
+            "can_bus": absolute_can_bus(signals, np.array(ego_pose["rotation"]), np.array(ego_pose["translation"])),
             **self._boxes(sample, lidar_from_global),
         }
 
-    def _sensor(self, sample: Record, channel: str) -> tuple[Record, np.ndarray, Record]:
-        """The sample_data record, the (4, 4) ego_from_sensor, and the ego_pose record at the time of this sensor's measurement."""
+    def _sensor(self, sample: Record, channel: str) -> tuple[Record, Record, Record]:
+        """The sample_data, calibrated_sensor and ego_pose records of a sensor, the last at the time of its measurement."""
         data = self.nuscenes.get("sample_data", sample["data"][channel])
         calibration = self.nuscenes.get("calibrated_sensor", data["calibrated_sensor_token"])
-        return data, _pose(calibration), self.nuscenes.get("ego_pose", data["ego_pose_token"])
+        return data, calibration, self.nuscenes.get("ego_pose", data["ego_pose_token"])
 
     def _camera(self, sample: Record, channel: str, lidar_from_global: np.ndarray) -> tuple[Record, np.ndarray]:
         """The sample_data record and the (4, 4) lidar2img of one camera."""
-        image, ego_from_cam, ego_pose = self._sensor(sample, channel)
-        cam_from_lidar = geometry.inverse(lidar_from_global @ _pose(ego_pose) @ ego_from_cam)
-        intrinsic = self.nuscenes.get("calibrated_sensor", image["calibrated_sensor_token"])["camera_intrinsic"]
-        img_from_cam = geometry.rigid(np.array(intrinsic), np.zeros(3))
+        image, calibration, ego_pose = self._sensor(sample, channel)
+        cam_from_lidar = geometry.inverse(lidar_from_global @ _pose(ego_pose) @ _pose(calibration))
+        img_from_cam = geometry.rigid(np.array(calibration["camera_intrinsic"]), np.zeros(3))
         return image, img_from_cam @ cam_from_lidar
 
     def _boxes(self, sample: Record, lidar_from_global: np.ndarray) -> SampleFields:
         """boxes (G, 9), labels (G,) and num_points (G,) of the objects of the ten classes."""
         found = [self.nuscenes.get("sample_annotation", token) for token in sample["anns"]]
         names = [category_to_detection_name(annotation["category_name"]) for annotation in found]
-        kept = [(annotation, name) for annotation, name in zip(found, names, strict=True) if name in CLASSES]
-        boxes = np.zeros((len(kept), 9))
-        if kept:
-            annotations = [annotation for annotation, _ in kept]
+        annotations = [annotation for annotation, name in zip(found, names, strict=True) if name in CLASSES]
+        boxes = np.zeros((len(annotations), 9))
+        if annotations:
             rotation = lidar_from_global[:3, :3]
             centers = np.array([a["translation"] for a in annotations])
             lidar_from_box = rotation @ _rotation_matrices(np.array([a["rotation"] for a in annotations]))  # (G, 3, 3)
@@ -172,8 +142,8 @@ class SceneReader:
             boxes[:, 7:] = np.nan_to_num(velocity @ rotation.T, nan=0.0)[:, :2]
         return {
             "boxes": boxes,
-            "labels": [CLASSES.index(name) for _, name in kept],
-            "num_points": [annotation["num_lidar_pts"] + annotation["num_radar_pts"] for annotation, _ in kept],
+            "labels": [CLASSES.index(name) for name in names if name in CLASSES],
+            "num_points": [annotation["num_lidar_pts"] + annotation["num_radar_pts"] for annotation in annotations],
         }
 
 
@@ -200,11 +170,8 @@ def _open(root: Path, version: str) -> NuScenes:
 
 
 def _rotation_matrices(quaternions: np.ndarray) -> np.ndarray:
-    """(..., 3, 3) rotation matrices of quaternions (..., 4) in the order w, x, y, z, which need not be of unit length.
-
-    The formula is written out because scipy's differs in the last bits. Positions of a kilometre and more multiply them, so `lidar2img`
-    would differ in float32, and with it every network trained on these numbers.
-    """
+    """(..., 3, 3) rotation matrices of quaternions (..., 4) in the order w, x, y, z, which need not be of unit length."""
+    # scipy's formula differs in the last bits. Multiplied by kilometres they would change `lidar2img`, and every network trained on it.
     q = np.asarray(quaternions, dtype=np.float64)
     w, x, y, z = np.moveaxis(q / np.linalg.norm(q, axis=-1, keepdims=True), -1, 0)
     rows = (

@@ -7,22 +7,18 @@ B batch, N cameras, C width, M heads, L levels, P points, K BEV cells, Q queries
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.nn.transformer import output_projection
-from qdbev.ops.msda import MultiScaleDeformableAttention
+from qdbev.ops.msda import LevelSizes, MultiScaleDeformableAttention
 from qdbev.ops.sca import SpatialCrossAttention
 
 
 def _ray_bias(num_heads: int, num_maps: int, num_points: int) -> Tensor:
-    """Return (num_heads * num_maps * num_points * 2,) offsets: those of head k point along angle 2 pi k / num_heads.
-
-    Point p is at a distance of p + 1 cells.
-    """
+    """Return offsets, flat: point p of head k is p + 1 cells away at the angle 2 pi k / num_heads."""
     angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
     ray = torch.stack((angle.cos(), angle.sin()), -1)
     ray = ray / ray.abs().amax(-1, keepdim=True)
@@ -39,36 +35,35 @@ class _DeformableProjections(nn.Module):
         self.num_points = num_points
         self.sampling_offsets = nn.Linear(query_dim, num_heads * num_maps * num_points * 2)
         self.attention_weights = nn.Linear(query_dim, num_heads * num_maps * num_points)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.value_proj = output_projection(embed_dim)
         nn.init.zeros_(self.sampling_offsets.weight)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(_ray_bias(num_heads, num_maps, num_points))
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
-        nn.init.xavier_uniform_(self.value_proj.weight)
-        nn.init.zeros_(self.value_proj.bias)
 
 
-class TemporalSelfAttention(_DeformableProjections):
-    """Attention of each BEV cell to the previous and to the current BEV; the two results are averaged."""
+class _BevAttention(_DeformableProjections):
+    """Deformable attention to `num_maps` BEV maps of one level, with the projection of its result."""
 
-    def __init__(self, config: BEVFormerConfig) -> None:
-        super().__init__(2 * config.embed_dim, config.embed_dim, config.num_heads, 2, config.num_points)
+    def __init__(self, config: BEVFormerConfig, query_dim: int, num_maps: int) -> None:
+        super().__init__(query_dim, config.embed_dim, config.num_heads, num_maps, config.num_points)
         self.attention = MultiScaleDeformableAttention()
         self.output_proj = output_projection(config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
+
+class TemporalSelfAttention(_BevAttention):
+    """Attention of each BEV cell to the previous and to the current BEV; the two results are averaged."""
+
+    def __init__(self, config: BEVFormerConfig) -> None:
+        super().__init__(config, 2 * config.embed_dim, num_maps=2)
+
     def forward(self, query: Tensor, query_pos: Tensor, queue: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
-        """Attend to the previous and the current BEV.
+        """Map BEV features `query` (B, K, C) with their positional embedding `query_pos` (B, K, C) to (B, K, C).
 
-        Args:
-            query: (B, K, C) BEV features.
-            query_pos: (B, K, C) positional embedding.
-            queue: (B, 2, K, C) values: previous BEV, then current BEV.
-            reference_points: (B, 2, K, 2) positions from 0 to 1 over the BEV, for the previous and the current BEV.
-
-        Returns:
-            (B, K, C), with `query` added.
+        `queue` (B, 2, K, C) has the values of the previous BEV and of the current one, `reference_points` (B, 2, K, 2) the positions
+        from 0 to 1 over each.
         """
         B, K, C = query.shape
         M, P = self.num_heads, self.num_points
@@ -86,35 +81,22 @@ class TemporalSelfAttention(_DeformableProjections):
 
 
 class CameraCrossAttention(nn.Module):
-    """Attention of each BEV cell to the cameras that see its pillar.
-
-    The linear layers are in `deformable_attention`, as in the official keys.
-    """
+    """Attention of each BEV cell to the cameras that see its pillar; its layers are named as in the official keys."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
         super().__init__()
-        self.num_levels = config.num_levels
-        self.deformable_attention = _DeformableProjections(
-            config.embed_dim, config.embed_dim, config.num_heads, config.num_levels, config.num_spatial_points
-        )
+        C, L = config.embed_dim, config.num_levels
+        self.num_levels = L
+        self.deformable_attention = _DeformableProjections(C, C, config.num_heads, L, config.num_spatial_points)
         self.attention = SpatialCrossAttention()
-        self.output_proj = output_projection(config.embed_dim)
+        self.output_proj = output_projection(C)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: Sequence[tuple[int, int]]
-    ) -> Tensor:
-        """Attend to the cameras.
+    def forward(self, query: Tensor, tokens: Tensor, reference_points: Tensor, visible: Tensor, level_hw: LevelSizes) -> Tensor:
+        """Map BEV features `query` (B, K, C) to (B, K, C).
 
-        Args:
-            query: (B, K, C) BEV features.
-            tokens: (B, N, S, C) image tokens of all levels.
-            reference_points: (B, N, K, D, 2) projected pillar points, as in qdbev/ops/sca.py.
-            visible: (B, N, K) one where the camera sees the cell, else zero, as in qdbev/ops/sca.py.
-            level_hw: Height and width of each feature level.
-
-        Returns:
-            (B, K, C), with `query` added.
+        `tokens` (B, N, S, C) are the image tokens of all levels; `reference_points` (B, N, K, D, 2) and `visible` (B, N, K) are as in
+        qdbev/ops/sca.py.
         """
         B, K, C = query.shape
         inner = self.deformable_attention
@@ -130,26 +112,16 @@ class CameraCrossAttention(nn.Module):
         return self.dropout(self.output_proj(read)) + query
 
 
-class BevCrossAttention(_DeformableProjections):
+class BevCrossAttention(_BevAttention):
     """Attention of each object query to the BEV around its reference point."""
 
     def __init__(self, config: BEVFormerConfig) -> None:
-        super().__init__(config.embed_dim, config.embed_dim, config.num_heads, 1, config.num_points)
-        self.attention = MultiScaleDeformableAttention()
-        self.output_proj = output_projection(config.embed_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        super().__init__(config, config.embed_dim, num_maps=1)
 
     def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, reference_points: Tensor, bev_hw: tuple[int, int]) -> Tensor:
-        """Attend to the BEV.
+        """Map object queries `query` (B, Q, C) with their positional embedding `query_pos` (B, Q, C) to (B, Q, C).
 
-        Args:
-            query: (B, Q, C) object queries.
-            query_pos: (B, Q, C) positional embedding.
-            bev: (B, K, C) BEV features.
-            reference_points: (B, Q, 2) positions from 0 to 1 over the BEV.
-
-        Returns:
-            (B, Q, C), with `query` added.
+        `bev` (B, K, C) has the BEV features, `reference_points` (B, Q, 2) the positions from 0 to 1 over the BEV.
         """
         B, Q, C = query.shape
         M, P = self.num_heads, self.num_points

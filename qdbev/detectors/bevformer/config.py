@@ -22,7 +22,6 @@ class BEVFormerConfig:
     embed_dim: int = 256
     """Width of image features, BEV features and object queries."""
     num_heads: int = 8
-    """Attention heads."""
     ffn_dim: int = 512
     """Hidden width of the feed-forward layers."""
     num_cameras: int = 6
@@ -41,7 +40,6 @@ class BEVFormerConfig:
     encoder_layers: int = 3
     decoder_layers: int = 6
     num_query: int = 900
-    """Number of object queries."""
     num_classes: int = 10
     max_boxes: int = 300
     """Largest number of decoded boxes of a frame."""
@@ -54,8 +52,7 @@ class BEVFormerConfig:
     (fixed upstream in 2f37d0d, 2023-07-27); False is the corrected form."""
     absolute_yaw: bool = True
     """The network reads the vehicle's heading on the map (can_bus[16]) and a turn that jumps by 360 degrees where the heading wraps ([17]),
-    as the published models were trained. With False it reads only the wrapped turn, in radians and degrees, so that it cannot learn from
-    the absolute heading. The geometry is correct in both cases."""
+    as the published models were trained. With False it reads only the wrapped turn, in radians and degrees."""
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_heads", "ffn_dim", "num_cameras", "bev_hw", "num_pillar_points", "num_spatial_points", "num_points")

@@ -77,15 +77,9 @@ class Encoder(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(
-        self,
-        features: Sequence[Tensor],
-        lidar2img: Tensor,
-        can_bus: Tensor,
-        image_hw: tuple[int, int],
-        prev_bev: Tensor,
-        has_prev: Tensor,
+        self, features: Sequence[Tensor], lidar2img: Tensor, can_bus: Tensor, image_hw: tuple[int, int], prev_bev: Tensor, has_prev: Tensor
     ) -> Tensor:
-        """Compute the BEV.
+        """Compute the BEV features (B, K, C).
 
         Args:
             features: For each level (B, N, C, h, w).
@@ -94,9 +88,6 @@ class Encoder(nn.Module):
             image_hw: Padded height and width.
             prev_bev: (B, K, C) BEV of the previous frame.
             has_prev: (B,) one where `prev_bev` is read, zero where it is ignored.
-
-        Returns:
-            (B, K, C) BEV features.
         """
         B = can_bus.shape[0]
         initial = self.bev_embedding.weight + self.can_bus_norm(self.can_bus_mlp(self._motion(can_bus)))[:, None]  # (B, K, C)
@@ -113,7 +104,7 @@ class Encoder(nn.Module):
         return query
 
     def _motion(self, can_bus: Tensor) -> Tensor:
-        """Return the (B, 18) numbers of `can_bus` that the network reads; see `BEVFormerConfig.absolute_yaw`."""
+        """Return what the network reads of `can_bus` (B, 18); see `BEVFormerConfig.absolute_yaw`."""
         if self.config.absolute_yaw:
             return can_bus
         turn = can_bus[:, YAW_DEG:]  # (B, 1)

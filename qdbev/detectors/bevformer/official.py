@@ -33,6 +33,5 @@ KEYS = OfficialKeys(
         ),
     ),
     ignored=(_HEAD + "code_weights",),
-    head=_HEAD,
 )
 """BEVFormer's table. `code_weights` are the loss weights of the ten numbers of a box code."""

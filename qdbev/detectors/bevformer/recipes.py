@@ -9,8 +9,9 @@ from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.nn.config import BackboneConfig
 from qdbev.quant.config import QuantConfig, Stage
 
-_CAFFE_MEAN = (103.53, 116.28, 123.675)
-"""Mean of each image channel, in the order BGR, with which the caffe backbones were trained."""
+_RESNET101 = BackboneConfig(depths=(3, 4, 23, 3), style="caffe", deformable_stages=(2, 3))
+_CAFFE_IMAGES = DataConfig(root="data/nuscenes", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), to_rgb=False)
+"""Images in the order BGR, with the mean with which the caffe backbones were trained."""
 
 
 def progressive(epochs: Sequence[float], learning_rate: float) -> tuple[Stage, ...]:
@@ -20,7 +21,7 @@ def progressive(epochs: Sequence[float], learning_rate: float) -> tuple[Stage, .
 
 
 def _method(progressive_epochs: Sequence[float], distill_epochs: float, learning_rate: float) -> tuple[Stage, ...]:
-    """Return all stages of QD-BEV (arXiv:2308.10515, Algorithm 1): the progressive ones, then distillation with everything quantized."""
+    """Return all stages of QD-BEV (arXiv:2308.10515, Algorithm 1): the progressive ones, then distillation."""
     return *progressive(progressive_epochs, learning_rate), Stage(epochs=distill_epochs, learning_rate=learning_rate, distill=True)
 
 
@@ -28,8 +29,8 @@ POLICY = QuantConfig(
     edge_layers=("backbone.conv1", "head.cls_branches.*.6", "head.reg_branches.*.4"),
     float_layers=("encoder.can_bus_mlp.*", "decoder.reference_points"),
 )
-"""Quantization policy of all recipes. `edge_layers` are the first convolution and the last linear layers. `float_layers` are the layers
-that read `can_bus`, eighteen numbers of mixed units, and the one that computes the reference points, which are constant."""
+"""Quantization policy of all recipes. `float_layers` are the layers that read `can_bus`, eighteen numbers of mixed units, and the one that
+computes the reference points, which are constant."""
 _PAPER = dataclasses.replace(POLICY, stages=_method((24, 11, 16, 9), 25, learning_rate=5e-5))
 """The paper's stages. Their lengths are read off its Figure 3 (tiny); it gives no learning rate."""
 _PAPER_DEFORMABLE = dataclasses.replace(_PAPER, edge_layers=(*_PAPER.edge_layers, "backbone.*.conv2.offset"))
@@ -85,11 +86,8 @@ def small() -> Config:
     """BEVFormer-Small: ResNet-101 with DCNv2, 736x1280, BEV 150x150; 37.0 mAP / 47.9 NDS with the published checkpoint."""
     return Config(
         name="small",
-        data=DataConfig(root="data/nuscenes", image_scale=0.8, mean=_CAFFE_MEAN, std=(1.0, 1.0, 1.0), to_rgb=False),
-        model=BEVFormerConfig(
-            backbone=BackboneConfig(depths=(3, 4, 23, 3), style="caffe", deformable_stages=(2, 3)),
-            bev_hw=(150, 150),
-        ),
+        data=dataclasses.replace(_CAFFE_IMAGES, image_scale=0.8),
+        model=BEVFormerConfig(backbone=_RESNET101, bev_hw=(150, 150)),
         quant=_PAPER_DEFORMABLE,
     )
 
@@ -98,9 +96,9 @@ def base() -> Config:
     """BEVFormer-Base: ResNet-101 with DCNv2, four levels, 928x1600, BEV 200x200; 41.6 mAP / 51.7 NDS with the published checkpoint."""
     return Config(
         name="base",
-        data=DataConfig(root="data/nuscenes", image_scale=1.0, mean=_CAFFE_MEAN, std=(1.0, 1.0, 1.0), to_rgb=False, queue_length=4),
+        data=dataclasses.replace(_CAFFE_IMAGES, image_scale=1.0, queue_length=4),
         model=BEVFormerConfig(
-            backbone=BackboneConfig(depths=(3, 4, 23, 3), style="caffe", deformable_stages=(2, 3), out_stages=(1, 2, 3)),
+            backbone=dataclasses.replace(_RESNET101, out_stages=(1, 2, 3)),
             num_levels=4,
             bev_hw=(200, 200),
             encoder_layers=6,
