@@ -61,7 +61,7 @@ def report(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, An
             for architecture in architectures:
                 code, usage = nvrtc.build(variant.source(), architecture)
                 row = {"recipe": recipe, **_constants(variant), "architecture": architecture}
-                rows.append({**row, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
+                rows.append({**row, **usage, "cubin_bytes": len(code)})
             _log.info("%s %s %s to %s", recipe, variant.entry, variant.value, variant.out)
     spilled = sum(row["spill_store_bytes"] + row["spill_load_bytes"] for row in rows)
     version = ".".join(map(str, nvrtc.version()))

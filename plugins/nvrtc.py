@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,19 @@ from qdbev import artifact
 from qdbev.cuda_check import check
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--diag-suppress=177")  # 177: a function that this kernel does not use
-_FIGURES = {
+FIGURES = {
     "registers": r"Used (\d+) registers",
     "shared_bytes": r"(\d+) bytes smem",
     "stack_bytes": r"(\d+) bytes stack frame",
     "spill_store_bytes": r"(\d+) bytes spill stores",
     "spill_load_bytes": r"(\d+) bytes spill loads",
 }
-"""Patterns of the fields of `Usage` in the compiler's log."""
+"""Patterns in the log of ptxas of the resources that `build` reports: per thread, except `shared_bytes`, which is per block."""
 _log = logging.getLogger(__name__)
 
 
 class CompileError(ValueError):
     """NVRTC is not installed, does not know the architecture, or rejects the source."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The resources of a compiled kernel as ptxas reports them: per thread, except `shared_bytes`, which is per block."""
-
-    registers: int
-    shared_bytes: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
 
 
 _check = functools.partial(check, error=CompileError)
@@ -66,8 +54,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdbev" / "kernels"
 
 
-def build(source: str, architecture: str) -> tuple[bytes, Usage]:
-    """Compile `source` and return its machine code and the resources it uses; does not use the cache.
+def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:
+    """Compile `source` and return its machine code and the resources it uses, by their names in `FIGURES`; does not use the cache.
 
     Raises:
         CompileError: NVRTC is not installed, does not know the architecture, or rejects the source.
@@ -87,8 +75,8 @@ def build(source: str, architecture: str) -> tuple[bytes, Usage]:
         _check(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    found = {name: re.search(pattern, text) for name, pattern in _FIGURES.items()}
-    return bytes(code), Usage(**{name: int(match[1]) if match else 0 for name, match in found.items()})
+    found = {name: re.search(pattern, text) for name, pattern in FIGURES.items()}
+    return bytes(code), {name: int(match[1]) if match else 0 for name, match in found.items()}
 
 
 def version() -> tuple[int, int]:
