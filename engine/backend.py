@@ -4,6 +4,7 @@ TensorRT needs an NVIDIA GPU and its driver for everything, even for parsing. Te
 compute capability 8.0 to 12.1 without 9.0, and runs on these. Importing this module loads neither of them and does not start CUDA.
 """
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -25,6 +26,10 @@ _OLDEST_TENSORRT = (10, 1)
 
 class EngineError(ValueError):
     """An error that a user can correct: a wrong file or setting, a missing package or GPU, a quantized layer that runs in float."""
+
+
+check = functools.partial(cuda_check.check, error=EngineError)
+"""Function that returns the values of a cuda-python call, and raises EngineError if the call failed."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,9 @@ def load(name: BackendName) -> Backend:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
         raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
-    version = module.__version__
-    if name == "tensorrt" and release(version) < _OLDEST_TENSORRT:
-        raise EngineError(f"TensorRT {version} is not supported; 10.1 or newer is: {_INSTALL[name]}")
-    return Backend(name=name, module=module, version=version)
+    if name == "tensorrt" and release(module.__version__) < _OLDEST_TENSORRT:
+        raise EngineError(f"TensorRT {module.__version__} is not supported; 10.1 or newer is: {_INSTALL[name]}")
+    return Backend(name=name, module=module, version=module.__version__)
 
 
 def require_gpu(purpose: str) -> Gpu:
@@ -117,11 +121,6 @@ def cuda_runtime() -> Any:
     from cuda.bindings import runtime
 
     return runtime
-
-
-def check(result: tuple[Any, ...]) -> Any:
-    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does. Raises EngineError if the call failed."""
-    return cuda_check.check(result, EngineError)
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ audit and its seal are written beside it.
 
 import argparse
 import logging
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -19,13 +20,13 @@ from typing import Any
 
 import onnx
 
-from engine import audit, backend, compatibility, layer_table, onnx_products, trt_callbacks
+from engine import audit, backend, layer_table, onnx_products, trt_callbacks
 from engine.backend import Backend, BackendName, EngineError, Gpu
 from engine.layer_table import Layer
 from plugins import tensorrt_ops
 from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
-from qdbev.facts import BackendVersion, EngineFacts, Target
+from qdbev.facts import BackendVersion, BuildOptions, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -88,7 +89,11 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
         interface=interface,
         backend=plan.backend,
         target=plan.target,
-        build=compatibility.build_options(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
+        build=BuildOptions(
+            onnx=os.path.relpath(onnx_path, engine_path.parent),
+            memory_limit_mb=options.memory_limit_mb,
+            allow_float=options.allow_float,
+        ),
         build_seconds=plan.build_seconds,
         plugins=tuple(plugin_nodes(model, plugins)),
         plan_bytes=len(plan.content),

@@ -57,11 +57,3 @@ class CapturedContext:
         if self._graph is not None:
             backend.cuda_runtime().cudaGraphExecDestroy(self._graph)
         self._graph = self._context = None
-
-
-def create_context(trt: Any, engine: Any, memory: int, size: int) -> Any:
-    """Create an execution context that keeps intermediate results in `size` bytes at GPU address `memory`; None if TensorRT fails."""
-    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if context is not None:
-        context.set_device_memory(memory, size)
-    return context

@@ -1,7 +1,7 @@
 """The interface between an operator's CUDA kernels and the generic modules that compile, register and launch them.
 
-A folder such as plugins/attention holds the kernels of one operator family and implements `Kernel`. The modules nvrtc, launch,
-tensorrt_ops and torch_ops use only this interface and the operator's contract in qdbev/ops/contract.py.
+A folder such as plugins/attention implements `Kernel` for one operator family. The modules launch, tensorrt_ops and torch_ops use only
+this interface and the operator's contract in qdbev/ops/contract.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence

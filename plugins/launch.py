@@ -26,17 +26,14 @@ def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes
     """Compute an operator of plugins.operators.KERNELS with its kernel on the current stream.
 
     Args:
-        inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first input has a number type for
-            which there is a kernel; `value_scale` is float32 or float16. All other inputs may have any type and are converted to
-            float32.
+        inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first, and `value_scale`, have number
+            types for which there is a kernel. The others may have any type and are converted to float32.
 
     Returns:
-        The output, with the shape of the contract. Its number type is that of `value_scale` if the operator has this input, else
-        that of the first input.
+        The output, with the shape of the contract and the number type of `value_scale` if there is one, else of the first input.
 
     Raises:
-        LaunchError: The number of inputs is wrong, an input has a type for which there is no kernel, an input is not on the GPU of
-            the others, or a CUDA call failed.
+        LaunchError: The number or a type of the inputs is wrong, they are not all on one GPU, or a CUDA call failed.
         KernelError: The shapes contradict each other, or there is no kernel for these sizes.
         CompileError: The kernel cannot be compiled for this GPU.
     """

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from qdbev import artifact
 from qdbev.cuda_check import check
@@ -55,12 +54,12 @@ def cache_folder() -> Path:
 
 
 def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:
-    """Compile `source` and return its machine code and the resources it uses, by their names in `FIGURES`; does not use the cache.
+    """Compile `source` and return its machine code and its resources, by their names in `FIGURES`; does not use the cache.
 
-    Raises:
-        CompileError: NVRTC is not installed, does not know the architecture, or rejects the source.
+    Raises CompileError as `cubin` does.
     """
-    nvrtc = _nvrtc()
+    from cuda.bindings import nvrtc
+
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         options = [option.encode() for option in (f"--gpu-architecture={architecture}", *_OPTIONS)]
@@ -82,12 +81,8 @@ def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:
 def version() -> tuple[int, int]:
     """Return the major and minor version of NVRTC. Raises CompileError if NVRTC is not installed."""
     try:
-        return _check(_nvrtc().nvrtcVersion())
+        from cuda.bindings import nvrtc
+
+        return _check(nvrtc.nvrtcVersion())
     except (ImportError, RuntimeError) as error:  # RuntimeError: the Python binding is installed, but not the library
         raise CompileError(f"NVRTC cannot be loaded ({error}); pip install -r requirements.txt") from error
-
-
-def _nvrtc() -> Any:
-    from cuda.bindings import nvrtc
-
-    return nvrtc

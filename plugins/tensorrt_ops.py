@@ -2,8 +2,7 @@
 
 Source: the Python module tensorrt.plugin, as read in the bindings of 11.4.0.106: `_validate.py` for signatures, `_plugin_class.py` for
 what it passes to each function. TensorRT accepts such ahead-of-time compiled kernels since 10.9 (its release notes). Its ONNX parser
-passes an attribute that is a list of integers as int32 (onnx/onnx-tensorrt at 96e7811, `loadFields`). It does not ask which of several
-forms of a plugin it should use if there is only one form.
+passes an attribute that is a list of integers as int32 (onnx/onnx-tensorrt at 96e7811, `loadFields`).
 """
 
 import functools
@@ -28,8 +27,7 @@ def register(architecture: str) -> list[str]:
     """Register all kernels as TensorRT plugins for a GPU architecture such as sm_90; calling it again does nothing.
 
     Returns:
-        A list to which one line is added for each plugin that fails while TensorRT builds an engine. TensorRT itself prints the
-        reason on standard error and returns only that there is no engine.
+        A list to which one line is added for each plugin that fails during a build, because TensorRT only prints the reason.
 
     Raises:
         ImportError: There is no TensorRT with Python plugins.
@@ -48,7 +46,7 @@ def _register(trt: ModuleType, architecture: str) -> list[str]:
 
 
 def register_operator(trt: ModuleType, architecture: str, operator: Operator, family: KernelFamily, failures: list[str]) -> None:
-    """Register one operator. `failures` receives a line for each error while TensorRT builds an engine; see `register`."""
+    """Register one operator. `failures` receives a line for each error during a build."""
     trtp, plugin = trt.plugin, f"{DOMAIN}::{operator.name}"
     tensors = dict.fromkeys(operator.inputs, trtp.TensorDesc)
     attributes = dict.fromkeys(operator.attributes, npt.NDArray[np.int32])
@@ -91,10 +89,7 @@ def _describe_output(trt: ModuleType, operator: Operator, *inputs: Any, **_: Any
 
 
 def _combinations(trt: ModuleType, operator: Operator, family: KernelFamily, *_: Any) -> list[Any]:
-    """Return the combinations of number types that have a kernel, in TensorRT's syntax. All tensors are contiguous (LINEAR).
-
-    Alternatives that are separated by | are chosen together for all tensors.
-    """
+    """Return the types that have a kernel, in TensorRT's syntax: alternatives separated by | are chosen together for all tensors."""
     rows = [[*input_types(operator, types).values(), types[1]] for types in family.types]
     columns = [[_TENSORRT_TYPES[number] for number in column] for column in zip(*rows, strict=True)]
     written = [column[0] if len(set(column)) == 1 else "|".join(column) for column in columns]
@@ -102,12 +97,7 @@ def _combinations(trt: ModuleType, operator: Operator, family: KernelFamily, *_:
 
 
 def _compile(trt: ModuleType, architecture: str, operator: Operator, family: KernelFamily, *given: Any) -> tuple[str, bytes, Any, Any]:
-    """Return the name, the machine code, the launch parameters and the int32 arguments of the kernel for these tensors.
-
-    Raises:
-        KernelError: There is no kernel for these sizes, or a size is not fixed.
-        CompileError: The kernel cannot be compiled.
-    """
+    """Return the name, the machine code, the launch parameters and the int32 arguments of the kernel for these tensors."""
     numbers: dict[Any, ValueType] = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.INT8: "int8"}
     count = len(operator.inputs)
     tensors, (*values, (out,), _) = given[:count], given[count:]

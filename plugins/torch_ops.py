@@ -1,8 +1,7 @@
 """Register the kernels with PyTorch, so that the operators of qdbev/ops run on them for CUDA tensors.
 
 After `install()`, `torch.ops.qdbev.<operator>` runs the kernel on CUDA tensors and has a gradient. The functions of qdbev/ops run the
-kernel too if no gradient is needed; with a gradient they run PyTorch code. Without `install()`, PyTorch code computes everything. If
-there is no kernel for the sizes or for the GPU, an error is raised; nothing else is run instead.
+kernel too if no gradient is needed; with a gradient they run PyTorch code. Without a kernel for the sizes or the GPU, an error is raised.
 """
 
 import functools
@@ -63,7 +62,6 @@ def evaluation(operator: Operator) -> Callable[..., Tensor]:
 
 
 def _save_inputs(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs and attributes for the backward pass."""
     count = len(operator.inputs)
     ctx.save_for_backward(*inputs[:count])
     ctx.attributes = inputs[count:]
