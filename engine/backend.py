@@ -53,8 +53,7 @@ class Backend:
 def select(wanted: BackendName | None = None) -> Backend:
     """Load the builder to use: `wanted` if given, else TensorRT if there is a GPU and TensorRT-RTX if there is none.
 
-    Raises:
-        EngineError: The package is missing or too old, or TensorRT is wanted on a machine without a GPU.
+    Raises EngineError as `load` does, or if TensorRT is wanted on a machine without a GPU.
     """
     device = gpu()
     if wanted == "tensorrt" and device is None:
@@ -68,11 +67,7 @@ def select(wanted: BackendName | None = None) -> Backend:
 
 
 def load(name: BackendName) -> Backend:
-    """Import the Python binding of a TensorRT.
-
-    Raises:
-        EngineError: The binding is not installed, cannot be loaded, or has a version that is not supported.
-    """
+    """Import the Python binding of a TensorRT. Raises EngineError if it is missing, cannot be loaded, or is too old."""
     try:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
@@ -83,11 +78,7 @@ def load(name: BackendName) -> Backend:
 
 
 def require_gpu(purpose: str) -> Gpu:
-    """The GPU of this machine, for `purpose` (the first words of the error message).
-
-    Raises:
-        EngineError: This machine has no usable GPU.
-    """
+    """The GPU of this machine. Raises EngineError, which begins with `purpose`, if there is none that is usable."""
     device = gpu()
     if device is None:
         raise EngineError(

@@ -33,10 +33,9 @@ class CapturedContext:
         return True
 
     def record(self) -> str:
-        """Record a frame as a CUDA graph, which `run` then replays; returns an empty text, or the reason why it cannot be recorded.
+        """Record a frame as a CUDA graph, which `run` then replays; returns an empty text, or the reason why `run` does without.
 
-        A frame must have run before, so that nothing is initialised while recording. If TensorRT or a plugin does something that a graph
-        cannot contain, `run` continues to launch the kernels one by one.
+        A frame must have run before, so that nothing is initialised while recording.
         """
         runtime = backend.cuda_runtime()
         check(runtime.cudaStreamBeginCapture(self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))

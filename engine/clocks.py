@@ -3,7 +3,6 @@
 Latencies can only be compared together with the clocks at which they were measured. Without nvidia-smi (Jetson) nothing is recorded.
 """
 
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ _EVERY_MS = 100
 _LIMIT_S = 10.0
 """Seconds that one query of nvidia-smi, or its end, may take; it can hang when the driver does."""
 Sample = dict[str, float]
-"""One sample: values of the fields that nvidia-smi reported, by name."""
+"""Values of the fields that nvidia-smi reported at one time, by name."""
 
 
 @contextmanager
@@ -29,14 +28,10 @@ def watch(bus_id: str) -> Iterator[dict[str, Any]]:
         The facts of `summary`, filled in when the block ends; empty if nvidia-smi is missing or does not respond.
     """
     facts: dict[str, Any] = {}
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        yield facts
-        return
-    query = [tool, "-i", bus_id, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "-i", bus_id, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         before = parse(subprocess.run(query, capture_output=True, text=True, check=False, timeout=_LIMIT_S).stdout)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         yield facts
         return
     with tempfile.TemporaryFile("w+") as lines:
@@ -71,7 +66,6 @@ def summary(before: list[Sample], during: list[Sample]) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, by force if it does not react."""
     process.terminate()
     try:
         process.wait(_LIMIT_S)

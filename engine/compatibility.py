@@ -1,8 +1,7 @@
 """Checks from an engine's seal whether the engine can run here, and gives the command that builds one that can.
 
-An engine holds compiled kernels: it runs only under the version of TensorRT that built it, and only on the GPUs it was built for. TensorRT
-reports a mismatch late and unclearly, or not at all: on another GPU of the same compute capability the engine runs slowly and no message
-is printed.
+An engine runs only under the version of TensorRT that built it, and only on the GPUs it was built for. TensorRT reports a mismatch late and
+unclearly, or not at all: on another GPU of the same compute capability the engine is only slow.
 """
 
 import os

@@ -29,11 +29,7 @@ class Buffers(ExitStack):
         self._device_bytes = 0
 
     def device(self, purpose: str, size: int) -> int:
-        """Allocate `size` bytes on the GPU, set them to zero and return their address.
-
-        Raises:
-            EngineError: The GPU has too little free memory; the message names the `purpose`.
-        """
+        """Allocate `size` bytes on the GPU, set them to zero and return their address. Raises EngineError if too few are free."""
         size = max(1, size)
         address = self._allocated(self._runtime.cudaMalloc(size), self._runtime.cudaFree)
         if address is None:
@@ -45,11 +41,7 @@ class Buffers(ExitStack):
         return address
 
     def pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """Allocate a page-locked array on the host; it must not be used after the buffers are freed.
-
-        Raises:
-            EngineError: The system has too little page-locked memory; the message names the `purpose`.
-        """
+        """Allocate a page-locked array on the host, to be used until the buffers are freed. Raises EngineError if memory is short."""
         count = math.prod(shape)
         size = max(1, count * dtype.itemsize)
         address = self._allocated(self._runtime.cudaHostAlloc(size, _PAGE_LOCKED), self._runtime.cudaFreeHost)

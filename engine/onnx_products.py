@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import onnx
 
 from engine.backend import EngineError
@@ -78,12 +77,16 @@ class _Graph:
 
     def flops(self, node: onnx.NodeProto) -> int:
         """Two for each multiply-accumulate; a bias is not counted."""
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         second = self.shape(node.input[1])
         if node.op_type == "Einsum":
-            return 2 * _spanned(node, [self.shape(name) for name in node.input])
+            terms = attributes["equation"].decode().replace(" ", "").split("->")[0].split(",")
+            shapes = [self.shape(name) for name in node.input]
+            sizes = {letter: size for term, shape in zip(terms, shapes, strict=True) for letter, size in zip(term, shape, strict=True)}
+            return 2 * math.prod(sizes.values())
         if node.op_type in ("Conv", "DeformConv"):
             depth = math.prod(second[1:])
-        elif node.op_type == "Gemm" and any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+        elif attributes.get("transB"):
             depth = second[-1]
         else:
             depth = second[-2]
@@ -117,12 +120,4 @@ class _Graph:
 
     def num_scales(self, dequantize: onnx.NodeProto) -> int:
         scale = self.initializer.get(dequantize.input[1])
-        return int(np.prod(scale.dims)) if scale is not None else 1
-
-
-def _spanned(node: onnx.NodeProto, shapes: Sequence[Sequence[int]]) -> int:
-    """Multiply-accumulates of an Einsum: the product of the sizes of all its letters."""
-    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
-    terms = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {letter: size for term, shape in zip(terms, shapes, strict=True) for letter, size in zip(term, shape, strict=True)}
-    return math.prod(sizes.values())
+        return math.prod(scale.dims) if scale is not None else 1

@@ -30,8 +30,7 @@ _log = logging.getLogger(__name__)
 class Session:
     """An engine with its buffers and its CUDA stream. It is a context manager, because it owns GPU memory.
 
-    `seal` and `interface` are those of the engine file. `shapes` and `dtypes` map each tensor's name to its shape and type; both are
-    empty until the session is open.
+    `seal` and `interface` are those of the engine file. `shapes` and `dtypes` of the tensors, by name, are known once the session is open.
     """
 
     def __init__(self, path: Path) -> None:

@@ -61,11 +61,7 @@ class Kernel(Protocol):
         """Return the CUDA C++ source."""
 
     def launch(self, shapes: Shapes) -> Launch:
-        """Return the grid and the int32 arguments for inputs of these shapes.
-
-        Raises:
-            KernelError: The shapes contradict each other or the kernel's constants, or are too large for one launch.
-        """
+        """Return the grid and the int32 arguments for inputs of these shapes. Raises KernelError if they do not fit or are too large."""
 
 
 @dataclass(frozen=True)

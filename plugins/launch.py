@@ -85,11 +85,7 @@ def _readable(tensor: Tensor) -> Tensor:
 def run(kernel: Kernel, launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> None:
     """Launch a kernel on PyTorch's current stream. It is compiled and loaded when first used on a device.
 
-    `inputs` and `out` are contiguous tensors on one GPU, of the types and with the alignment that the kernel expects.
-
-    Raises:
-        LaunchError: A CUDA call failed.
-        CompileError: The source cannot be compiled for this GPU.
+    `inputs` and `out` are as the kernel expects them, on one GPU. Raises LaunchError or CompileError as `compute` does.
     """
     from cuda.bindings import driver
 

@@ -54,7 +54,14 @@ def register_operator(trt: ModuleType, architecture: str, operator: Operator, fa
     compiled = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     describe = functools.partial(_describe_output, trt, operator)
     combine = functools.partial(_combinations, trt, operator, family)
-    compile_kernel = _reporting(operator.name, functools.partial(_compile, trt, architecture, operator, family), failures)
+
+    def compile_kernel(*given: Any) -> Any:
+        try:
+            return _compile(trt, architecture, operator, family, *given)
+        except Exception as error:
+            failures.append(f"{operator.name}: {error}")
+            raise
+
     trtp.register(plugin)(_with_signature(describe, {**tensors, **attributes}, trtp.TensorDesc))
     trtp.autotune(plugin)(_with_signature(combine, {**tensors, **outputs}, list[trtp.AutoTuneCombination]))
     trtp.aot_impl(plugin)(_with_signature(compile_kernel, {**tensors, **attributes, **outputs, "tactic": int}, compiled))
@@ -66,19 +73,6 @@ def _with_signature(function: Callable[..., Any], parameters: dict[str, Any], re
     listed = [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in parameters.items()]
     function.__signature__ = inspect.Signature(listed, return_annotation=returns)
     return function
-
-
-def _reporting(name: str, function: Callable[..., Any], failures: list[str]) -> Callable[..., Any]:
-    """Wrap `function` so that the message of an exception is also added to `failures`."""
-
-    def reporting(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except Exception as error:
-            failures.append(f"{name}: {error}")
-            raise
-
-    return reporting
 
 
 def _describe_output(trt: ModuleType, operator: Operator, *inputs: Any, **_: Any) -> Any:

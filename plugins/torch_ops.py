@@ -18,24 +18,17 @@ from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca_dense import dense_spatial_cross_attention
 
 
-def _flat_levels(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `form`, whose last argument is [(h0, w0), ...], as a function that takes h0, w0, ... there, as the contract says."""
-
-    def with_flat_levels(*given: Any) -> Tensor:
-        *tensors, flat = given
-        return form(*tensors, list(zip(flat[::2], flat[1::2], strict=True)))
-
-    return with_flat_levels
+def _with_pairs(form: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Call `form`, whose last argument is [(h0, w0), ...], with h0, w0, ... in its place, as the contract says."""
+    *tensors, flat = given
+    return form(*tensors, list(zip(flat[::2], flat[1::2], strict=True)))
 
 
 _DIFFERENTIABLE: dict[Operator, Callable[..., Tensor]] = {
-    MSDA: _flat_levels(multi_scale_deformable_attention),
-    SCA: _flat_levels(dense_spatial_cross_attention),
+    MSDA: functools.partial(_with_pairs, multi_scale_deformable_attention),
+    SCA: functools.partial(_with_pairs, dense_spatial_cross_attention),
 }
-"""PyTorch code with the gradient of each operator. It takes the inputs and attributes of the contract, in their order.
-
-Its shapes must not depend on tensor values, so that it can be traced.
-"""
+"""PyTorch code with the gradient of each operator, called as the contract says; traceable, as its shapes depend on no values."""
 
 
 @functools.cache

@@ -155,11 +155,7 @@ def row_length(num_query: int) -> int:
 
 
 def of_shapes(operator: Operator, types: Types, shapes: Shapes, attributes: Attributes) -> Variant:
-    """Return the kernel of `operator`, MSDA or SCA, for inputs of these types and shapes and the attribute `level_hw`.
-
-    Raises:
-        KernelError: There is no kernel for these sizes.
-    """
+    """Return the kernel of `operator`, MSDA or SCA, for these inputs and `level_hw`. Raises KernelError if there is none."""
     value, out = types
     _require(
         len(shapes["value"]) >= 2 and len(shapes["attention_logits"]) == 5 and len(shapes["reference_points"]) >= 2,
