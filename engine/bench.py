@@ -94,8 +94,7 @@ def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, 
 def host_times(config: Config, interface: Interface) -> dict[str, Any]:
     """Measure the work on the host for frames of noise; the camera images are the largest that fit the network.
 
-    Returns:
-        "before" and "after" the engine: milliseconds of each run. "camera_hw": height and width of the camera images in pixels.
+    Returns milliseconds of each run "before" and "after" the engine, and "camera_hw", height and width of the camera images in pixels.
     """
     rng, stream = np.random.default_rng(0), detectors.stream(config.model)
     num_cameras = interface.inputs["images"][1]

@@ -16,7 +16,7 @@ class CapturedContext:
     """An execution context with the GPU address of each tensor's buffer, by name. Close it before the engine is freed."""
 
     def __init__(self, context: Any, addresses: Mapping[str, int], stream: Any) -> None:
-        """Give the context its buffers; raises EngineError if TensorRT refuses the buffer of a tensor."""
+        """Give the context its buffers. Raises EngineError if TensorRT refuses one."""
         self.addresses = addresses
         self._context = context
         self._stream = stream

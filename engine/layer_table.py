@@ -24,6 +24,8 @@ _ROW = re.compile(
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*\[ONNX Layer: |\s*$)")
 _TYPE = re.compile(r"\b(Float|Half|BFloat16|Int8|Int32|Int64|Int4|Bool|FP8|FP4|FP32|FP16|BF16|UInt8)\b", re.IGNORECASE)
 _TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_TENSORS = ("inputs", "constants", "outputs")
+"""Fields of a row that list tensors."""
 _NO_KERNEL = ("signal", "wait", "noop", "constant")
 """Kinds of rows that launch no kernel on the GPU: stream synchronisation and folded constants."""
 
@@ -91,32 +93,17 @@ def _from_line(line: str) -> Layer:
     row = _ROW.match(line)
     if row is None:
         raise EngineError(f"a line of the builder's layer table cannot be read: {line[:200]!r}")
-    inputs, constants, outputs = (_types(re.findall(r"Datatype: (\w+)", row[part] or "")) for part in ("inputs", "constants", "outputs"))
-    return Layer(
-        name=row["name"],
-        kind=row["kind"],
-        inputs=inputs,
-        constants=constants,
-        outputs=outputs,
-        tactic=row["tactic"],
-        nodes=_nodes(row["nodes"]),
-    )
+    types = {part: _types(re.findall(r"Datatype: (\w+)", row[part] or "")) for part in _TENSORS}
+    return Layer(name=row["name"], kind=row["kind"], **types, tactic=row["tactic"], nodes=_nodes(row["nodes"]))
 
 
 def _from_inspected(row: dict[str, Any]) -> Layer:
-    inputs, constants, outputs = (_types(map(_type_field, row.get(part, []))) for part in ("Inputs", "Constants", "Outputs"))
+    types = {part: _types(map(_type_field, row.get(part.capitalize(), []))) for part in _TENSORS}
     weights = row.get("Weights")
     if isinstance(weights, dict) and "Type" in weights:
-        constants = (*_types([weights["Type"]]), *constants)
-    return Layer(
-        name=row["Name"],
-        kind=row.get("LayerType", "unknown"),
-        inputs=inputs,
-        constants=constants,
-        outputs=outputs,
-        tactic=row.get("TacticName", ""),
-        nodes=_nodes(row.get("Metadata", "").replace("\x1e", "").replace("\x1f", "")),
-    )
+        types["constants"] = (*_types([weights["Type"]]), *types["constants"])
+    nodes = _nodes(row.get("Metadata", "").replace("\x1e", "").replace("\x1f", ""))
+    return Layer(name=row["Name"], kind=row.get("LayerType", "unknown"), **types, tactic=row.get("TacticName", ""), nodes=nodes)
 
 
 def _type_field(tensor: dict[str, Any]) -> str:

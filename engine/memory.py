@@ -1,7 +1,4 @@
-"""The memory of a session: buffers on the GPU, and page-locked buffers on the host, which the GPU can copy without the CPU.
-
-If memory runs out, the error says for what it was needed, how much, and how much is free.
-"""
+"""The memory of a session: buffers on the GPU, and page-locked buffers on the host, which the GPU can copy without the CPU."""
 
 import ctypes
 import math

@@ -36,10 +36,8 @@ class Product:
 def products(model: onnx.ModelProto, geometry: Collection[str]) -> list[Product]:
     """Every convolution and matrix product. It is quantized if the weight, or one of two activations, comes through a DequantizeLinear.
 
-    Nodes inside local functions are left out: the bodies of the custom operators gather and add, and contain no such layer.
-
-    Args:
-        geometry: Graph inputs that hold calibration and motion. Products of these alone stay float: they have mixed units, and are few.
+    Nodes inside local functions are left out: the bodies of the custom operators gather and add, and contain no such layer. Products of the
+    graph inputs `geometry` alone, which hold calibration and motion, stay float: they have mixed units, and are few.
 
     Raises:
         EngineError: The shape of a tensor is not fixed, so that its operations cannot be counted, or two products have the same name.
@@ -101,9 +99,10 @@ class _Graph:
         for position, source in enumerate(sources):
             if source is None:
                 return f"its input {position} does not come through Q/DQ"
-        activations = sources[:1] if has_weight else sources
-        if any(self.num_scales(source) > 1 for source in activations):
-            return "its activation has a scale per channel; INT8 kernels need one scale per tensor"
+        for source in sources[:1] if has_weight else sources:
+            scale = self.initializer.get(source.input[1])
+            if scale is not None and math.prod(scale.dims) > 1:
+                return "its activation has a scale per channel; INT8 kernels need one scale per tensor"
         return ""
 
     def dequantize(self, name: str) -> onnx.NodeProto | None:
@@ -117,7 +116,3 @@ class _Graph:
             sources = [self.dequantize(part) for part in node.input]
             return sources[0] if all(sources) else None
         return node if node.op_type == "DequantizeLinear" else None
-
-    def num_scales(self, dequantize: onnx.NodeProto) -> int:
-        scale = self.initializer.get(dequantize.input[1])
-        return math.prod(scale.dims) if scale is not None else 1

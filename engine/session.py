@@ -216,8 +216,10 @@ class Session:
         raise EngineError("\n  ".join([f"{self.path}: {what}", *self._messages.problems]))
 
     def _close_engine(self) -> None:
-        """Free the contexts, then the engine; both must go before the stream and the buffers that they use."""
+        """Free the contexts, then the engine; both must go before the stream, the events and the buffers that they use."""
         for captured in self._contexts:
             captured.close()
         self._contexts.clear()
         self._engine = None
+        self._host.clear()
+        self._events.clear()

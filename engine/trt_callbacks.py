@@ -38,13 +38,9 @@ def logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def progress(trt: ModuleType, title: str) -> Iterator[Any]:
-    """Show a progress bar of the outermost phase of a build, if standard error is a terminal.
+    """Show a progress bar of the outermost phase of a build, if standard error is a terminal. Yields an IProgressMonitor for the builder.
 
-    Yields:
-        An IProgressMonitor for the builder.
-
-    Raises:
-        KeyboardInterrupt: When the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
+    Raises KeyboardInterrupt when the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
     """
 
     class Monitor(trt.IProgressMonitor):

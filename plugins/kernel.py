@@ -39,10 +39,9 @@ class Launch:
 class Kernel(Protocol):
     """One CUDA kernel, whose number types and attributes, and usually some sizes, are compile-time constants.
 
-    Its parameters are, in this order, a pointer to each input of the operator as the contract lists them, the int32 numbers of
-    `Launch`, and a pointer to the output. TensorRT passes the arguments of a plugin in this order. All tensors are contiguous and
-    start at a multiple of 16 bytes. Blocks are one-dimensional, and the kernel uses no dynamic shared memory. A kernel must be
-    hashable and compare by value, because compiled kernels are kept in a dictionary.
+    Its parameters are, in this order, which is TensorRT's, a pointer to each input of the operator as the contract lists them, the int32
+    numbers of `Launch`, and a pointer to the output. All tensors are contiguous and start at a multiple of 16 bytes. Blocks are
+    one-dimensional, without dynamic shared memory. A kernel is hashable and compares by value, because compiled kernels are cached.
     """
 
     @property

@@ -30,13 +30,14 @@ _check = functools.partial(check, error=CompileError)
 
 
 def cubin(source: str, architecture: str) -> bytes:
-    """Return the machine code of `source` for an architecture such as sm_90, from `cache_folder` if it was compiled before.
+    """Return the machine code of `source` for an architecture such as sm_90, from the cache if it was compiled before.
 
     Raises:
         CompileError: NVRTC is not installed, does not know the architecture, or rejects the source.
     """
     key = "\0".join((source, architecture, *_OPTIONS, str(version())))
-    cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = caches / "qdbev" / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if cached.is_file():
         return cached.read_bytes()
     code, _ = build(source, architecture)
@@ -46,11 +47,6 @@ def cubin(source: str, architecture: str) -> bytes:
     except OSError as error:
         _log.warning("the compiled kernel cannot be stored in %s and will be compiled again next time (%s)", cached.parent, error)
     return code
-
-
-def cache_folder() -> Path:
-    """Return the folder of this user's compiled kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdbev" / "kernels"
 
 
 def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:

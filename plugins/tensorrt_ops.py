@@ -26,11 +26,8 @@ _TENSORRT_TYPES: dict[ValueType, str] = {"float32": "FP32", "float16": "FP16", "
 def register(architecture: str) -> list[str]:
     """Register all kernels as TensorRT plugins for a GPU architecture such as sm_90; calling it again does nothing.
 
-    Returns:
-        A list to which one line is added for each plugin that fails during a build, because TensorRT only prints the reason.
-
-    Raises:
-        ImportError: There is no TensorRT with Python plugins.
+    Returns a list to which each plugin that fails during a build adds a line, because TensorRT only prints the reason. Raises ImportError
+    if there is no TensorRT with Python plugins.
     """
     import tensorrt.plugin  # `import tensorrt` does not import it
 

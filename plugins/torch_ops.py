@@ -47,9 +47,8 @@ def evaluation(operator: Operator) -> Callable[..., Tensor]:
 
     def evaluate(*given: Any) -> Tensor:
         inputs, values = given[: len(operator.inputs)], given[len(operator.inputs) :]
-        kinds = operator.attributes.items()
-        attributes = {name: value if kind == "ints" else (value,) for (name, kind), value in zip(kinds, values, strict=True)}
-        return compute(operator, inputs, attributes)
+        named = zip(operator.attributes.items(), values, strict=True)
+        return compute(operator, inputs, {name: value if kind == "ints" else (value,) for (name, kind), value in named})
 
     return evaluate
 

@@ -16,12 +16,8 @@ from qdbev.ops.contract import MSDA, SCA
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
 
-FLOAT32_ATOL = 1e-5
-"""Largest permitted absolute error with a float32 value."""
-FLOAT16_ATOL = 2e-3
-"""Largest permitted absolute error with a float16 value."""
-INT8_ATOL = 1.0
-"""Largest permitted error with an int8 value, in steps of its scale; the rounding of a float16 output is permitted in addition."""
+_ATOL: dict[ValueType, float] = {"float32": 1e-5, "float16": 2e-3, "int8": 1.0}
+"""Largest permitted absolute error for each number type of `value`; for int8 in steps of its scale, plus the rounding of the output."""
 _SAMPLES = 8
 """Batch size of the random cases, so that one launch computes several problems."""
 
@@ -98,9 +94,9 @@ def level_attribute(variant: Variant) -> dict[str, list[int]]:
 
 def error_ratio(number: ValueType, scale: float, out: Tensor, truth: Tensor) -> float:
     """Return the largest error of a kernel's output divided by the permitted error; infinite if the output is not a number."""
-    permitted = {"float32": FLOAT32_ATOL, "float16": FLOAT16_ATOL}.get(number)
-    if permitted is None:
-        permitted = INT8_ATOL * scale + truth.abs() * 2**-11 * (out.dtype == torch.float16)
+    permitted: Tensor | float = _ATOL[number]
+    if number == "int8":
+        permitted = permitted * scale + truth.abs() * 2**-11 * (out.dtype == torch.float16)
     share = (out.double() - truth).abs() / permitted
     return float(torch.nan_to_num(share, nan=torch.inf).max()) if share.numel() else 0.0
 
