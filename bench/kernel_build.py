@@ -4,7 +4,6 @@ The report lists registers, shared memory, stack and spills of each attention ke
 """
 
 import argparse
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -56,7 +55,7 @@ def measure(recipes: Sequence[str], architectures: Sequence[str]) -> dict[str, A
             kernel = {"recipe": recipe, "op": variant.operator.torch_name, **constants}
             for architecture in architectures:
                 code, usage = nvrtc.build(variant.source(), architecture)
-                rows.append({**kernel, "architecture": architecture, **dataclasses.asdict(usage), "cubin_bytes": len(code)})
+                rows.append({**kernel, "architecture": architecture, **usage, "cubin_bytes": len(code)})
             _log.info("%s %s %s to %s", recipe, variant.entry, variant.value, variant.out)
     spilled = sum(row["spill_store_bytes"] + row["spill_load_bytes"] for row in rows)
     version = ".".join(map(str, nvrtc.version()))

@@ -7,14 +7,14 @@ the speed of reads that hit the L2 cache.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import logging
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from bench.rig import camera_attention
 from plugins import launch
 from plugins.attention.cases import Case, edge_cases, error_ratio, level_attribute, operator_inputs, random_cases
 from plugins.attention.variant import TYPES, Variant
-from plugins.kernel import OutType, Types, ValueType
+from plugins.kernel import Launch, OutType, Types, ValueType
 from qdbev.command import entry_point
 from qdbev.ops.msda import joint_softmax
 from qdbev.ops.sca import dense_spatial_cross_attention, gathered_spatial_cross_attention
@@ -157,6 +157,17 @@ def copy_speed() -> float:
     return 2 * _COPY_BYTES / median_ms(target.copy_, source) * 1000
 
 
+@dataclass(frozen=True)
+class ReadThroughL2:
+    """The kernel of bandwidth.cu, with what a launch needs of plugins.kernel.Kernel."""
+
+    entry: ClassVar[str] = "read_through_l2"
+    threads: ClassVar[int] = _READ_THREADS
+
+    def source(self) -> str:
+        return Path(__file__).with_name("bandwidth.cu").read_text()
+
+
 def l2_read_speed() -> float:
     """Return the speed of reads that hit the L2 cache, in bytes per second."""
     properties = torch.cuda.get_device_properties(0)
@@ -165,10 +176,8 @@ def l2_read_speed() -> float:
     words = max(1, properties.L2_cache_size // 4 // (16 * step)) * step
     buffer, out = torch.randint(2**31, (4 * words,), dtype=torch.int32, device="cuda"), torch.zeros(1, dtype=torch.int32, device="cuda")
     blocks, rounds = 8 * properties.multi_processor_count, 256
-    values, types = (buffer.data_ptr(), words, rounds, out.data_ptr()), (ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-    source = Path(__file__).with_name("bandwidth.cu").read_text()
-    ms = median_ms(launch.run, buffer.device, source, "read_through_l2", (blocks, 1, 1), _READ_THREADS, values, types)
-    return blocks * rounds * step * 16 / ms * 1000
+    kernel, shape = ReadThroughL2(), Launch((blocks, 1, 1), {"words": words, "rounds": rounds})
+    return blocks * rounds * step * 16 / median_ms(launch.run, kernel, shape, [buffer], out) * 1000
 
 
 def median_ms(work: Callable[..., object], *arguments: Any, repeats: int = _FEW_REPEATS) -> float:

@@ -4,7 +4,7 @@
 
 TensorRT falls back to floating point without a message where it has no integer kernel for a quantized layer. The audit compares each
 convolution and matrix product of the ONNX with the kernel that computes it. It fails if a quantized product runs in float, and gives the
-reason for every product that is meant to run in float. It needs no GPU: the layer table is written beside the engine when it is built.
+reason for every product that is meant to. It needs no GPU: it reads the layer table that is written beside the engine.
 """
 
 import argparse
@@ -28,8 +28,6 @@ _COMPUTE_KINDS = ("gemm", "correlation", "conv", "matrixmultiply", "mha")
 such kernels convert INT8 operands to float first (seen in TensorRT-RTX 1.7.1)."""
 _FLOATS = ("FP32", "FP16", "BF16")
 """Floating-point types as layer tables name them."""
-_FELL_BACK = "fell back"
-"""First words of the reason of a quantized product that runs in float."""
 _FLOAT_REASONS: dict[Role, str] = {
     "policy": "policy: the ONNX gives it float operands",
     "geometry": "geometry: depends on calibration and motion alone",
@@ -42,13 +40,11 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class ProductAudit:
-    """The audit of one convolution or matrix product of the ONNX."""
+    """The audit of one convolution or matrix product of the ONNX; the first three fields are those of `Product`."""
 
     name: str
-    """Name of its ONNX node."""
     op: str
     flops: int
-    """Multiplications and additions of one frame."""
     wanted: Literal["INT8", "float"]
     """The precision that the ONNX asks for."""
     got: str
@@ -119,12 +115,13 @@ class Report:
 def audit(wanted: list[Product], table: list[Layer]) -> Report:
     """Compare the products of an ONNX with an engine's layer table."""
     kernels = [layer for layer in table if layer.is_kernel]
+    rows = [_audit(product, kernels) for product in wanted]
     return Report(
         kernels=len(kernels),
         int8_kernels=sum(map(is_integer_product, kernels)),
         requantizations=sum("INT8" in layer.outputs and not is_product(layer) for layer in kernels),
-        rows=tuple(_audit_quantized(product, kernels) for product in wanted if product.role == "quantized"),
-        float_rows=tuple(_audit_float(product, kernels) for product in wanted if product.role != "quantized"),
+        rows=tuple(row for row in rows if row.wanted == "INT8"),
+        float_rows=tuple(row for row in rows if row.wanted == "float"),
     )
 
 
@@ -177,59 +174,52 @@ def report_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".audit.json")
 
 
-def _audit_quantized(wanted: Product, kernels: list[Layer]) -> ProductAudit:
-    """Audit a product that the ONNX quantizes."""
-    named = [layer for layer in kernels if wanted.name in layer.nodes]
+def _audit(product: Product, kernels: list[Layer]) -> ProductAudit:
+    named = [layer for layer in kernels if product.name in layer.nodes]
+    wanted, find = ("INT8", _quantized) if product.role == "quantized" else ("float", _float)
+    got, layer, reason = find(product, named)
+    return ProductAudit(name=product.name, op=product.op, flops=product.flops, wanted=wanted, got=got, engine_layer=layer, reason=reason)
+
+
+def _quantized(product: Product, named: list[Layer]) -> tuple[str, str, str]:
+    """Type, kernel and reason for a product that the ONNX quantizes; `named` are the kernels that name it."""
     integer = next(filter(is_integer_product, named), None)
     if integer is not None:
-        return _result(wanted, "INT8", "INT8", integer.name, "")
+        return "INT8", integer.name, ""
     if not named:
-        return _result(
-            wanted, "INT8", "absent", "", wanted.problem or "no kernel names it; was the node renamed, or folded into a constant?"
-        )
+        return "absent", "", product.problem or "no kernel names it; was the node renamed, or folded into a constant?"
     layer = next(filter(is_product, named), named[-1])
     operands = ", ".join(layer.inputs + layer.constants)
-    reason = wanted.problem or f"TensorRT chose kernel {layer.tactic or layer.kind} on {operands}"
-    return _result(wanted, "INT8", (layer.outputs or ("float",))[0], layer.name, reason)
+    reason = product.problem or f"TensorRT chose kernel {layer.tactic or layer.kind} on {operands}"
+    return (layer.outputs or ("float",))[0], layer.name, reason
 
 
-def _audit_float(wanted: Product, kernels: list[Layer]) -> ProductAudit:
-    """Audit a product that is meant to run in float; `got` is the type of its operands."""
-    named = [layer for layer in kernels if wanted.name in layer.nodes]
+def _float(product: Product, named: list[Layer]) -> tuple[str, str, str]:
+    """The same for a product that is meant to run in float; the type is that of its operands."""
+    reason = _FLOAT_REASONS[product.role]
     if not named:
-        return _result(wanted, "float", "absent", "", _FLOAT_REASONS[wanted.role])
+        return "absent", "", reason
     layer = next(filter(is_product, named), named[0])
-    got = next((kind for kind in layer.inputs + layer.constants if kind in _FLOATS), "float")
-    return _result(wanted, "float", got, layer.name, _FLOAT_REASONS[wanted.role])
-
-
-def _result(product: Product, wanted: Literal["INT8", "float"], got: str, engine_layer: str, reason: str) -> ProductAudit:
-    return ProductAudit(
-        name=product.name, op=product.op, flops=product.flops, wanted=wanted, got=got, engine_layer=engine_layer, reason=reason
-    )
+    return next((kind for kind in layer.inputs + layer.constants if kind in _FLOATS), "float"), layer.name, reason
 
 
 def _float_layer(row: ProductAudit) -> dict[str, object]:
-    reason = f"{_FELL_BACK}: {row.reason}" if row.wanted == "INT8" else row.reason
+    reason = f"fell back: {row.reason}" if row.wanted == "INT8" else row.reason
     return {"name": row.name, "op": row.op, "flops": row.flops, "precision": row.got, "reason": reason}
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Report in which precision each layer of an engine runs.")
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--onnx", type=Path, required=True, help="the file the engine was built from")
-    parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
-    return parser.parse_args(argv)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Audit an engine and write the report; fails if a quantized layer runs in float."""
-    args = parse_args(argv)
-    artifact.require_target(args.out or report_path(args.engine), args.engine, args.onnx)
+    parser = argparse.ArgumentParser(prog="python -m engine.audit", description="Report in which precision each layer of an engine runs.")
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--onnx", type=Path, required=True, help="the file the engine was built from")
+    parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
+    args = parser.parse_args(argv)
+    out = args.out or report_path(args.engine)
+    artifact.require_target(out, args.engine, args.onnx)
     report = audit_files(args.engine, args.onnx)
-    save(args.out or report_path(args.engine), report)
+    save(out, report)
     require_int8(report)
     _log.info("%s", report.summary)
 

@@ -4,6 +4,7 @@ TensorRT needs an NVIDIA GPU and its driver for everything, even for parsing. Te
 compute capability 8.0 to 12.1 without 9.0, and runs on these. Importing this module loads neither of them and does not start CUDA.
 """
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -27,6 +28,10 @@ class EngineError(ValueError):
     """An error that a user can correct: a wrong file or setting, a missing package or GPU, a quantized layer that runs in float."""
 
 
+check = functools.partial(cuda_check.check, error=EngineError)
+"""Function that returns the values of a cuda-python call, and raises EngineError if the call failed."""
+
+
 @dataclass(frozen=True)
 class Gpu:
     """The first GPU of this machine. `bus_id` is its PCI address in the form that nvidia-smi takes."""
@@ -48,8 +53,7 @@ class Backend:
 def select(wanted: BackendName | None = None) -> Backend:
     """Load the builder to use: `wanted` if given, else TensorRT if there is a GPU and TensorRT-RTX if there is none.
 
-    Raises:
-        EngineError: The package is missing or too old, or TensorRT is wanted on a machine without a GPU.
+    Raises EngineError as `load` does, or if TensorRT is wanted on a machine without a GPU.
     """
     device = gpu()
     if wanted == "tensorrt" and device is None:
@@ -63,27 +67,18 @@ def select(wanted: BackendName | None = None) -> Backend:
 
 
 def load(name: BackendName) -> Backend:
-    """Import the Python binding of a TensorRT.
-
-    Raises:
-        EngineError: The binding is not installed, cannot be loaded, or has a version that is not supported.
-    """
+    """Import the Python binding of a TensorRT. Raises EngineError if it is missing, cannot be loaded, or is too old."""
     try:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
         raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
-    version = module.__version__
-    if name == "tensorrt" and release(version) < _OLDEST_TENSORRT:
-        raise EngineError(f"TensorRT {version} is not supported; 10.1 or newer is: {_INSTALL[name]}")
-    return Backend(name=name, module=module, version=version)
+    if name == "tensorrt" and release(module.__version__) < _OLDEST_TENSORRT:
+        raise EngineError(f"TensorRT {module.__version__} is not supported; 10.1 or newer is: {_INSTALL[name]}")
+    return Backend(name=name, module=module, version=module.__version__)
 
 
 def require_gpu(purpose: str) -> Gpu:
-    """The GPU of this machine, for `purpose` (the first words of the error message).
-
-    Raises:
-        EngineError: This machine has no usable GPU.
-    """
+    """The GPU of this machine. Raises EngineError, which begins with `purpose`, if there is none that is usable."""
     device = gpu()
     if device is None:
         raise EngineError(
@@ -117,11 +112,6 @@ def cuda_runtime() -> Any:
     from cuda.bindings import runtime
 
     return runtime
-
-
-def check(result: tuple[Any, ...]) -> Any:
-    """Return the values of a cuda-python call, as `qdbev.cuda_check.check` does. Raises EngineError if the call failed."""
-    return cuda_check.check(result, EngineError)
 
 
 def release(version: str) -> tuple[int, ...]:

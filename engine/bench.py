@@ -4,7 +4,7 @@
 
 Runs trtexec (tensorrt_rtx for TensorRT-RTX) if it is on PATH, else `engine.session`; the report has the same form either way. Frames run
 one after the other without overlap. `compute` is the GPU time of the engine, `with_transfers` adds the copies of all inputs and outputs,
-`with_host` adds the work on the host before and after the engine (host_cost.py). A stream that leaves the recurrent tensors on the GPU
+`with_host` adds the work from camera images to inputs and from outputs to boxes. A stream that leaves the recurrent tensors on the GPU
 copies less. The report is written beside the engine, with the command line, the GPU, its clocks and memory, and all versions.
 """
 
@@ -15,20 +15,23 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import backend, clocks, compatibility, host_cost
+from engine import backend, clocks, compatibility
 from engine.backend import EngineError, Gpu
+from engine.preprocess import Preprocessor
 from engine.session import Session
 from engine.typical_frame import typical_inputs
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.artifact import Seal
 from qdbev.command import entry_point
-from qdbev.config import from_dict
+from qdbev.config import Config, from_dict
+from qdbev.schema import Interface
 
 _log = logging.getLogger(__name__)
 _TOOLS: dict[str, str] = {"tensorrt": "trtexec", "tensorrt-rtx": "tensorrt_rtx"}
@@ -37,6 +40,8 @@ _TRANSFERS_OPTIONAL_FROM = (11, 0)
 """First version whose trtexec copies inputs and outputs only with --includeDataTransfers."""
 _WARM_UP_MS = 1000
 """Milliseconds for which frames run before the first one is measured."""
+_HOST_RUNS, _HOST_WARM_UP = 100, 5
+"""Measured runs of the work on the host, and runs before these."""
 _TOOL_LIMIT_S = 1800.0
 """Seconds that trtexec may take; 2000 frames of the largest recipe take minutes."""
 
@@ -65,28 +70,19 @@ def bench(engine: Path, iterations: int) -> dict[str, Any]:
     tool = shutil.which(_TOOLS[seal.facts.backend.name])
     with clocks.watch(device.bus_id) as seen:
         times = _with_tool(tool, engine, seal, frame, iterations) if tool else _with_session(engine, frame, iterations)
-    host = host_cost.measure(config, interface)
+    host = host_times(config, interface)
     return report(engine, seal, device, times, host, seen)
 
 
 def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """The report as JSON values, in the same form whichever program measured.
-
-    Args:
-        host: Milliseconds on the host, as `host_cost.measure` returns them.
-        seen: Clocks, power and memory of the GPU, as `clocks.watch` returns them.
-    """
+    """The report as JSON values; `host` is from `host_times`, `seen` from `clocks.watch`."""
     runs = len(times.with_transfers)
     before, after = (np.resize(host[name], runs) for name in ("before", "after"))
     return {
         "compute": statistics(times.compute),
         "with_transfers": statistics(times.with_transfers),
         "with_host": statistics(list(before + np.array(times.with_transfers) + after)),
-        "host": {
-            "before": statistics(host["before"]),
-            "after": statistics(host["after"]),
-            "camera_hw": host["camera_hw"],
-        },
+        "host": {"before": statistics(host["before"]), "after": statistics(host["after"]), "camera_hw": host["camera_hw"]},
         "tool": times.tool,
         "command": times.command,
         "gpu": {"name": device.name, "compute_capability": device.compute_capability, **seen},
@@ -95,17 +91,33 @@ def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, 
     }
 
 
+def host_times(config: Config, interface: Interface) -> dict[str, Any]:
+    """Measure the work on the host for frames of noise; the camera images are the largest that fit the network.
+
+    Returns milliseconds of each run "before" and "after" the engine, and "camera_hw", height and width of the camera images in pixels.
+    """
+    rng, stream = np.random.default_rng(0), detectors.stream(config.model)
+    num_cameras = interface.inputs["images"][1]
+    preprocessor = Preprocessor(config.data, interface.inputs["images"][1:])
+    height, width = preprocessor.largest_hw
+    images = rng.integers(0, 256, (num_cameras, height, width, 3), dtype=np.uint8)
+    lidar2img, can_bus = np.tile(np.eye(4), (num_cameras, 1, 1)), np.zeros(18)
+    outputs = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in interface.outputs.items()}
+    return {
+        "before": _times(lambda: preprocessor.frame(images, lidar2img, can_bus, 0)),
+        "after": _times(lambda: stream.decode(outputs)),
+        "camera_hw": [height, width],
+    }
+
+
 def statistics(times_ms: list[float]) -> dict[str, float | int]:
     """Percentiles of the time per frame in milliseconds, and frames per second at the mean time."""
     if not len(times_ms):
         raise EngineError("no frame was measured; use more --iterations")
-    p50, p90, p99, p99_9 = np.percentile(times_ms, (50, 90, 99, 99.9))
+    percentiles = np.percentile(times_ms, (50, 90, 99, 99.9)).tolist()
     mean = float(np.mean(times_ms))
     return {
-        "p50_ms": float(p50),
-        "p90_ms": float(p90),
-        "p99_ms": float(p99),
-        "p99_9_ms": float(p99_9),
+        **dict(zip(("p50_ms", "p90_ms", "p99_ms", "p99_9_ms"), percentiles, strict=True)),
         "mean_ms": mean,
         "frames_per_s": 1000 / mean,
         "runs": len(times_ms),
@@ -118,10 +130,7 @@ def report_path(engine: Path) -> Path:
 
 
 def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: Path) -> list[str]:
-    """The command line with which trtexec measures `iterations` frames one after the other, copies included, with a CUDA graph.
-
-    `folder` contains each input as NAME.bin; trtexec writes times.json there.
-    """
+    """The command with which trtexec measures frames; `folder` contains each input as NAME.bin, and times.json is written there."""
     made_by = seal.facts.backend
     files = ",".join(f"{name}:{folder / name}.bin" for name in seal.facts.interface.inputs)
     command = [tool, f"--loadEngine={engine}", f"--loadInputs={files}", f"--iterations={iterations}", "--duration=0"]
@@ -132,16 +141,22 @@ def tool_command(tool: str, engine: Path, seal: Seal, iterations: int, folder: P
 
 
 def read_times(text: str) -> tuple[list[float], list[float]]:
-    """Milliseconds of each frame in the file that trtexec wrote for --exportTimes: GPU time, and GPU time with copies.
-
-    Raises:
-        EngineError: The text has another form.
-    """
+    """GPU milliseconds of each frame, without and with copies, that trtexec exported. Raises EngineError if it wrote another form."""
     try:
         rows = json.loads(text)
         return [float(row["computeMs"]) for row in rows], [float(row["latencyMs"]) for row in rows]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise EngineError(f"trtexec's times cannot be read ({error!r}); they begin {text[:120]!r}") from error
+
+
+def _times(work: Callable[[], object]) -> list[float]:
+    """Milliseconds of each run after the warm-up."""
+    found = []
+    for _ in range(_HOST_WARM_UP + _HOST_RUNS):
+        started = time.perf_counter()
+        work()
+        found.append(1e3 * (time.perf_counter() - started))
+    return found[_HOST_WARM_UP:]
 
 
 def _with_tool(tool: str, engine: Path, seal: Seal, frame: dict[str, np.ndarray], iterations: int) -> Times:
@@ -175,22 +190,14 @@ def _with_session(engine: Path, frame: dict[str, np.ndarray], iterations: int) -
     return Times(compute, with_transfers, "session", f"python -m engine.bench --engine {engine} --iterations {iterations}")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure the time an engine takes for a frame.")
-    parser.add_argument("--engine", type=Path, required=True)
-    parser.add_argument("--onnx", type=Path, help="ONNX that the engine must have been built from")
-    parser.add_argument("--iterations", type=int, default=2000, help="frames to measure (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
-    return parser.parse_args(argv)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Measure an engine and write the report."""
-    args = parse_args(argv)
-    if args.onnx:
-        artifact.expect_parent(args.engine, artifact.unseal(args.engine, "engine"), args.onnx, artifact.unseal(args.onnx, "onnx"))
+    parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure the time an engine takes for a frame.")
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--iterations", type=int, default=2000, help="frames to measure (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
+    args = parser.parse_args(argv)
     found = bench(args.engine, args.iterations)
     with artifact.atomic(args.out or report_path(args.engine)) as temporary:
         temporary.write_text(json.dumps(found, indent=1))

@@ -3,14 +3,14 @@
     python -m engine.build --onnx runs/demo/w8a8.onnx --compute-capability 8.6 8.9 12.0
 
 With a GPU the builder is TensorRT, and the engine is for that GPU. Without one it is TensorRT-RTX, which builds ahead of time for the named
-GPUs, or a portable engine. Networks are strongly typed: the ONNX alone decides the type of each tensor. From TensorRT 10.9 on, which
-stores the kernels of plugins in the engine, our custom operators are plugins; elsewhere they are their ONNX function bodies
-(plugins/README.md). The engine is audited before it is written, and refused if a quantized layer runs in float. Its layer table, its
-audit and its seal are written beside it.
+GPUs, or a portable engine. Networks are strongly typed: the ONNX alone decides the type of each tensor. The custom operators are plugins
+from TensorRT 10.9 on, elsewhere their ONNX function bodies (plugins/README.md). The engine is audited before it is written, and refused if
+a quantized layer runs in float. Its layer table, its audit and its seal are written beside it.
 """
 
 import argparse
 import logging
+import os
 import re
 import time
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from typing import Any
 
 import onnx
 
-from engine import audit, backend, compatibility, layer_table, onnx_products, trt_callbacks
-from engine.backend import Backend, BackendName, EngineError, Gpu
+from engine import audit, backend, layer_table, onnx_products, trt_callbacks
+from engine.backend import Backend, BackendName, EngineError
 from engine.layer_table import Layer
 from plugins import tensorrt_ops
 from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
-from qdbev.facts import BackendVersion, EngineFacts, Target
+from qdbev.facts import BackendVersion, BuildOptions, EngineFacts, Target
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
@@ -42,19 +42,17 @@ class Options:
     memory_limit_mb: int | None = None
     """Workspace in MB that the engine may use."""
     timing_cache: Path | None = None
-    """File of measured kernel times, which is read and extended and makes the next build on the same GPU quick; or a folder, which holds
-    one such file for each version and GPU. TensorRT only."""
+    """File of measured kernel times that makes the next build on the same GPU quick, or a folder of such files. TensorRT only."""
     allow_float: bool = False
     """Write the engine even if quantized layers run in float; its seal says so."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A built engine that is not on disk yet: its content, its layer table, and the facts of the build for its seal."""
+    """A built engine that is not on disk yet."""
 
     content: bytes
     table: list[Layer]
-    backend: BackendVersion
     target: Target
     build_seconds: float
 
@@ -80,33 +78,32 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     audit.save(audit.report_path(engine_path), report)
     if not options.allow_float:
         audit.require_int8(report)
-    layer_table.save(layer_table.table_path(engine_path), plan.table)
+    table_path = layer_table.table_path(engine_path)
+    layer_table.save(table_path, plan.table)
     with artifact.atomic(engine_path) as temporary:
         temporary.write_bytes(plan.content)
-    table_sha256 = artifact.sha256(layer_table.table_path(engine_path))
     facts = EngineFacts(
         interface=interface,
-        backend=plan.backend,
+        backend=BackendVersion(name=chosen.name, version=chosen.version),
         target=plan.target,
-        build=compatibility.build_options(onnx_path, engine_path, options.memory_limit_mb, options.allow_float),
+        build=BuildOptions(
+            onnx=os.path.relpath(onnx_path, engine_path.parent),
+            memory_limit_mb=options.memory_limit_mb,
+            allow_float=options.allow_float,
+        ),
         build_seconds=plan.build_seconds,
         plugins=tuple(plugin_nodes(model, plugins)),
         plan_bytes=len(plan.content),
         audit=report.facts(),
-        layer_table_sha256=table_sha256,
+        layer_table_sha256=artifact.sha256(table_path),
     )
     artifact.seal(engine_path, config=parent.config, parent=parent, facts=facts)
     return report
 
 
 def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
-    """Parse an ONNX and build an engine from it.
-
-    Raises:
-        EngineError: An option does not fit the backend, or the parser or builder refuses the ONNX.
-    """
-    trt = chosen.module
-    failures = _register_plugins(chosen)
+    """Build an engine from an ONNX. Raises EngineError if an option does not fit the backend, or the parser or builder refuses."""
+    trt, failures = chosen.module, _register_plugins(chosen)
     failures.clear()  # the same list for all builds of a process
     messages = trt_callbacks.logger(trt)
     builder = trt.Builder(messages)
@@ -131,8 +128,7 @@ def build_plan(chosen: Backend, onnx_path: Path, options: Options) -> Plan:
         with artifact.atomic(cache_path) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     table = layer_table.from_log(messages.layer_table) if messages.layer_table else _inspect(trt, messages, content)
-    built_by = BackendVersion(name=chosen.name, version=chosen.version)
-    return Plan(content=content, table=table, backend=built_by, target=target, build_seconds=round(seconds, 2))
+    return Plan(content=content, table=table, target=target, build_seconds=round(seconds, 2))
 
 
 def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> list[str]:
@@ -147,8 +143,10 @@ def plugin_nodes(model: onnx.ModelProto, plugins: deployed_graph.Plugins) -> lis
 
 def timing_cache_file(chosen: Backend, target: Target, wanted: Path | None) -> Path | None:
     """Path of the timing cache: `wanted` itself, or a file in the folder `wanted` for this version and GPU; None for TensorRT-RTX."""
-    if wanted is None or chosen.name != "tensorrt" or not wanted.is_dir():
-        return wanted if chosen.name == "tensorrt" else None
+    if wanted is None or chosen.name != "tensorrt":
+        return None
+    if not wanted.is_dir():
+        return wanted
     words = re.sub(r"[^a-z0-9.]+", "-", f"{chosen.version} {target.gpu}".lower())
     return wanted / f"tensorrt-{words}.timing"
 
@@ -157,10 +155,9 @@ def _parse(trt: Any, network: Any, messages: Any, onnx_path: Path) -> None:
     onnx_parser = trt.OnnxParser(network, messages)
     if onnx_parser.parse_from_file(str(onnx_path)):
         return
-    errors = [onnx_parser.get_error(i) for i in range(onnx_parser.num_errors)]
-    refused = [(error.node_name(), error.node_operator(), _one_line(error.desc())) for error in errors[:_SHOWN]]
-    lines = [f"  node {name or '?'} ({operator or '?'}): {reason}" for name, operator, reason in refused]
-    if any(operator == "DeformConv" for _, operator, _ in refused):
+    errors = [onnx_parser.get_error(i) for i in range(min(onnx_parser.num_errors, _SHOWN))]
+    lines = [f"  node {e.node_name() or '?'} ({e.node_operator() or '?'}): {trt_callbacks.one_line(e.desc())}" for e in errors]
+    if any(error.node_operator() == "DeformConv" for error in errors):
         lines.append("  this TensorRT has no DeformConv; export again without --standard-deform-conv")
     raise EngineError("\n".join([f"the parser refuses {onnx_path}:", *lines]))
 
@@ -169,7 +166,13 @@ def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
     """Set the GPUs to build for, and return them for the seal."""
     wanted = options.compute_capabilities
     if chosen.name == "tensorrt":
-        return _this_gpu(backend.require_gpu("TensorRT"), wanted)
+        device = backend.require_gpu("TensorRT")
+        if set(wanted) - {device.compute_capability}:
+            raise EngineError(
+                f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
+                "leave --compute-capability out, or use --backend tensorrt-rtx"
+            )
+        return Target(compute_capabilities=(device.compute_capability,), gpu=device.name)
     known = chosen.module.ComputeCapability.__members__
     names = {f"{name[2:-1]}.{name[-1]}": value for name, value in known.items() if name.startswith("SM")}
     unknown = [capability for capability in wanted if capability not in names]
@@ -180,15 +183,6 @@ def _set_target(chosen: Backend, config: Any, options: Options) -> Target:
         for index, capability in enumerate(wanted):
             config.set_compute_capability(names[capability], index)
     return Target(compute_capabilities=wanted or None)
-
-
-def _this_gpu(device: Gpu, wanted: tuple[str, ...]) -> Target:
-    if wanted and set(wanted) != {device.compute_capability}:
-        raise EngineError(
-            f"TensorRT builds for the GPU it runs on ({device.name}, {device.compute_capability}), not for {', '.join(wanted)}; "
-            "leave --compute-capability out, or use --backend tensorrt-rtx"
-        )
-    return Target(compute_capabilities=(device.compute_capability,), gpu=device.name)
 
 
 def _open_timing_cache(chosen: Backend, config: Any, path: Path | None) -> Any:
@@ -210,13 +204,8 @@ def _plugins(chosen: Backend) -> deployed_graph.Plugins:
 
 
 def _register_plugins(chosen: Backend) -> list[str]:
-    """Register our plugins with a TensorRT that stores their kernels in the engine (10.9 or newer).
-
-    Such a version has `QuickPluginCreationRequest`, by which NVIDIA's module tensorrt.plugin recognises it too (`_export.py` of 11.4).
-
-    Returns:
-        A list to which errors that occur inside the plugins during a build are added.
-    """
+    """Register our plugins with a TensorRT that stores their kernels in the engine; returns what `tensorrt_ops.register` returns."""
+    # By this name NVIDIA's module tensorrt.plugin, too, recognises such a version, 10.9 or newer (`_export.py` of 11.4).
     if chosen.name != "tensorrt" or not hasattr(chosen.module, "QuickPluginCreationRequest"):
         return []
     capability = backend.require_gpu("TensorRT").compute_capability
@@ -228,10 +217,6 @@ def _inspect(trt: Any, messages: Any, content: bytes) -> list[Layer]:
     if engine is None:
         raise EngineError("TensorRT cannot open the engine that it has just built:\n  " + "\n  ".join(messages.problems))
     return layer_table.from_inspector(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

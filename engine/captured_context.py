@@ -16,7 +16,7 @@ class CapturedContext:
     """An execution context with the GPU address of each tensor's buffer, by name. Close it before the engine is freed."""
 
     def __init__(self, context: Any, addresses: Mapping[str, int], stream: Any) -> None:
-        """Give the context its buffers; raises EngineError if TensorRT refuses the buffer of a tensor."""
+        """Give the context its buffers. Raises EngineError if TensorRT refuses one."""
         self.addresses = addresses
         self._context = context
         self._stream = stream
@@ -33,10 +33,9 @@ class CapturedContext:
         return True
 
     def record(self) -> str:
-        """Record a frame as a CUDA graph, which `run` then replays; returns an empty text, or the reason why it cannot be recorded.
+        """Record a frame as a CUDA graph, which `run` then replays; returns an empty text, or the reason why `run` does without.
 
-        A frame must have run before, so that nothing is initialised while recording. If TensorRT or a plugin does something that a graph
-        cannot contain, `run` continues to launch the kernels one by one.
+        A frame must have run before, so that nothing is initialised while recording.
         """
         runtime = backend.cuda_runtime()
         check(runtime.cudaStreamBeginCapture(self._stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
@@ -57,11 +56,3 @@ class CapturedContext:
         if self._graph is not None:
             backend.cuda_runtime().cudaGraphExecDestroy(self._graph)
         self._graph = self._context = None
-
-
-def create_context(trt: Any, engine: Any, memory: int, size: int) -> Any:
-    """Create an execution context that keeps intermediate results in `size` bytes at GPU address `memory`; None if TensorRT fails."""
-    context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-    if context is not None:
-        context.set_device_memory(memory, size)
-    return context

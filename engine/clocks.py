@@ -3,7 +3,6 @@
 Latencies can only be compared together with the clocks at which they were measured. Without nvidia-smi (Jetson) nothing is recorded.
 """
 
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -17,26 +16,19 @@ _EVERY_MS = 100
 """Milliseconds between two samples."""
 _LIMIT_S = 10.0
 """Seconds that one query of nvidia-smi, or its end, may take; it can hang when the driver does."""
-Sample = dict[str, float]
-"""One sample: values of the fields that nvidia-smi reported, by name."""
 
 
 @contextmanager
 def watch(bus_id: str) -> Iterator[dict[str, Any]]:
-    """Record the GPU at PCI address `bus_id` during the `with` block.
+    """Record the GPU at PCI address `bus_id` during the `with` block, and fill the yielded facts in when it ends; see `summary`.
 
-    Yields:
-        The facts of `summary`, filled in when the block ends; empty if nvidia-smi is missing or does not respond.
+    They stay empty if nvidia-smi is missing or does not respond.
     """
     facts: dict[str, Any] = {}
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        yield facts
-        return
-    query = [tool, "-i", bus_id, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "-i", bus_id, f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         before = parse(subprocess.run(query, capture_output=True, text=True, check=False, timeout=_LIMIT_S).stdout)
-    except subprocess.TimeoutExpired:
+    except (OSError, subprocess.TimeoutExpired):
         yield facts
         return
     with tempfile.TemporaryFile("w+") as lines:
@@ -49,8 +41,8 @@ def watch(bus_id: str) -> Iterator[dict[str, Any]]:
         facts.update(summary(before, parse(lines.read())))
 
 
-def parse(text: str) -> list[Sample]:
-    """Read one sample from each line; fields that are not numbers and incomplete lines are left out."""
+def parse(text: str) -> list[dict[str, float]]:
+    """Read one sample, values by field, from each line; fields that are not numbers and incomplete lines are left out."""
     samples = []
     for line in text.splitlines():
         values = [value.strip() for value in line.split(",")]
@@ -59,7 +51,7 @@ def parse(text: str) -> list[Sample]:
     return samples
 
 
-def summary(before: list[Sample], during: list[Sample]) -> dict[str, Any]:
+def summary(before: list[dict[str, float]], during: list[dict[str, float]]) -> dict[str, Any]:
     """Median clocks, temperature and power, lowest SM clock, and the rise of the used memory in MiB; empty if there are no samples."""
     named = {name: values for name in FIELDS if (values := [sample[name] for sample in during if name in sample])}
     facts: dict[str, Any] = {name: statistics.median(values) for name, values in named.items() if name != "memory.used"}
@@ -71,7 +63,6 @@ def summary(before: list[Sample], during: list[Sample]) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process, by force if it does not react."""
     process.terminate()
     try:
         process.wait(_LIMIT_S)

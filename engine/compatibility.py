@@ -1,8 +1,7 @@
 """Checks from an engine's seal whether the engine can run here, and gives the command that builds one that can.
 
-An engine holds compiled kernels: it runs only under the version of TensorRT that built it, and only on the GPUs it was built for. TensorRT
-reports a mismatch late and unclearly, or not at all: on another GPU of the same compute capability the engine runs slowly and no message
-is printed.
+An engine runs only under the version of TensorRT that built it, and only on the GPUs it was built for. TensorRT reports a mismatch late and
+unclearly, or not at all: on another GPU of the same compute capability the engine is only slow.
 """
 
 import os
@@ -21,10 +20,7 @@ def require_gpu(path: Path, seal: Seal, device: Gpu) -> None:
     """Raise EngineError, with the command that builds it again, if the engine is for other GPUs than `device`."""
     target = seal.facts.target
     built_for = target.compute_capabilities
-    if built_for is None:
-        return
-    same_model = target.gpu in (None, device.name)
-    if same_model and device.compute_capability in built_for:
+    if built_for is None or (target.gpu in (None, device.name) and device.compute_capability in built_for):
         return
     wanted = f"the {target.gpu} ({', '.join(built_for)})" if target.gpu else f"GPUs of compute capability {', '.join(built_for)}"
     raise EngineError(
@@ -44,25 +40,17 @@ def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> 
         )
 
 
-def build_options(onnx_path: Path, engine_path: Path, memory_limit_mb: int | None, allow_float: bool) -> BuildOptions:
-    """The options with which an engine can be built again; the path of the ONNX is relative to the engine's folder."""
-    onnx = os.path.relpath(onnx_path, engine_path.parent)
-    return BuildOptions(onnx=onnx, memory_limit_mb=memory_limit_mb, allow_float=allow_float)
-
-
 def rebuild_command(path: Path, seal: Seal, device: Gpu) -> str:
     """The command that builds the engine at `path` again with the same options, for `device` and the GPUs it was built for before."""
     capabilities = seal.facts.target.compute_capabilities
-    options = seal.facts.build or build_options(path.with_suffix(".onnx"), path, None, False)
-    onnx = os.path.normpath(path.parent / options.onnx)
-    words = ["python", "-m", "engine.build", "--onnx", onnx, "--out", str(path)]
+    options = seal.facts.build or BuildOptions(onnx=path.with_suffix(".onnx").name)
+    words = ["python", "-m", "engine.build", "--onnx", os.path.normpath(path.parent / options.onnx), "--out", str(path)]
     if seal.facts.backend.name == "tensorrt" or device.compute_capability in _NOT_OF_RTX:
         words += ["--backend", "tensorrt"]
     else:
         words += ["--backend", "tensorrt-rtx"]
         if capabilities is not None:
-            every = {*capabilities, device.compute_capability}
-            words += ["--compute-capability", *sorted(every, key=float)]
+            words += ["--compute-capability", *sorted({*capabilities, device.compute_capability}, key=float)]
     if options.memory_limit_mb is not None:
         words += ["--memory-limit", str(options.memory_limit_mb)]
     if options.allow_float:

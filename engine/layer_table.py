@@ -7,6 +7,7 @@ while it builds, as one verbose log message that starts with "Layers:" (seen in 
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from qdbev import artifact
 
 TABLE_START = "Layers:"
 """First word of the log message that holds TensorRT-RTX's layer table."""
-_ROW = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<rest>.*)$")
-_SECTION = re.compile(r"\](?:, )?(Constants|Outputs): \[")
+_ROW = re.compile(
+    r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\](?:, )?(?:Constants: \[(?P<constants>.*?)\](?:, )?)?"
+    r"Outputs: \[(?P<outputs>.*)\], TacticName: (?P<tactic>.*?), StreamId: .*Metadata: (?P<nodes>.*)$"
+)
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\s*\[ONNX Layer: |\s*$)")
 _TYPE = re.compile(r"\b(Float|Half|BFloat16|Int8|Int32|Int64|Int4|Bool|FP8|FP4|FP32|FP16|BF16|UInt8)\b", re.IGNORECASE)
 _TYPE_NAMES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_TENSORS = ("inputs", "constants", "outputs")
+"""Fields of a row that list tensors."""
 _NO_KERNEL = ("signal", "wait", "noop", "constant")
 """Kinds of rows that launch no kernel on the GPU: stream synchronisation and folded constants."""
 
@@ -47,11 +52,7 @@ class Layer:
 
 
 def from_log(message: str) -> list[Layer]:
-    """Read the rows of the log message that starts with "Layers:".
-
-    Raises:
-        EngineError: A line that names a layer has an unknown form, or there are no rows.
-    """
+    """Read the rows of the log message that starts with "Layers:". Raises EngineError if one has an unknown form, or if there are none."""
     layers = [_from_line(line) for line in message.splitlines() if line.startswith("Name: ")]
     if not layers:
         raise EngineError(f"the builder's layer table has no rows; it begins {message[:120]!r}")
@@ -59,11 +60,7 @@ def from_log(message: str) -> list[Layer]:
 
 
 def from_inspector(text: str) -> list[Layer]:
-    """Read the rows of EngineInspector's JSON; TensorRT 10 joins format and type in one field, TensorRT 11 has a field for the type.
-
-    Raises:
-        EngineError: The engine was built without ProfilingVerbosity.DETAILED.
-    """
+    """Read the rows of EngineInspector's JSON. Raises EngineError if the engine was built without ProfilingVerbosity.DETAILED."""
     rows = json.loads(text)["Layers"]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise EngineError("the engine holds layer names only; build it with this project, which asks for ProfilingVerbosity.DETAILED")
@@ -96,50 +93,25 @@ def _from_line(line: str) -> Layer:
     row = _ROW.match(line)
     if row is None:
         raise EngineError(f"a line of the builder's layer table cannot be read: {line[:200]!r}")
-    body, _, metadata = row["rest"].rpartition("Metadata: ")
-    tensors, _, tail = body.rpartition(", TacticName: ")
-    sections = {"Inputs": [], "Constants": [], "Outputs": []}
-    key = "Inputs"
-    for part in _SECTION.split(tensors):
-        if part in sections:
-            key = part
-        else:
-            sections[key] = re.findall(r"Datatype: (\w+)", part)
-    return Layer(
-        name=row["name"],
-        kind=row["kind"],
-        inputs=_types(sections["Inputs"]),
-        constants=_types(sections["Constants"]),
-        outputs=_types(sections["Outputs"]),
-        tactic=tail.split(", StreamId: ")[0],
-        nodes=_nodes(metadata),
-    )
+    types = {part: _types(re.findall(r"Datatype: (\w+)", row[part] or "")) for part in _TENSORS}
+    return Layer(name=row["name"], kind=row["kind"], **types, tactic=row["tactic"], nodes=_nodes(row["nodes"]))
 
 
 def _from_inspected(row: dict[str, Any]) -> Layer:
-    constants = _types([_type_field(tensor) for tensor in row.get("Constants", [])])
+    types = {part: _types(map(_type_field, row.get(part.capitalize(), []))) for part in _TENSORS}
     weights = row.get("Weights")
     if isinstance(weights, dict) and "Type" in weights:
-        constants = (*_types([weights["Type"]]), *constants)
-    return Layer(
-        name=row["Name"],
-        kind=row.get("LayerType", "unknown"),
-        inputs=_types([_type_field(tensor) for tensor in row.get("Inputs", [])]),
-        constants=constants,
-        outputs=_types([_type_field(tensor) for tensor in row.get("Outputs", [])]),
-        tactic=row.get("TacticName", ""),
-        nodes=_nodes(row.get("Metadata", "").replace("\x1e", "").replace("\x1f", "")),
-    )
+        types["constants"] = (*_types([weights["Type"]]), *types["constants"])
+    nodes = _nodes(row.get("Metadata", "").replace("\x1e", "").replace("\x1f", ""))
+    return Layer(name=row["Name"], kind=row.get("LayerType", "unknown"), **types, tactic=row.get("TacticName", ""), nodes=nodes)
 
 
 def _type_field(tensor: dict[str, Any]) -> str:
-    for key in ("Datatype", "DataType", "Format/Datatype"):
-        if key in tensor:
-            return str(tensor[key])
-    return "unknown"
+    """The type of a tensor; TensorRT 10 joins it with the format in one field, TensorRT 11 has a field for it."""
+    return next((str(tensor[key]) for key in ("Datatype", "DataType", "Format/Datatype") if key in tensor), "unknown")
 
 
-def _types(texts: list[str]) -> tuple[str, ...]:
+def _types(texts: Iterable[str]) -> tuple[str, ...]:
     found = [_TYPE.search(text) for text in texts]
     names = [match[1].upper() if match else "unknown" for match in found]
     return tuple(_TYPE_NAMES.get(name, name) for name in names)

@@ -1,12 +1,11 @@
-"""The memory of a session: buffers on the GPU, and page-locked buffers on the host, which the GPU can copy without the CPU.
-
-All buffers are freed together. If memory runs out, the error says for what it was needed, how much, and how much is free.
-"""
+"""The memory of a session: buffers on the GPU, and page-locked buffers on the host, which the GPU can copy without the CPU."""
 
 import ctypes
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -17,66 +16,51 @@ _PAGE_LOCKED = 0
 """cudaHostAllocDefault."""
 
 
-class Buffers:
+class Buffers(ExitStack):
     """All buffers of one engine. A context manager that frees them at its end."""
 
     def __init__(self, owner: Path) -> None:
+        super().__init__()
         self._owner = owner
         self._runtime = backend.cuda_runtime()
-        self._device: dict[int, int] = {}
-        self._host: list[int] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for pointer in self._device:
-            self._runtime.cudaFree(pointer)
-        for pointer in self._host:
-            self._runtime.cudaFreeHost(pointer)
-        self._device.clear()
-        self._host.clear()
+        self._device_bytes = 0
 
     def device(self, purpose: str, size: int) -> int:
-        """Allocate `size` bytes on the GPU, set them to zero and return their address.
-
-        Raises:
-            EngineError: The GPU has too little free memory; the message names the `purpose`.
-        """
+        """Allocate `size` bytes on the GPU, set them to zero and return their address. Raises EngineError if too few are free."""
         size = max(1, size)
-        status, pointer = self._runtime.cudaMalloc(size)
-        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
-            self._runtime.cudaGetLastError()
+        address = self._allocated(self._runtime.cudaMalloc(size), self._runtime.cudaFree)
+        if address is None:
             raise EngineError(
                 f"{self._owner}: no GPU memory for {purpose} ({_mb(size)}); {self.state()}. Close other programs that use the GPU"
             )
-        address = int(check((status, pointer)))
-        self._device[address] = size
+        self._device_bytes += size
         check(self._runtime.cudaMemset(address, 0, size))
         return address
 
     def pinned(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """Allocate a page-locked array on the host; it must not be used after the buffers are freed.
-
-        Raises:
-            EngineError: The system has too little page-locked memory; the message names the `purpose`.
-        """
-        size = max(1, int(np.prod(shape)) * dtype.itemsize)
-        status, pointer = self._runtime.cudaHostAlloc(size, _PAGE_LOCKED)
-        if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
-            self._runtime.cudaGetLastError()
+        """Allocate a page-locked array on the host, to be used until the buffers are freed. Raises EngineError if memory is short."""
+        count = math.prod(shape)
+        size = max(1, count * dtype.itemsize)
+        address = self._allocated(self._runtime.cudaHostAlloc(size, _PAGE_LOCKED), self._runtime.cudaFreeHost)
+        if address is None:
             raise EngineError(f"{self._owner}: no page-locked host memory for {purpose} ({_mb(size)}); close other programs")
-        address = int(check((status, pointer)))
-        self._host.append(address)
-        block = (ctypes.c_byte * size).from_address(address)
-        return np.frombuffer(block, dtype, count=int(np.prod(shape))).reshape(shape)
+        return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype, count).reshape(shape)
 
     def state(self) -> str:
         """Describe free and used GPU memory, for error messages."""
         status, free, total = self._runtime.cudaMemGetInfo()
         if int(status) != 0:
             return f"how much GPU memory is free is unknown ({status.name})"
-        return f"{_mb(free)} of {_mb(total)} of GPU memory are free, {_mb(sum(self._device.values()))} are used by this session's buffers"
+        return f"{_mb(free)} of {_mb(total)} of GPU memory are free, {_mb(self._device_bytes)} are used by this session's buffers"
+
+    def _allocated(self, result: tuple[Any, Any], free: Callable[[int], object]) -> int | None:
+        """The address in the result of an allocation, which is freed at the end; None if there is too little memory."""
+        if result[0] == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
+            self._runtime.cudaGetLastError()
+            return None
+        address = int(check(result))
+        self.callback(free, address)
+        return address
 
 
 def _mb(size: int) -> str:

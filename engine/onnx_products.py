@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import onnx
 
 from engine.backend import EngineError
@@ -37,10 +36,8 @@ class Product:
 def products(model: onnx.ModelProto, geometry: Collection[str]) -> list[Product]:
     """Every convolution and matrix product. It is quantized if the weight, or one of two activations, comes through a DequantizeLinear.
 
-    Nodes inside local functions are left out: the bodies of the custom operators gather and add, and contain no such layer.
-
-    Args:
-        geometry: Graph inputs that hold calibration and motion. Products of these alone stay float: they have mixed units, and are few.
+    Nodes inside local functions are left out: the bodies of the custom operators gather and add, and contain no such layer. Products of the
+    graph inputs `geometry` alone, which hold calibration and motion, stay float: they have mixed units, and are few.
 
     Raises:
         EngineError: The shape of a tensor is not fixed, so that its operations cannot be counted, or two products have the same name.
@@ -78,12 +75,16 @@ class _Graph:
 
     def flops(self, node: onnx.NodeProto) -> int:
         """Two for each multiply-accumulate; a bias is not counted."""
+        attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
         second = self.shape(node.input[1])
         if node.op_type == "Einsum":
-            return 2 * _spanned(node, [self.shape(name) for name in node.input])
+            terms = attributes["equation"].decode().replace(" ", "").split("->")[0].split(",")
+            shapes = [self.shape(name) for name in node.input]
+            sizes = {letter: size for term, shape in zip(terms, shapes, strict=True) for letter, size in zip(term, shape, strict=True)}
+            return 2 * math.prod(sizes.values())
         if node.op_type in ("Conv", "DeformConv"):
             depth = math.prod(second[1:])
-        elif node.op_type == "Gemm" and any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+        elif attributes.get("transB"):
             depth = second[-1]
         else:
             depth = second[-2]
@@ -98,9 +99,10 @@ class _Graph:
         for position, source in enumerate(sources):
             if source is None:
                 return f"its input {position} does not come through Q/DQ"
-        activations = sources[:1] if has_weight else sources
-        if any(self.num_scales(source) > 1 for source in activations):
-            return "its activation has a scale per channel; INT8 kernels need one scale per tensor"
+        for source in sources[:1] if has_weight else sources:
+            scale = self.initializer.get(source.input[1])
+            if scale is not None and math.prod(scale.dims) > 1:
+                return "its activation has a scale per channel; INT8 kernels need one scale per tensor"
         return ""
 
     def dequantize(self, name: str) -> onnx.NodeProto | None:
@@ -114,15 +116,3 @@ class _Graph:
             sources = [self.dequantize(part) for part in node.input]
             return sources[0] if all(sources) else None
         return node if node.op_type == "DequantizeLinear" else None
-
-    def num_scales(self, dequantize: onnx.NodeProto) -> int:
-        scale = self.initializer.get(dequantize.input[1])
-        return int(np.prod(scale.dims)) if scale is not None else 1
-
-
-def _spanned(node: onnx.NodeProto, shapes: Sequence[Sequence[int]]) -> int:
-    """Multiply-accumulates of an Einsum: the product of the sizes of all its letters."""
-    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
-    terms = equation.replace(" ", "").split("->")[0].split(",")
-    sizes = {letter: size for term, shape in zip(terms, shapes, strict=True) for letter, size in zip(term, shape, strict=True)}
-    return math.prod(sizes.values())

@@ -9,6 +9,7 @@ buffers. A frame that fails does not change that output, and the session can run
 """
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from engine import backend, compatibility, trt_callbacks
 from engine.backend import EngineError, check
-from engine.captured_context import CapturedContext, create_context
+from engine.captured_context import CapturedContext
 from engine.memory import Buffers
 from qdbev import artifact
 
@@ -29,8 +30,7 @@ _log = logging.getLogger(__name__)
 class Session:
     """An engine with its buffers and its CUDA stream. It is a context manager, because it owns GPU memory.
 
-    `seal` and `interface` are those of the engine file. `shapes` and `dtypes` map each tensor's name to its shape and type; both are
-    empty until the session is open.
+    `seal` and `interface` are those of the engine file. `shapes` and `dtypes` of the tensors, by name, are known once the session is open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,8 +49,8 @@ class Session:
         compatibility.require_version(path, self.seal, self._backend, device)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype[Any]] = {}
+        self._contexts: list[CapturedContext] = []
         self._stack = ExitStack()
-        self._forget()
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -94,15 +94,17 @@ class Session:
 
     def _open(self, stack: ExitStack) -> None:
         trt = self._backend.module
-        stack.callback(self._forget)
         self._runtime = backend.cuda_runtime()
         self._buffers = stack.enter_context(Buffers(self.path))
         self._stream = check(self._runtime.cudaStreamCreate())
         stack.callback(self._runtime.cudaStreamDestroy, self._stream)
+        self._events: list[Any] = []
         for _ in range(2):
             self._events.append(check(self._runtime.cudaEventCreate()))
             stack.callback(self._runtime.cudaEventDestroy, self._events[-1])
         self._messages = trt_callbacks.logger(trt)
+        self._host: dict[str, np.ndarray] = {}
+        self._parity, self._broken = 0, ""
         stack.callback(self._close_engine)
         self._deserialize(trt)
         self._describe(trt)
@@ -125,26 +127,27 @@ class Session:
             name = self._engine.get_tensor_name(index)
             self.shapes[name] = tuple(self._engine.get_tensor_shape(name))
             self.dtypes[name] = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT:
-                self._inputs.append(name)
         fixed = all(min(shape, default=1) > 0 for shape in self.shapes.values())
         wanted = self.interface.inputs | self.interface.outputs
         if not fixed or self.shapes != wanted:
             self._fail(f"it has the tensors {self.shapes}; its seal says {wanted}")
 
     def _create_contexts(self, trt: Any) -> None:
-        sizes = {name: int(np.prod(shape)) * self.dtypes[name].itemsize for name, shape in self.shapes.items()}
-        straight = {name: self._buffers.device(name, size) for name, size in sizes.items()}
-        size = self._engine.device_memory_size_v2
-        shared = self._buffers.device("the layers' intermediate results", size)
+        straight = {name: self._buffers.device(name, self._bytes(name)) for name in self.shapes}
         swapped = dict(straight)
         for output, input_ in self.interface.recurrent:
             swapped |= {output: straight[input_], input_: straight[output]}
+        size = self._engine.device_memory_size_v2
+        shared = self._buffers.device("the layers' intermediate results", size)
         for addresses in (straight, swapped):
-            context = create_context(trt, self._engine, shared, size)
+            context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
                 self._fail(f"no memory or kernels to run it here; {self._buffers.state()}")
+            context.set_device_memory(shared, size)
             self._contexts.append(CapturedContext(context, addresses, self._stream))
+
+    def _bytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
     def _warm_up(self) -> None:
         """Run each context once on zeros and record it as a CUDA graph; afterwards set the recurrent tensors to zero again."""
@@ -156,8 +159,7 @@ class Session:
         if reason:
             _log.warning("%s: no CUDA graph (%s); every frame launches its kernels one by one, which takes longer", self.path, reason)
         for name in (name for pair in self.interface.recurrent for name in pair):
-            size = int(np.prod(self.shapes[name])) * self.dtypes[name].itemsize
-            check(self._runtime.cudaMemset(self._contexts[0].addresses[name], 0, size))
+            check(self._runtime.cudaMemset(self._contexts[0].addresses[name], 0, self._bytes(name)))
 
     def _run(self, captured: CapturedContext) -> None:
         self._messages.problems.clear()
@@ -198,16 +200,13 @@ class Session:
             raise EngineError(
                 f"{self.path}: an earlier frame left the GPU unusable for this process ({self._broken}); start the process again"
             )
-        recurrent = [name for _, name in self.interface.recurrent]
-        missing = [name for name in self._inputs if name not in inputs and name not in recurrent]
-        unknown = [
-            *(name for name in inputs if name not in self._inputs),
-            *(name for name in outputs if name not in self.interface.outputs),
-        ]
+        known, recurrent = self.interface.inputs, [name for _, name in self.interface.recurrent]
+        missing = [name for name in known if name not in inputs and name not in recurrent]
+        unknown = [*(name for name in inputs if name not in known), *(name for name in outputs if name not in self.interface.outputs)]
         if missing or unknown:
             raise EngineError(
                 f"missing inputs: {', '.join(missing) or 'none'}; unknown names: {', '.join(unknown) or 'none'}; "
-                f"the engine takes {', '.join(self._inputs)}"
+                f"the engine takes {', '.join(known)}"
             )
         for name, value in inputs.items():
             if value.shape != self.shapes[name] or value.dtype != self.dtypes[name]:
@@ -217,22 +216,10 @@ class Session:
         raise EngineError("\n  ".join([f"{self.path}: {what}", *self._messages.problems]))
 
     def _close_engine(self) -> None:
-        """Free the contexts, then the engine; both must go before the stream and the buffers that they use."""
+        """Free the contexts, then the engine; both must go before the stream, the events and the buffers that they use."""
         for captured in self._contexts:
             captured.close()
         self._contexts.clear()
         self._engine = None
-
-    def _forget(self) -> None:
-        """Return to the state before the session was opened."""
-        self._runtime: Any = None
-        self._buffers: Any = None
-        self._messages: Any = None
-        self._engine: Any = None
-        self._stream: Any = None
-        self._events: list[Any] = []
-        self._inputs: list[str] = []
-        self._host: dict[str, np.ndarray] = {}
-        self._contexts: list[CapturedContext] = []
-        self._parity = 0
-        self._broken = ""
+        self._host.clear()
+        self._events.clear()

@@ -5,9 +5,8 @@
             frame = detector.prepare(images, lidar2img, can_bus, timestamp_us)
             detections = detector(frame)
 
-It keeps the memory between frames; recurrent tensors such as the previous BEV stay on the GPU. A frame that is refused or fails changes
-nothing: the next frame is treated as if one frame had been dropped, with the vehicle's motion since the last good frame. The C++
-counterpart is in examples/cpp.
+Recurrent tensors such as the previous BEV stay on the GPU. A frame that is refused or fails changes nothing: the next one is treated as
+after a dropped frame, with the vehicle's motion since the last good frame. The C++ counterpart is in examples/cpp.
 """
 
 import dataclasses
@@ -74,15 +73,13 @@ class StreamingDetector:
         self._memory = None
 
     def _check(self, frame: Frame) -> None:
-        """Raise FrameError for a tensor of the frame that has the wrong shape or is not finite.
-
-        The motion is checked for every detector: it is kept for the next frame even where the network does not take it.
-        """
+        """Raise FrameError for a tensor of the frame that has the wrong shape or is not finite."""
         for name, wanted in self._shapes.items():
             found = getattr(frame, name).shape
             if found != wanted:
                 raise FrameError(f"frame {frame.token!r}: {name} is of shape {found}, the network takes {wanted}")
-        for name, value in {"can_bus": frame.can_bus, **{name: getattr(frame, name) for name in self._shapes}}.items():
+        for name in dict.fromkeys(("can_bus", *self._shapes)):  # the motion is kept for the next frame whether the network takes it or not
+            value = getattr(frame, name)
             if not np.isfinite(value.sum()):  # one pass without an array of flags: the sum of finite pixels is finite
                 wrong = int(value.size - np.isfinite(value).sum())
                 raise FrameError(f"frame {frame.token!r}: {wrong} of {value.size} values of {name} are NaN or infinite")
@@ -90,12 +87,7 @@ class StreamingDetector:
 
 @contextmanager
 def open_engine(path: Path) -> Iterator[StreamingDetector]:
-    """Open an engine as a detector; its GPU memory is freed when the `with` block ends.
-
-    Raises:
-        ArtifactError: The engine is missing, damaged or not sealed.
-        EngineError: It cannot run here.
-    """
+    """Open an engine as a detector; its GPU memory is freed when the `with` block ends. Raises the errors of `Session`."""
     with Session(path) as session:
         interface = session.interface
         kept = {name for pair in interface.recurrent for name in pair}

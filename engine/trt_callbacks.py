@@ -13,6 +13,11 @@ from tqdm import tqdm
 from engine.layer_table import TABLE_START
 
 
+def one_line(text: str) -> str:
+    """A message of TensorRT as one line of at most 300 characters."""
+    return " ".join(text.split())[:300]
+
+
 def logger(trt: ModuleType) -> Any:
     """Make a logger that keeps errors (`problems`) and TensorRT-RTX's layer table (`layer_table`), and drops all other messages."""
 
@@ -24,7 +29,7 @@ def logger(trt: ModuleType) -> Any:
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.problems.append(" ".join(message.split())[:300])
+                self.problems.append(one_line(message))
             elif message.startswith(TABLE_START):
                 self.layer_table = message
 
@@ -33,22 +38,11 @@ def logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def progress(trt: ModuleType, title: str) -> Iterator[Any]:
-    """Show a progress bar of the outermost phase of a build, if standard error is a terminal.
+    """Show a progress bar of the outermost phase of a build, if standard error is a terminal. Yields an IProgressMonitor for the builder.
 
-    Yields:
-        An IProgressMonitor for the builder.
-
-    Raises:
-        KeyboardInterrupt: When the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
+    Raises KeyboardInterrupt when the block ends, if Ctrl-C ended the build: TensorRT itself only returns without an engine.
     """
-    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
-        shown = _monitor(trt, bar)
-        yield shown
-        if shown.interrupted:
-            raise KeyboardInterrupt
 
-
-def _monitor(trt: ModuleType, bar: tqdm) -> Any:
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -73,4 +67,8 @@ def _monitor(trt: ModuleType, bar: tqdm) -> Any:
             if name == self.outermost:
                 bar.update((bar.total or 0) - bar.n)
 
-    return Monitor()
+    with tqdm(desc=title, unit="step", disable=None, leave=False) as bar:
+        monitor = Monitor()
+        yield monitor
+        if monitor.interrupted:
+            raise KeyboardInterrupt

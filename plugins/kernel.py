@@ -1,7 +1,7 @@
 """The interface between an operator's CUDA kernels and the generic modules that compile, register and launch them.
 
-A folder such as plugins/attention holds the kernels of one operator family and implements `Kernel`. The modules nvrtc, launch,
-tensorrt_ops and torch_ops use only this interface and the operator's contract in qdbev/ops/contract.py.
+A folder such as plugins/attention implements `Kernel` for one operator family. The modules launch, tensorrt_ops and torch_ops use only
+this interface and the operator's contract in qdbev/ops/contract.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,10 +39,9 @@ class Launch:
 class Kernel(Protocol):
     """One CUDA kernel, whose number types and attributes, and usually some sizes, are compile-time constants.
 
-    Its parameters are, in this order, a pointer to each input of the operator as the contract lists them, the int32 numbers of
-    `Launch`, and a pointer to the output. TensorRT passes the arguments of a plugin in this order. All tensors are contiguous and
-    start at a multiple of 16 bytes. Blocks are one-dimensional, and the kernel uses no dynamic shared memory. A kernel must be
-    hashable and compare by value, because compiled kernels are kept in a dictionary.
+    Its parameters are, in this order, which is TensorRT's, a pointer to each input of the operator as the contract lists them, the int32
+    numbers of `Launch`, and a pointer to the output. All tensors are contiguous and start at a multiple of 16 bytes. Blocks are
+    one-dimensional, without dynamic shared memory. A kernel is hashable and compares by value, because compiled kernels are cached.
     """
 
     @property
@@ -61,11 +60,7 @@ class Kernel(Protocol):
         """Return the CUDA C++ source."""
 
     def launch(self, shapes: Shapes) -> Launch:
-        """Return the grid and the int32 arguments for inputs of these shapes.
-
-        Raises:
-            KernelError: The shapes contradict each other or the kernel's constants, or are too large for one launch.
-        """
+        """Return the grid and the int32 arguments for inputs of these shapes. Raises KernelError if they do not fit or are too large."""
 
 
 @dataclass(frozen=True)

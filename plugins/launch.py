@@ -26,17 +26,14 @@ def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes
     """Compute an operator of plugins.operators.KERNELS with its kernel on the current stream.
 
     Args:
-        inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first input has a number type for
-            which there is a kernel; `value_scale` is float32 or float16. All other inputs may have any type and are converted to
-            float32.
+        inputs: All its inputs, on one GPU, with the shapes of the contract and in its order. The first, and `value_scale`, have number
+            types for which there is a kernel. The others may have any type and are converted to float32.
 
     Returns:
-        The output, with the shape of the contract. Its number type is that of `value_scale` if the operator has this input, else
-        that of the first input.
+        The output, with the shape of the contract and the number type of `value_scale` if there is one, else of the first input.
 
     Raises:
-        LaunchError: The number of inputs is wrong, an input has a type for which there is no kernel, an input is not on the GPU of
-            the others, or a CUDA call failed.
+        LaunchError: The number or a type of the inputs is wrong, they are not all on one GPU, or a CUDA call failed.
         KernelError: The shapes contradict each other, or there is no kernel for these sizes.
         CompileError: The kernel cannot be compiled for this GPU.
     """
@@ -47,11 +44,14 @@ def compute(operator: Operator, inputs: Sequence[Tensor], attributes: Attributes
     kernel = KERNELS[operator].make(_types(operator, tensors), shapes, attributes)
     launch = kernel.launch(shapes)
     require_one_gpu(tensors)
-    device = inputs[0].device
-    out = torch.empty(operator.output_shape(shapes), dtype=getattr(torch, kernel.out), device=device)
+    out = torch.empty(operator.output_shape(shapes), dtype=getattr(torch, kernel.out), device=inputs[0].device)
     if out.numel():
-        readable = [_readable(tensor if name in operator.value_inputs else tensor.float()) for name, tensor in tensors.items()]
-        run(device, _source(kernel), kernel.entry, launch.grid, kernel.threads, *_arguments(launch, readable, out))
+        run(
+            kernel,
+            launch,
+            [_readable(tensor if name in operator.value_inputs else tensor.float()) for name, tensor in tensors.items()],
+            out,
+        )
     return out
 
 
@@ -76,59 +76,42 @@ def require_one_gpu(tensors: Mapping[str, Tensor]) -> None:
             raise LaunchError(f"{name} is on {tensor.device} and {first} on {device}; a kernel needs all its inputs on one GPU")
 
 
-def _arguments(launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> tuple[tuple[int, ...], tuple[type, ...]]:
-    """Return the values and the ctypes types of the kernel's parameters, in the order that plugins.kernel.Kernel defines."""
-    values = (*(tensor.data_ptr() for tensor in inputs), *launch.numbers.values(), out.data_ptr())
-    return values, (*[ctypes.c_void_p] * len(inputs), *[ctypes.c_int] * len(launch.numbers), ctypes.c_void_p)
-
-
 def _readable(tensor: Tensor) -> Tensor:
     """Return the tensor as a contiguous one that starts at a multiple of 16 bytes, copied only if necessary."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def run(
-    device: torch.device,
-    source: str,
-    entry: str,
-    grid: tuple[int, int, int],
-    threads: int,
-    values: tuple[int, ...],
-    types: tuple[type, ...],
-) -> None:
-    """Launch the kernel function `entry` on PyTorch's current stream. It is compiled and loaded when first used on a device.
+def run(kernel: Kernel, launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> None:
+    """Launch a kernel on PyTorch's current stream. It is compiled and loaded when first used on a device.
 
-    `grid` is the number of blocks along x, y and z. `values` are the kernel's arguments, pointers as integers, and `types` their ctypes.
-
-    Raises:
-        LaunchError: A CUDA call failed.
-        CompileError: The source cannot be compiled for this GPU.
+    `inputs` and `out` are as the kernel expects them, on one GPU. Raises LaunchError or CompileError as `compute` does.
     """
     from cuda.bindings import driver
 
-    with torch.cuda.device(device):
+    with torch.cuda.device(out.device):
         number = torch.cuda.current_device()
         if int(_check(driver.cuCtxGetCurrent())) == 0:  # PyTorch has not used the GPU in this thread yet
             _check(driver.cuCtxSetCurrent(_check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(number))))))
         stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        _check(driver.cuLaunchKernel(_function(number, source, entry), *grid, threads, 1, 1, 0, stream, (values, types), 0))
+        function, given = _function(number, kernel), arguments(launch, inputs, out)
+        _check(driver.cuLaunchKernel(function, *launch.grid, kernel.threads, 1, 1, 0, stream, given, 0))
+
+
+def arguments(launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> tuple[tuple[int, ...], tuple[type, ...]]:
+    """Return the values and the ctypes types of the kernel's parameters, in the order that plugins.kernel.Kernel defines."""
+    values = (*(tensor.data_ptr() for tensor in inputs), *launch.numbers.values(), out.data_ptr())
+    return values, (*[ctypes.c_void_p] * len(inputs), *[ctypes.c_int] * len(launch.numbers), ctypes.c_void_p)
 
 
 @functools.cache
-def _source(kernel: Kernel) -> str:
-    """Return the kernel's source, which is read from disk once."""
-    return kernel.source()
-
-
-@functools.cache
-def _function(device: int, source: str, entry: str) -> Any:
+def _function(device: int, kernel: Kernel) -> Any:
     """Return the kernel function, compiled for device number `device` and loaded there. This device must be the current one."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
-    module = _check(driver.cuModuleLoadData(nvrtc.cubin(source, f"sm_{major}{minor}")))
-    function = _check(driver.cuModuleGetFunction(module, entry.encode()))
+    module = _check(driver.cuModuleLoadData(nvrtc.cubin(kernel.source(), f"sm_{major}{minor}")))
+    function = _check(driver.cuModuleGetFunction(module, kernel.entry.encode()))
     carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
     _check(driver.cuFuncSetAttribute(function, carveout, 0))  # all on-chip memory serves as L1 cache: no kernel here uses shared memory
     return function

@@ -5,22 +5,20 @@ import hashlib
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qdbev import artifact
 from qdbev.cuda_check import check
 
 _OPTIONS = ("--std=c++17", "--ptxas-options=-v", "--diag-suppress=177")  # 177: a function that this kernel does not use
-_FIGURES = {
+FIGURES = {
     "registers": r"Used (\d+) registers",
     "shared_bytes": r"(\d+) bytes smem",
     "stack_bytes": r"(\d+) bytes stack frame",
     "spill_store_bytes": r"(\d+) bytes spill stores",
     "spill_load_bytes": r"(\d+) bytes spill loads",
 }
-"""Patterns of the fields of `Usage` in the compiler's log."""
+"""Patterns in the log of ptxas of the resources that `build` reports: per thread, except `shared_bytes`, which is per block."""
 _log = logging.getLogger(__name__)
 
 
@@ -28,28 +26,18 @@ class CompileError(ValueError):
     """NVRTC is not installed, does not know the architecture, or rejects the source."""
 
 
-@dataclass(frozen=True)
-class Usage:
-    """The resources of a compiled kernel as ptxas reports them: per thread, except `shared_bytes`, which is per block."""
-
-    registers: int
-    shared_bytes: int
-    stack_bytes: int
-    spill_store_bytes: int
-    spill_load_bytes: int
-
-
 _check = functools.partial(check, error=CompileError)
 
 
 def cubin(source: str, architecture: str) -> bytes:
-    """Return the machine code of `source` for an architecture such as sm_90, from `cache_folder` if it was compiled before.
+    """Return the machine code of `source` for an architecture such as sm_90, from the cache if it was compiled before.
 
     Raises:
         CompileError: NVRTC is not installed, does not know the architecture, or rejects the source.
     """
     key = "\0".join((source, architecture, *_OPTIONS, str(version())))
-    cached = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cached = caches / "qdbev" / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.cubin"
     if cached.is_file():
         return cached.read_bytes()
     code, _ = build(source, architecture)
@@ -61,18 +49,13 @@ def cubin(source: str, architecture: str) -> bytes:
     return code
 
 
-def cache_folder() -> Path:
-    """Return the folder of this user's compiled kernels."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qdbev" / "kernels"
+def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:
+    """Compile `source` and return its machine code and its resources, by their names in `FIGURES`; does not use the cache.
 
-
-def build(source: str, architecture: str) -> tuple[bytes, Usage]:
-    """Compile `source` and return its machine code and the resources it uses; does not use the cache.
-
-    Raises:
-        CompileError: NVRTC is not installed, does not know the architecture, or rejects the source.
+    Raises CompileError as `cubin` does.
     """
-    nvrtc = _nvrtc()
+    from cuda.bindings import nvrtc
+
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))
     try:
         options = [option.encode() for option in (f"--gpu-architecture={architecture}", *_OPTIONS)]
@@ -87,19 +70,15 @@ def build(source: str, architecture: str) -> tuple[bytes, Usage]:
         _check(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    found = {name: re.search(pattern, text) for name, pattern in _FIGURES.items()}
-    return bytes(code), Usage(**{name: int(match[1]) if match else 0 for name, match in found.items()})
+    found = {name: re.search(pattern, text) for name, pattern in FIGURES.items()}
+    return bytes(code), {name: int(match[1]) if match else 0 for name, match in found.items()}
 
 
 def version() -> tuple[int, int]:
     """Return the major and minor version of NVRTC. Raises CompileError if NVRTC is not installed."""
     try:
-        return _check(_nvrtc().nvrtcVersion())
+        from cuda.bindings import nvrtc
+
+        return _check(nvrtc.nvrtcVersion())
     except (ImportError, RuntimeError) as error:  # RuntimeError: the Python binding is installed, but not the library
         raise CompileError(f"NVRTC cannot be loaded ({error}); pip install -r requirements.txt") from error
-
-
-def _nvrtc() -> Any:
-    from cuda.bindings import nvrtc
-
-    return nvrtc

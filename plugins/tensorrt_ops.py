@@ -2,8 +2,7 @@
 
 Source: the Python module tensorrt.plugin, as read in the bindings of 11.4.0.106: `_validate.py` for signatures, `_plugin_class.py` for
 what it passes to each function. TensorRT accepts such ahead-of-time compiled kernels since 10.9 (its release notes). Its ONNX parser
-passes an attribute that is a list of integers as int32 (onnx/onnx-tensorrt at 96e7811, `loadFields`). It does not ask which of several
-forms of a plugin it should use if there is only one form.
+passes an attribute that is a list of integers as int32 (onnx/onnx-tensorrt at 96e7811, `loadFields`).
 """
 
 import functools
@@ -27,12 +26,8 @@ _TENSORRT_TYPES: dict[ValueType, str] = {"float32": "FP32", "float16": "FP16", "
 def register(architecture: str) -> list[str]:
     """Register all kernels as TensorRT plugins for a GPU architecture such as sm_90; calling it again does nothing.
 
-    Returns:
-        A list to which one line is added for each plugin that fails while TensorRT builds an engine. TensorRT itself prints the
-        reason on standard error and returns only that there is no engine.
-
-    Raises:
-        ImportError: There is no TensorRT with Python plugins.
+    Returns a list to which each plugin that fails during a build adds a line, because TensorRT only prints the reason. Raises ImportError
+    if there is no TensorRT with Python plugins.
     """
     import tensorrt.plugin  # `import tensorrt` does not import it
 
@@ -48,7 +43,7 @@ def _register(trt: ModuleType, architecture: str) -> list[str]:
 
 
 def register_operator(trt: ModuleType, architecture: str, operator: Operator, family: KernelFamily, failures: list[str]) -> None:
-    """Register one operator. `failures` receives a line for each error while TensorRT builds an engine; see `register`."""
+    """Register one operator. `failures` receives a line for each error during a build."""
     trtp, plugin = trt.plugin, f"{DOMAIN}::{operator.name}"
     tensors = dict.fromkeys(operator.inputs, trtp.TensorDesc)
     attributes = dict.fromkeys(operator.attributes, npt.NDArray[np.int32])
@@ -56,7 +51,14 @@ def register_operator(trt: ModuleType, architecture: str, operator: Operator, fa
     compiled = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     describe = functools.partial(_describe_output, trt, operator)
     combine = functools.partial(_combinations, trt, operator, family)
-    compile_kernel = _reporting(operator.name, functools.partial(_compile, trt, architecture, operator, family), failures)
+
+    def compile_kernel(*given: Any) -> Any:
+        try:
+            return _compile(trt, architecture, operator, family, *given)
+        except Exception as error:
+            failures.append(f"{operator.name}: {error}")
+            raise
+
     trtp.register(plugin)(_with_signature(describe, {**tensors, **attributes}, trtp.TensorDesc))
     trtp.autotune(plugin)(_with_signature(combine, {**tensors, **outputs}, list[trtp.AutoTuneCombination]))
     trtp.aot_impl(plugin)(_with_signature(compile_kernel, {**tensors, **attributes, **outputs, "tactic": int}, compiled))
@@ -70,19 +72,6 @@ def _with_signature(function: Callable[..., Any], parameters: dict[str, Any], re
     return function
 
 
-def _reporting(name: str, function: Callable[..., Any], failures: list[str]) -> Callable[..., Any]:
-    """Wrap `function` so that the message of an exception is also added to `failures`."""
-
-    def reporting(*given: Any) -> Any:
-        try:
-            return function(*given)
-        except Exception as error:
-            failures.append(f"{name}: {error}")
-            raise
-
-    return reporting
-
-
 def _describe_output(trt: ModuleType, operator: Operator, *inputs: Any, **_: Any) -> Any:
     """Return TensorRT's description of the output: symbolic shape and number type."""
     tensors = dict(zip(operator.inputs, inputs, strict=True))
@@ -91,10 +80,7 @@ def _describe_output(trt: ModuleType, operator: Operator, *inputs: Any, **_: Any
 
 
 def _combinations(trt: ModuleType, operator: Operator, family: KernelFamily, *_: Any) -> list[Any]:
-    """Return the combinations of number types that have a kernel, in TensorRT's syntax. All tensors are contiguous (LINEAR).
-
-    Alternatives that are separated by | are chosen together for all tensors.
-    """
+    """Return the types that have a kernel, in TensorRT's syntax: alternatives separated by | are chosen together for all tensors."""
     rows = [[*input_types(operator, types).values(), types[1]] for types in family.types]
     columns = [[_TENSORRT_TYPES[number] for number in column] for column in zip(*rows, strict=True)]
     written = [column[0] if len(set(column)) == 1 else "|".join(column) for column in columns]
@@ -102,12 +88,7 @@ def _combinations(trt: ModuleType, operator: Operator, family: KernelFamily, *_:
 
 
 def _compile(trt: ModuleType, architecture: str, operator: Operator, family: KernelFamily, *given: Any) -> tuple[str, bytes, Any, Any]:
-    """Return the name, the machine code, the launch parameters and the int32 arguments of the kernel for these tensors.
-
-    Raises:
-        KernelError: There is no kernel for these sizes, or a size is not fixed.
-        CompileError: The kernel cannot be compiled.
-    """
+    """Return the name, the machine code, the launch parameters and the int32 arguments of the kernel for these tensors."""
     numbers: dict[Any, ValueType] = {trt.DataType.FLOAT: "float32", trt.DataType.HALF: "float16", trt.DataType.INT8: "int8"}
     count = len(operator.inputs)
     tensors, (*values, (out,), _) = given[:count], given[count:]

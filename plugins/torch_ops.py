@@ -1,8 +1,7 @@
 """Register the kernels with PyTorch, so that the operators of qdbev/ops run on them for CUDA tensors.
 
 After `install()`, `torch.ops.qdbev.<operator>` runs the kernel on CUDA tensors and has a gradient. The functions of qdbev/ops run the
-kernel too if no gradient is needed; with a gradient they run PyTorch code. Without `install()`, PyTorch code computes everything. If
-there is no kernel for the sizes or for the GPU, an error is raised; nothing else is run instead.
+kernel too if no gradient is needed; with a gradient they run PyTorch code. Without a kernel for the sizes or the GPU, an error is raised.
 """
 
 import functools
@@ -19,24 +18,17 @@ from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import dense_spatial_cross_attention
 
 
-def _flat_levels(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `form`, whose last argument is [(h0, w0), ...], as a function that takes h0, w0, ... there, as the contract says."""
-
-    def with_flat_levels(*given: Any) -> Tensor:
-        *tensors, flat = given
-        return form(*tensors, list(zip(flat[::2], flat[1::2], strict=True)))
-
-    return with_flat_levels
+def _with_pairs(form: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Call `form`, whose last argument is [(h0, w0), ...], with h0, w0, ... in its place, as the contract says."""
+    *tensors, flat = given
+    return form(*tensors, list(zip(flat[::2], flat[1::2], strict=True)))
 
 
 _DIFFERENTIABLE: dict[Operator, Callable[..., Tensor]] = {
-    MSDA: _flat_levels(multi_scale_deformable_attention),
-    SCA: _flat_levels(dense_spatial_cross_attention),
+    MSDA: functools.partial(_with_pairs, multi_scale_deformable_attention),
+    SCA: functools.partial(_with_pairs, dense_spatial_cross_attention),
 }
-"""PyTorch code with the gradient of each operator. It takes the inputs and attributes of the contract, in their order.
-
-Its shapes must not depend on tensor values, so that it can be traced.
-"""
+"""PyTorch code with the gradient of each operator, called as the contract says; traceable, as its shapes depend on no values."""
 
 
 @functools.cache
@@ -55,15 +47,13 @@ def evaluation(operator: Operator) -> Callable[..., Tensor]:
 
     def evaluate(*given: Any) -> Tensor:
         inputs, values = given[: len(operator.inputs)], given[len(operator.inputs) :]
-        kinds = operator.attributes.items()
-        attributes = {name: value if kind == "ints" else (value,) for (name, kind), value in zip(kinds, values, strict=True)}
-        return compute(operator, inputs, attributes)
+        named = zip(operator.attributes.items(), values, strict=True)
+        return compute(operator, inputs, {name: value if kind == "ints" else (value,) for (name, kind), value in named})
 
     return evaluate
 
 
 def _save_inputs(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs and attributes for the backward pass."""
     count = len(operator.inputs)
     ctx.save_for_backward(*inputs[:count])
     ctx.attributes = inputs[count:]

@@ -223,9 +223,6 @@ class Engine:
     def get_tensor_dtype(self, name):
         return tensorrt_rtx.float32
 
-    def get_tensor_mode(self, name):
-        return tensorrt_rtx.TensorIOMode.INPUT if name in self.trt.runner.interface.inputs else tensorrt_rtx.TensorIOMode.OUTPUT
-
     def create_execution_context(self, strategy):
         assert strategy == tensorrt_rtx.ExecutionContextAllocationStrategy.USER_MANAGED
         return Context(self)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from plugins.attention.cases import operator_inputs
 from plugins.attention.variant import Variant
+from plugins.kernel import Launch
 
 _HEADER = Path(__file__).with_name("kernel_on_host.h")
 _ORDER = 'extern "C" int query_at(int order, int num_query, int row) { return variant_0::query_at(order, num_query, row); }\n'
@@ -49,25 +50,9 @@ class HostKernels:
         """Return the index of the query that the kernels compute at position `order`."""
         return self._library.query_at(order, num_query, row_length)
 
-    def run(
-        self,
-        device: torch.device,
-        source: str,
-        entry: str,
-        grid: tuple[int, int, int],
-        threads: int,
-        values: tuple[int, ...],
-        types: tuple[type, ...],
-    ) -> None:
+    def run(self, kernel: Variant, launch: Launch, inputs: Sequence[Tensor], out: Tensor) -> None:
         """Run a kernel on the host; has the parameters of plugins.launch.run."""
-        variant = next(variant for variant in self._index if variant.source() == source)
-        assert entry == variant.entry and threads == variant.threads
-        given = list(zip(values, types, strict=True))
-        pointers, numbers = (
-            [value for value, kind in given if kind is ctypes.c_void_p],
-            [value for value, kind in given if kind is ctypes.c_int],
-        )
-        self._call(variant, pointers, grid, dict(zip(_numbers(variant), numbers, strict=True)))
+        self._call(kernel, [tensor.data_ptr() for tensor in (*inputs, out)], launch.grid, launch.numbers)
 
     def _call(self, variant: Variant, addresses: list[int], grid: tuple[int, int, int], numbers: dict[str, int]) -> None:
         assert all(address % 16 == 0 for address in addresses), (

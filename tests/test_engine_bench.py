@@ -11,7 +11,7 @@ import torch
 from sealed_facts import engine_facts
 from small_networks import exported_network
 
-from engine import backend, bench, clocks, host_cost, typical_frame
+from engine import backend, bench, clocks, typical_frame
 from engine.backend import EngineError, Gpu
 from qdbev import artifact
 from qdbev.artifact import Seal
@@ -90,7 +90,7 @@ esac; done"""
     on_path(tmp_path, "trtexec", script, monkeypatch)
     on_path(tmp_path, "nvidia-smi", f"echo '{SMI}'", monkeypatch)
     monkeypatch.setattr(backend, "gpu", lambda: DEVICE)
-    monkeypatch.setattr(host_cost, "_RUNS", 5)
+    monkeypatch.setattr(bench, "_HOST_RUNS", 5)
     bench.main(["--engine", str(path), "--iterations", "2"])
     found = json.loads(bench.report_path(path).read_text())
     assert found["tool"] == "trtexec"
@@ -194,8 +194,8 @@ def test_without_nvidia_smi_nothing_is_recorded_about_the_clocks(monkeypatch: py
 
 
 def test_host_work_is_measured_on_images_that_the_network_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_cost, "_RUNS", 3)
-    found = host_cost.measure(exported_network(), INTERFACE)
+    monkeypatch.setattr(bench, "_HOST_RUNS", 3)
+    found = bench.host_times(exported_network(), INTERFACE)
     assert len(found["before"]) == len(found["after"]) == 3
     assert min(found["before"] + found["after"]) > 0
     scale = exported_network().data.image_scale

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sealed_facts import engine_facts, onnx_facts
+from sealed_facts import engine_facts
 
 from engine import backend, bench
 from engine.backend import EngineError
@@ -43,14 +43,6 @@ def test_measuring_without_a_gpu_says_what_it_needs_and_fails(engine: Path) -> N
     assert done.stderr.startswith("error: measuring ")
     assert "needs an NVIDIA GPU" in done.stderr
     assert not bench.report_path(engine).exists()
-
-
-def test_measuring_an_engine_of_another_onnx_is_refused(engine: Path, tmp_path: Path) -> None:
-    onnx_path = tmp_path / "other.onnx"
-    onnx_path.write_bytes(b"onnx")
-    artifact.seal(onnx_path, config={}, parent=None, facts=onnx_facts())
-    with pytest.raises(SystemExit, match=r"w8a8\.engine was made from nothing, not from .*other\.onnx"):
-        bench.main(["--engine", str(engine), "--onnx", str(onnx_path)])
 
 
 def test_a_changed_engine_is_refused_before_any_gpu_is_asked_for(engine: Path) -> None:

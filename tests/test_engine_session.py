@@ -18,7 +18,7 @@ from cuda.bindings import runtime
 from host_cuda import COPY_MS, FAILED, NETWORK_MS, OK, PLAN, HostCuda, HostTensorRT
 from sealed_facts import engine_facts
 
-from engine import backend, bench, build, host_cost
+from engine import backend, bench, build
 from engine.backend import Backend, EngineError, Gpu
 from engine.memory import Buffers
 from engine.preprocess import FrameError
@@ -357,7 +357,7 @@ def test_without_trtexec_the_session_is_measured_in_the_same_form(rig: Rig, monk
     sealed(rig.engine, rig.config, plan_bytes=len(PLAN))
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(bench, "_WARM_UP_MS", 0)
-    monkeypatch.setattr(host_cost, "_RUNS", 3)
+    monkeypatch.setattr(bench, "_HOST_RUNS", 3)
     bench.main(["--engine", str(rig.engine), "--iterations", "4"])
     found = json.loads(bench.report_path(rig.engine).read_text())
     assert (found["tool"], found["command"]) == ("session", f"python -m engine.bench --engine {rig.engine} --iterations 4")

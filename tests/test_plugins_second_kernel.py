@@ -8,6 +8,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -105,15 +106,13 @@ def on_host(listed, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(launch, "require_one_gpu", lambda tensors: None)
 
 
-def run_on_host(folder: Path, device, source, entry, grid, threads, values, types) -> None:
+def run_on_host(folder: Path, kernel: Im2colKernel, launched: Launch, inputs: Sequence[Tensor], out: Tensor) -> None:
     """Compile and run the kernel on the host; has the parameters of plugins.launch.run after `folder`."""
-    assert entry == "modulated_deformable_im2col" and threads == 128
     text, library = folder / "im2col.cpp", folder / "im2col.so"
-    text.write_text(HOST % source)
+    text.write_text(HOST % kernel.source())
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", str(text), "-o", str(library)], check=True, timeout=60)
-    given = list(zip(values, types, strict=True))
-    pointers, numbers = ([value for value, kind in given if kind is wanted] for wanted in (ctypes.c_void_p, ctypes.c_int))
-    ctypes.CDLL(str(library)).run((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int * len(numbers))(*numbers), *grid)
+    pointers, numbers = [tensor.data_ptr() for tensor in (*inputs, out)], launched.numbers.values()
+    ctypes.CDLL(str(library)).run((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_int * len(numbers))(*numbers), *launched.grid)
 
 
 def inputs(stride: int) -> list[Tensor]:

@@ -8,55 +8,37 @@ from itertools import product
 
 import pytest
 import torch
+from attention_operators import BOTH, ONE_LEVEL, OPERATORS, flat, inputs, problem, registered
 from kernel_on_host import HostKernels
-from torch import Generator, Tensor, library
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plugins import launch
-from plugins.attention.cases import SIZES, Case, draw, error_ratio, level_attribute, operator_inputs
-from plugins.attention.variant import TYPES, Variant
+from plugins.attention.cases import SIZES, error_ratio, level_attribute, operator_inputs
+from plugins.attention.variant import TYPES
 from plugins.kernel import KernelError
 from plugins.launch import LaunchError, compute
 from plugins.torch_ops import install
-from qdbev.ops.contract import MSDA, SCA, SCA_INT8
-from qdbev.ops.msda import evaluated_on_gpu, multi_scale_deformable_attention
-from qdbev.ops.sca import spatial_cross_attention
-
-OPERATORS = {SCA: spatial_cross_attention, MSDA: multi_scale_deformable_attention}
-BOTH = [SIZES[0], SIZES[5]]
-"""Sizes of spatial cross-attention and of multi-scale deformable attention."""
+from qdbev.ops.contract import SCA, SCA_INT8
+from qdbev.ops.msda import evaluated_on_gpu
 
 
-def problem(sizes: Variant, **settings: int) -> Case:
-    return draw("", sizes, Generator().manual_seed(0), **settings)
-
-
-def learned(case: Case) -> list[Tensor]:
-    """Return the operator's inputs; all but `visible` require a gradient."""
-    return [x.clone().requires_grad_(x is not case.visible) for x in (case.value, *case.others())]
-
-
-def flat(sizes: Variant) -> list[int]:
-    return level_attribute(sizes)["level_hw"]
-
-
-@pytest.mark.parametrize("sizes", [SIZES[1], SIZES[4]])  # one level: quick to trace
+@pytest.mark.parametrize("sizes", ONE_LEVEL)
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_the_operator_is_registered_as_torch_wants_it(sizes, with_gradient):
     install()
-    tensors = [x if with_gradient else x.detach() for x in learned(problem(sizes, num_cameras=1))]
-    library.opcheck(getattr(torch.ops.qdbev, sizes.operator.torch_name).default, (*tensors, flat(sizes)))
+    library.opcheck(registered(sizes).default, (*inputs(problem(sizes, num_cameras=1), with_gradient), flat(sizes)))
 
 
 @pytest.mark.parametrize("sizes", BOTH)
 def test_the_operator_trains_with_the_gradient_of_the_pytorch_function(sizes):
     def gradients(operator, levels):
-        tensors = learned(problem(sizes))
+        tensors = inputs(problem(sizes), True)
         return torch.autograd.grad(operator(*tensors, levels).square().sum(), [x for x in tensors if x.requires_grad])
 
     install()
-    ours = gradients(getattr(torch.ops.qdbev, sizes.operator.torch_name), flat(sizes))
+    ours = gradients(registered(sizes), flat(sizes))
     for mine, theirs in zip(ours, gradients(OPERATORS[sizes.operator], sizes.level_hw), strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -135,8 +117,8 @@ def test_no_queries_are_no_launch(monkeypatch):
     monkeypatch.setattr(launch, "require_one_gpu", lambda tensors: None)
     case = problem(SIZES[0])
     points, visible, offsets, logits = case.others()
-    inputs = [case.value, points[:, :, :0], visible[:, :, :0], offsets[:, :0], logits[:, :0]]
-    out = compute(SCA, inputs, level_attribute(SIZES[0]))
+    given = [case.value, points[:, :, :0], visible[:, :, :0], offsets[:, :0], logits[:, :0]]
+    out = compute(SCA, given, level_attribute(SIZES[0]))
     assert out.shape == (2, 0, 64)
 
 
@@ -146,11 +128,12 @@ def test_pointers_are_passed_as_addresses_and_sizes_as_int32(monkeypatch):
     monkeypatch.setattr(launch, "require_one_gpu", lambda tensors: None)
     case = problem(SIZES[0], num_query=49)
     variant, value, scale = case.in_types(("int8", "float16"))
-    inputs = operator_inputs(variant, value, scale, case.others())
-    out = compute(SCA_INT8, inputs, level_attribute(variant))
-    ((device, _, entry, grid, threads, values, types),) = passed
-    assert (device, entry, grid, threads) == (value.device, "spatial_cross_attention", (1, 2, 2), 256)
-    assert values == (*(x.data_ptr() for x in inputs), 49, 3, 7, out.data_ptr())
+    given = operator_inputs(variant, value, scale, case.others())
+    out = compute(SCA_INT8, given, level_attribute(variant))
+    ((kernel, launched, tensors, result),) = passed
+    assert (kernel, launched.grid) == (variant, (1, 2, 2)) and result is out
+    values, types = launch.arguments(launched, tensors, result)
+    assert values == (*(x.data_ptr() for x in given), 49, 3, 7, out.data_ptr())
     assert types == (*[ctypes.c_void_p] * 6, *[ctypes.c_int] * 3, ctypes.c_void_p)
 
 

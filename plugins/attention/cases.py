@@ -16,27 +16,15 @@ from qdbev.ops.contract import MSDA, SCA
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import spatial_cross_attention
 
-FLOAT32_ATOL = 1e-5
-"""Largest permitted absolute error with a float32 value."""
-FLOAT16_ATOL = 2e-3
-"""Largest permitted absolute error with a float16 value."""
-INT8_ATOL = 1.0
-"""Largest permitted error with an int8 value, in steps of its scale; the rounding of a float16 output is permitted in addition."""
+_ATOL: dict[ValueType, float] = {"float32": 1e-5, "float16": 2e-3, "int8": 1.0}
+"""Largest permitted absolute error for each number type of `value`; for int8 in steps of its scale, plus the rounding of the output."""
 _SAMPLES = 8
 """Batch size of the random cases, so that one launch computes several problems."""
 
 
 def _variant(heads: int, channels: int, points: int, pillars: int | None, *level_hw: tuple[int, int]) -> Variant:
-    return Variant(
-        operator=SCA if pillars else MSDA,
-        value="float32",
-        out="float32",
-        num_heads=heads,
-        channels=channels,
-        num_points=points,
-        num_pillar_points=pillars or 1,
-        level_hw=level_hw,
-    )
+    sizes = {"num_heads": heads, "channels": channels, "num_points": points, "num_pillar_points": pillars or 1, "level_hw": level_hw}
+    return Variant(operator=SCA if pillars else MSDA, value="float32", out="float32", **sizes)
 
 
 SIZES = (
@@ -55,7 +43,6 @@ class Case:
     """Inputs of one attention in float32."""
 
     name: str
-    """Description of the case for error messages."""
     variant: Variant
     """The float32 kernel of these sizes."""
     value: Tensor
@@ -85,9 +72,8 @@ class Case:
 
     def truth(self, value: Tensor, scale: float) -> Tensor:
         """Return the result (B, Q, M * C) of the PyTorch operator in float64, for `value` and `scale` as `in_types` returns them."""
-        rest = [tensor.double() for tensor in self.others()]
-        operator = spatial_cross_attention if self.visible is not None else multi_scale_deformable_attention
-        return operator(value.double() * scale, *rest, self.variant.level_hw)
+        operator = spatial_cross_attention if self.variant.spatial else multi_scale_deformable_attention
+        return operator(value.double() * scale, *(tensor.double() for tensor in self.others()), self.variant.level_hw)
 
     def others(self) -> list[Tensor]:
         """Return the inputs after `value`, in the operator's order and without `value_scale`."""
@@ -108,13 +94,10 @@ def level_attribute(variant: Variant) -> dict[str, list[int]]:
 
 def error_ratio(number: ValueType, scale: float, out: Tensor, truth: Tensor) -> float:
     """Return the largest error of a kernel's output divided by the permitted error; infinite if the output is not a number."""
-    error = (out.double() - truth).abs()
-    if number == "float32":
-        share = error / FLOAT32_ATOL
-    elif number == "float16":
-        share = error / FLOAT16_ATOL
-    else:
-        share = error / (INT8_ATOL * scale + truth.abs() * 2**-11 * (out.dtype == torch.float16))
+    permitted: Tensor | float = _ATOL[number]
+    if number == "int8":
+        permitted = permitted * scale + truth.abs() * 2**-11 * (out.dtype == torch.float16)
+    share = (out.double() - truth).abs() / permitted
     return float(torch.nan_to_num(share, nan=torch.inf).max()) if share.numel() else 0.0
 
 
@@ -154,9 +137,13 @@ def edge_cases() -> Iterator[Case]:
         if sizes.spatial:
             yield draw(f"one camera, sizes {index}", sizes, generator, num_cameras=1)
             yield draw(f"32 cameras, sizes {index}", sizes, generator, batch=1, num_query=3, num_cameras=32)
-            for name, visible in _VISIBILITIES.items():
-                case = draw(f"{name}, sizes {index}", sizes, generator)
-                yield dataclasses.replace(case, visible=visible(case.visible))
+            for name, change in _VISIBILITIES.items():
+                yield change(draw(f"{name}, sizes {index}", sizes, generator))
+
+
+def _with(**changes: Callable[[Tensor], Tensor]) -> Callable[[Case], Case]:
+    """Replace tensors of a case, each by a function of itself."""
+    return lambda case: dataclasses.replace(case, **{name: change(getattr(case, name)) for name, change in changes.items()})
 
 
 def _points_at(cell: Callable[[int], float]) -> Callable[[Case], Case]:
@@ -171,29 +158,11 @@ def _points_at(cell: Callable[[int], float]) -> Callable[[Case], Case]:
     return change
 
 
-def _far(reference: float, offset: float) -> Callable[[Case], Case]:
-    """Multiply reference points and sampling offsets by these factors."""
-
-    def change(case: Case) -> Case:
-        points, offsets = case.reference_points * reference, case.sampling_offsets * offset
-        return dataclasses.replace(case, reference_points=points, sampling_offsets=offsets)
-
-    return change
-
-
-def _some_far(case: Case) -> Case:
-    """Move every other sampling point to +-1e30 and leave its neighbours near the center of the image."""
-    offsets = case.sampling_offsets.clone()
+def _every_other_far(offsets: Tensor) -> Tensor:
+    """Move every other sampling point to +-1e30."""
+    offsets = offsets.clone()
     offsets[..., ::2, :] = offsets[..., ::2, :].sign() * 1e30
-    return dataclasses.replace(case, sampling_offsets=offsets, reference_points=torch.full_like(case.reference_points, 0.5))
-
-
-def _with_value(change: Callable[[Tensor], Tensor]) -> Callable[[Case], Case]:
-    return lambda case: dataclasses.replace(case, value=change(case.value))
-
-
-def _with_logits(change: Callable[[Tensor], Tensor]) -> Callable[[Case], Case]:
-    return lambda case: dataclasses.replace(case, attention_logits=change(case.attention_logits))
+    return offsets
 
 
 _EDGES: dict[str, Callable[[Case], Case]] = {
@@ -202,25 +171,25 @@ _EDGES: dict[str, Callable[[Case], Case]] = {
     "points on the first cell": _points_at(lambda size: 0.0),
     "points on the last cell": _points_at(lambda size: size - 1.0),
     "points half a cell after the last": _points_at(lambda size: size - 0.5),
-    "points one cell after the last": _points_at(lambda size: float(size)),
+    "points one cell after the last": _points_at(float),
     "points between cells": _points_at(lambda size: size / 2 - 0.25),
-    "all inside": _far(0.0, 0.0),
-    "references at a million": _far(1e6, 1.0),
-    "references at 1e30": _far(1e30, 1.0),
-    "offsets at 1e30": _far(1.0, 1e30),
-    "references and offsets at 1e30": _far(1e30, 1e30),
-    "every other point at 1e30": _some_far,
-    "largest and smallest values": _with_value(lambda value: value.sign()),
-    "int8 at both ends of its range": _with_value(lambda value: torch.where(value > 0, 127 / 128, -1.0)),
-    "equal logits": _with_logits(torch.zeros_like),
-    "huge logits": _with_logits(lambda logits: logits * 1e4),
-    "logits far below zero": _with_logits(lambda logits: logits - 1e4),
+    "all inside": _with(reference_points=lambda points: points * 0.0, sampling_offsets=lambda offsets: offsets * 0.0),
+    "references at a million": _with(reference_points=lambda points: points * 1e6),
+    "references at 1e30": _with(reference_points=lambda points: points * 1e30),
+    "offsets at 1e30": _with(sampling_offsets=lambda offsets: offsets * 1e30),
+    "references and offsets at 1e30": _with(reference_points=lambda points: points * 1e30, sampling_offsets=lambda offsets: offsets * 1e30),
+    "every other point at 1e30": _with(reference_points=lambda points: torch.full_like(points, 0.5), sampling_offsets=_every_other_far),
+    "largest and smallest values": _with(value=torch.sign),
+    "int8 at both ends of its range": _with(value=lambda value: torch.where(value > 0, 127 / 128, -1.0)),
+    "equal logits": _with(attention_logits=torch.zeros_like),
+    "huge logits": _with(attention_logits=lambda logits: logits * 1e4),
+    "logits far below zero": _with(attention_logits=lambda logits: logits - 1e4),
 }
 """Changes to a random case that turn it into an edge case, by description."""
-_VISIBILITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "seen by none": torch.zeros_like,
-    "seen by all": torch.ones_like,
-    "seen in part": lambda visible: visible * 0.3,
-    "seen more than once": lambda visible: visible * 2.5,
+_VISIBILITIES: dict[str, Callable[[Case], Case]] = {
+    "seen by none": _with(visible=torch.zeros_like),
+    "seen by all": _with(visible=torch.ones_like),
+    "seen in part": _with(visible=lambda visible: visible * 0.3),
+    "seen more than once": _with(visible=lambda visible: visible * 2.5),
 }
-"""Changes to `visible` that turn a random case of spatial cross-attention into an edge case, by description."""
+"""The same for cases of spatial cross-attention."""

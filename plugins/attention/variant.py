@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,14 +24,14 @@ _SOURCES = [Path(__file__).with_name(name) for name in ("numbers.cuh", "attentio
 _BYTES: dict[ValueType, int] = {"float32": 4, "float16": 2, "int8": 1}
 _MACRO: dict[ValueType, str] = {"float32": "FLOAT", "float16": "HALF", "int8": "INT8"}
 _LOAD_BYTES = 16
-"""Largest number of bytes that one thread loads at once."""
+"""Bytes that one thread loads at once, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """An attention kernel with all its compile-time constants; implements plugins.kernel.Kernel.
 
-    Batch, number of queries and number of cameras are arguments of a launch and may differ from one launch to the next.
+    Batch, number of queries and number of cameras are arguments of a launch.
     """
 
     threads: ClassVar[int] = 256
@@ -101,21 +100,12 @@ class Variant:
         """Number of threads that compute one query and head together; each computes the channels of one load of up to 16 bytes."""
         return max(1, self.channels * self.value_bytes // _LOAD_BYTES)
 
-    @property
-    def queries_per_block(self) -> int:
-        """Number of queries that one block computes, for one head."""
-        return self.threads // self.lanes
-
     def grid(self, num_query: int, batch: int) -> tuple[int, int, int]:
         """Return the number of blocks along x, y and z."""
-        return -(-num_query // self.queries_per_block), self.num_heads, batch
+        return -(-num_query * self.lanes // self.threads), self.num_heads, batch
 
     def launch(self, shapes: Shapes) -> Launch:
-        """Return the grid and the int32 arguments for inputs of these shapes.
-
-        Raises:
-            KernelError: The shapes contradict each other or the kernel's constants, or are too large for one launch.
-        """
+        """Return the grid and the int32 arguments; see plugins.kernel.Kernel."""
         B, Q = shapes["attention_logits"][:2]
         N = shapes["value"][1] if self.spatial else 1
         cameras = (N,) * self.spatial
@@ -159,26 +149,20 @@ class Variant:
 
 
 def row_length(num_query: int) -> int:
-    """Return the side of the query grid if `num_query` is a square number, else 0.
-
-    The kernel walks a square grid in an order that suits the caches. The order changes no output number.
-    """
+    """Return the side of the query grid if `num_query` is a square number, else 0. The kernel walks a square grid in bands."""
     side = math.isqrt(num_query)
     return side if side * side == num_query else 0
 
 
 def of_shapes(operator: Operator, types: Types, shapes: Shapes, attributes: Attributes) -> Variant:
-    """Return the kernel of `operator`, MSDA or SCA, for inputs of these types and shapes and the attribute `level_hw`.
-
-    Raises:
-        KernelError: There is no kernel for these sizes.
-    """
+    """Return the kernel of `operator`, MSDA or SCA, for these inputs and `level_hw`. Raises KernelError if there is none."""
     value, out = types
     _require(
         len(shapes["value"]) >= 2 and len(shapes["attention_logits"]) == 5 and len(shapes["reference_points"]) >= 2,
         f"value is {tuple(shapes['value'])}, reference_points {tuple(shapes['reference_points'])} and attention_logits "
         f"{tuple(shapes['attention_logits'])}; {operator.name} needs the shapes that plugins/README.md lists",
     )
+    sizes = [int(size) for size in attributes["level_hw"]]
     return Variant(
         operator=operator,
         value=value,
@@ -187,14 +171,8 @@ def of_shapes(operator: Operator, types: Types, shapes: Shapes, attributes: Attr
         channels=shapes["value"][-1],
         num_points=shapes["attention_logits"][-1],
         num_pillar_points=shapes["reference_points"][-2] if operator == SCA else 1,
-        level_hw=_pairs(attributes["level_hw"]),
+        level_hw=tuple(zip(sizes[::2], sizes[1::2], strict=True)),
     )
-
-
-def _pairs(flat: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Return ((h0, w0), (h1, w1), ...) of h0, w0, h1, w1, ..."""
-    numbers = [int(number) for number in flat]
-    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def _require(condition: bool, message: str) -> None:
