@@ -70,8 +70,7 @@ def _num_terms(node: ir.Node) -> int:
         terms, result = _equation(node)
         sizes = {letter: size for term, shape in zip(terms, (first, second), strict=True) for letter, size in zip(term, shape, strict=True)}
         return math.prod(size for letter, size in sizes.items() if letter not in result)
-    transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int()
-    return first[0] if transposed else first[-1]
+    return first[0] if node.attributes.get_int("transA") else first[-1]
 
 
 def _equation(node: ir.Node) -> tuple[list[str], str]:

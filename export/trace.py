@@ -14,7 +14,6 @@ import onnxscript
 import torch
 from onnx import AttributeProto, defs
 from onnx_ir.passes import common
-from torch import Tensor
 
 from export.bodies.attach import attach
 from export.graph import PRODUCTS, constant, remove_unused
@@ -22,7 +21,6 @@ from qdbev.detector import Deployed, Detector
 from qdbev.ops import contract
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
-from qdbev.schema import Interface
 
 _NAMED = (*PRODUCTS, *contract.OPERATORS)
 """Operators whose nodes have exactly the name of their module, so that an engine's layers can be traced back to it."""
@@ -45,7 +43,7 @@ def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
     with exporting(model), _quiet():
         program = torch.onnx.export(
             Deployed(model).eval(),
-            _example_inputs(interface),
+            tuple(torch.zeros(shape) for shape in interface.inputs.values()),  # the exporter reads shapes and types only
             dynamo=True,
             opset_version=contract.OPSET,
             input_names=list(interface.inputs),
@@ -62,19 +60,13 @@ def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
     return traced
 
 
-def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
-    """Tensors of the interface's shapes, in its order: the exporter reads shapes and types only."""
-    return tuple(torch.zeros(shape) for shape in interface.inputs.values())
-
-
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """A translation to a bare node for each PyTorch operator of the contract. Bodies are attached later: the exporter would inline them."""
     registered = getattr(torch.ops, contract.DOMAIN)  # by importing the operator's module, which every model that uses it has done
-    operators = [operator for operator in contract.OPERATORS.values() if not operator.has_integer_value]
     return {
         getattr(registered, operator.torch_name).default: _translation(operator)
-        for operator in operators
-        if hasattr(registered, operator.torch_name)
+        for operator in contract.OPERATORS.values()
+        if not operator.has_integer_value and hasattr(registered, operator.torch_name)
     }
 
 
@@ -122,8 +114,8 @@ def _stacked_entry(node: ir.Node) -> ir.Value | None:
     stack = node.inputs[0].producer() if node.op_type == "Gather" else None
     if stack is None or stack.op_type != "Concat":
         return None
-    index, axis = constant(node.inputs[1]), _axis(node)
-    if index is None or index.ndim or _axis(stack) != axis:
+    index, axis = constant(node.inputs[1]), node.attributes.get_int("axis", 0)
+    if index is None or index.ndim or stack.attributes.get_int("axis") != axis:
         return None
     parts = [value.producer() for value in stack.inputs]
     for part in parts:
@@ -131,10 +123,6 @@ def _stacked_entry(node: ir.Node) -> ir.Value | None:
         if axes is None or axes.tolist() != [axis]:
             return None
     return parts[int(index)].inputs[0]
-
-
-def _axis(node: ir.Node) -> int:
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
 
 
 def _name_nodes(graph: ir.Graph) -> None:

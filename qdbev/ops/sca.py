@@ -5,7 +5,7 @@ There is one contract, and several implementations that must give the same resul
     here       PyTorch; each camera computes only the queries that it sees; can be trained and runs on any device
     sca_dense  PyTorch; each camera computes every query, as the ONNX body does; results/attention_cpu.json has the costs of both
     CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/sca.py)
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/attention.py)
     TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
 
 Offsets and logits depend only on the query, so all cameras share one set of them. The mask of the cameras that see a query, the sum over
