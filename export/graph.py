@@ -78,7 +78,7 @@ class NodeBuilder:
 
     def __call__(self, op_type: str, *inputs: ir.Value | list[int] | None, **attributes: Any) -> ir.Value:
         values = [self.integers(given) if isinstance(given, list) else given for given in inputs]
-        return self.add(ir.Node("", op_type, values, attributes=ir.convenience.convert_attributes(attributes)))
+        return self.add(ir.node(op_type, values, attributes))
 
     def add(self, node: ir.Node) -> ir.Value:
         """Add a node as the next one and return its first output."""

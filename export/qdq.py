@@ -28,10 +28,7 @@ _GRID_SAMPLE_MODES = {"bilinear": "linear"}
 
 
 def pack_weights(model: ir.Model) -> int:
-    """Turn every float weight that is followed by QuantizeLinear into an int8 constant.
-
-    Returns:
-        Number of packed weights.
+    """Turn every float weight that is followed by QuantizeLinear into an int8 constant, and return the number of packed weights.
 
     Raises:
         ValueError: A weight is not on its grid, so that packing would change the network.
@@ -52,13 +49,10 @@ def pack_weights(model: ir.Model) -> int:
 
 
 def clip_early(model: ir.Model) -> int:
-    """Move every Clip before the pooling and the moves of its input.
+    """Move every Clip before the pooling and the moves of its input, and return the number of exchanges.
 
     The values are the same, because a clip commutes with a maximum and with any move. Engines then fuse the Clip into the kernel before it,
     and pool and move integers, as they do at 8 bits, where there is no Clip.
-
-    Returns:
-        Number of exchanges.
     """
     exchanges = 0
     for clip in [node for node in model.graph if node.op_type == "Clip"]:

@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,9 +27,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata in which torch 2.11 and 2.13 note the modules around a node, outermost first, the traced call last."""
 _DEPLOYED, _QUANT_OP = "model.", ".op"
 """Prefix that `Deployed` adds to a module's path, and suffix that `QuantOp` adds."""
-_LEGACY_CHECK = r".*isinstance\(treespec, LeafSpec\).*"
-_ATTRIBUTE_TYPES = {"int": AttributeProto.INT, "ints": AttributeProto.INTS}
-"""ONNX types of the attribute types of the contract."""
+_ATTRIBUTE_TYPES = {"int": (AttributeProto.INT, int), "ints": (AttributeProto.INTS, list)}
+"""ONNX and Python types of the attribute types of the contract."""
 
 
 def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
@@ -74,13 +72,10 @@ def _translation(operator: contract.Operator) -> Callable[..., Any]:
     """A function that creates the ONNX node of an operator. It takes the operator's inputs and attributes by position or name."""
     domain = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
     node = onnxscript.values.Op(domain, operator.name, _op_schema(operator))
-    convert = {"int": int, "ints": list}
-    names = (*operator.inputs, *operator.attributes)
-    signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        attributes = {name: convert[kind](given[name]) for name, kind in operator.attributes.items()}
+        given = dict(zip((*operator.inputs, *operator.attributes), args, strict=False)) | kwargs
+        attributes = {name: _ATTRIBUTE_TYPES[kind][1](given[name]) for name, kind in operator.attributes.items()}
         return node(*(given[name] for name in operator.inputs), **attributes, **contract.PLUGIN_ATTRIBUTES)
 
     return translate
@@ -89,7 +84,7 @@ def _translation(operator: contract.Operator) -> Callable[..., Any]:
 def _op_schema(operator: contract.Operator) -> defs.OpSchema:
     """ONNX schema of an operator and of the attributes that name its plugin."""
     kinds = dict.fromkeys(contract.PLUGIN_ATTRIBUTES, AttributeProto.STRING)
-    kinds |= {name: _ATTRIBUTE_TYPES[kind] for name, kind in operator.attributes.items()}
+    kinds |= {name: _ATTRIBUTE_TYPES[kind][0] for name, kind in operator.attributes.items()}
     return defs.OpSchema(
         operator.name,
         contract.DOMAIN,
@@ -164,7 +159,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_LEGACY_CHECK, category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
             yield
     finally:
         logger.setLevel(level)

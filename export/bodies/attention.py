@@ -87,7 +87,10 @@ def _weighted_samples(
         end = nodes("Add", start, nodes("ReduceProd", hw, keepdims=1))
         image = nodes("Reshape", nodes("Slice", images, start, end, [4]), nodes.join([-1], channels, hw))  # (B*N*M, C, h, w)
         if value_scale is not None:
-            image = _dequantized(nodes, image, value_scale)
+            # Only here, so that the Transpose and Slice before move one byte per element. A DequantizeLinear would do the same, but parsers
+            # call that layer after its node and refuse the second body of one model (seen in TensorRT-RTX 1.7.1).
+            scale = nodes("Cast", value_scale, to=ir.DataType.FLOAT)
+            image = nodes("Mul", nodes("Cast", image, to=ir.DataType.FLOAT), scale)
         points = nodes.select(grid, level, axis=3)  # (B*N, M, Q, P, 2)
         points = nodes("Reshape", points, nodes.join([-1], nodes.sizes_from(points, 2)))  # (B*N*M, Q, P, 2)
         shares = nodes("Unsqueeze", nodes.select(weights, level, axis=3), [1, 3])  # (B, 1, M, 1, Q, P)
@@ -99,16 +102,6 @@ def _weighted_samples(
             parts.append(nodes("Mul", sample, nodes("Slice", shares, [first], last, [5])))
         start = end
     return parts
-
-
-def _dequantized(nodes: BodyNodes, integers: ir.Value, value_scale: ir.Value) -> ir.Value:
-    """float32 product of an int8 tensor and its step.
-
-    A DequantizeLinear would do the same, but parsers call that layer after its node and refuse the second body of one model (seen in
-    TensorRT-RTX 1.7.1). The tensor stays int8 up to here, so that the Transpose and Slice before it move one byte per element.
-    """
-    scale = nodes("Cast", value_scale, to=ir.DataType.FLOAT)
-    return nodes("Mul", nodes("Cast", integers, to=ir.DataType.FLOAT), scale)
 
 
 def _sum_points(nodes: BodyNodes, parts: list[ir.Value]) -> ir.Value:

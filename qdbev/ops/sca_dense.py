@@ -1,6 +1,6 @@
 """Spatial cross-attention with static shapes: each camera computes every query, and queries that it does not see are masked.
 
-This is the form that the ONNX function body computes (export/bodies/attention.py), written in PyTorch. The network uses the gathered form of
+This is the form that the ONNX body computes (export/bodies/attention.py), written in PyTorch. The network uses the gathered form of
 qdbev/ops/sca.py, which is several times cheaper. The tests and bench/attention_cost.py compare the two, and gradients of the CUDA kernel
 are computed through this form (plugins/torch_ops.py). Source: BEVFormer (arXiv:2203.17270), equation 3. Shape letters are those of
 qdbev/ops/sca.py.
