@@ -17,8 +17,8 @@ from qdbev.schema import Frame, Interface
 TOLERANCE = 0.999
 """Cosine similarity below which two tensors count as different."""
 DISTANCE = math.sqrt(2 * (1 - TOLERANCE))
-"""Largest relative distance, |found - wanted| / |wanted|, at which two tensors count as the same. Two tensors of equal length at this
-distance have the cosine `TOLERANCE`. The distance also detects a wrong scale, which the cosine does not."""
+"""Largest relative distance, |found - wanted| / |wanted|, at which two tensors count as the same: that of two tensors of equal length with
+the cosine `TOLERANCE`. It also detects a wrong scale, which the cosine does not."""
 
 
 class ComparisonError(ValueError):
@@ -57,7 +57,7 @@ class TensorDifference(NamedTuple):
 
 
 def compare(models: Sequence[tuple[str, OpenModel]], frames: Iterable[Frame], allowed: float = DISTANCE) -> Iterator[TensorDifference]:
-    """Compare each model with the one before it, from which it was made, on that model's inputs; yields the differences of all frames.
+    """Compare each model with the one before it, on that model's inputs, and yield the differences of all frames.
 
     `frames` are in order of time and are iterated once for each pair. `allowed` is the largest distance at which tensors count as the same.
 
@@ -84,7 +84,7 @@ def figures(wanted: np.ndarray, found: np.ndarray) -> tuple[float, float, float]
 
 
 def require_same(rows: Iterable[TensorDifference]) -> None:
-    """Raise ComparisonError, with the name of the first tensor out of tolerance, if a tensor is out of tolerance."""
+    """Raise ComparisonError, which names the first tensor out of tolerance, if there is one."""
     for row in rows:
         if not row.passed:
             raise ComparisonError(

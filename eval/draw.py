@@ -1,7 +1,6 @@
 """Draws one frame: six camera images with projected boxes on the left, the bird's-eye view on the right, a legend below.
 
-Predictions have the colour of their class. Ground truth is a pale dashed outline in the images and a grey shape in the bird's-eye view. All
-boxes are in the lidar frame (x right, y forward, z up; metres).
+All boxes are in the lidar frame (x right, y forward, z up; metres).
 """
 
 from collections.abc import Sequence
@@ -45,10 +44,8 @@ _IMAGE_WIDTH, _FOOTER = 5.2, 0.7
 """Width of a camera image and height of the legend in inches."""
 GAP, MARGIN, AXIS, HEADER = 0.08, 0.2, 0.5, 0.6
 """Inches: gap between images, margin of the page, room for the labels of an axis, height of the heading."""
-PAPER = "#fbfbf9"
-"""Colour of the page."""
-INK = "#2b2d42"
-"""Colour of text and lines."""
+PAPER, INK = "#fbfbf9", "#2b2d42"
+"""Colour of the page, and of text and lines."""
 TRUTH_FACE, TRUTH_EDGE = "#d9dbe1", "#767b8c"
 """Fill and outline colour of ground truth in the bird's-eye view."""
 _CORNERS = np.array([[1, 1, 0], [1, -1, 0], [-1, -1, 0], [-1, 1, 0], [1, 1, 1], [1, -1, 1], [-1, -1, 1], [-1, 1, 1]]) - [0, 0, 0.5]
@@ -113,8 +110,8 @@ class Scene:
         images: N RGB images (H, W, 3) uint8.
         lidar2img: (N, 4, 4) from the lidar frame to pixels of these images.
         lidar_from_ego: (4, 4) from the ego frame to the lidar frame.
-        truth_boxes, truth_labels: Ground truth, (G, 9) and (G,) as in `schema.Frame`.
-        boxes, scores, labels: Predictions, (K, 9), (K,) and (K,).
+        truth_boxes: Ground truth (G, 9) as in `schema.Frame`.
+        boxes, labels: Predictions, (K, 9) and (K,).
         threshold: Lowest score of the predictions.
     """
 
@@ -123,9 +120,7 @@ class Scene:
     lidar2img: np.ndarray
     lidar_from_ego: np.ndarray
     truth_boxes: np.ndarray
-    truth_labels: np.ndarray
     boxes: np.ndarray
-    scores: np.ndarray
     labels: np.ndarray
     threshold: float
 
@@ -264,7 +259,7 @@ def _cut(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _overlaps(segments: np.ndarray, width: int, height: int) -> bool:
     low, high = segments.min((0, 1)), segments.max((0, 1))
-    return bool(low[0] < width and high[0] > 0 and low[1] < height and high[1] > 0)
+    return bool((low < (width, height)).all() and (high > 0).all())
 
 
 def _legend(page: Page) -> None:

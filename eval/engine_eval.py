@@ -3,9 +3,8 @@
     python -m eval.engine_eval --model runs/demo/w4a6.engine
 
 The files that the model was made from are expected beside it: for an `.engine` the `.onnx` and the `.pt`, for an `.onnx` the `.pt`. The
-scores are those of eval.run, which runs each model with its own history, and are written to the same places. Tensors are compared with
-those of the file the model was made from, on the same inputs, including that file's history. A difference between tensors therefore
-arises in that frame; differences that accumulate over frames show in the metric.
+scores are those of eval.run, and are written to the same places. Tensors are compared with those of the file the model was made from, on
+the same inputs and history. A difference between tensors therefore arises in that frame; what accumulates over frames shows in the metric.
 """
 
 import json
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from eval import comparison, evaluate
 from eval.comparison import TOLERANCE, ComparisonError, TensorDifference, compare
 from eval.loop import FramesInOrder
-from eval.nds import EvaluationError
+from eval.nds import MEANS, EvaluationError
 from eval.open_model import open_model
 from eval.options import chosen_data, model_parser
 from qdbev import artifact
@@ -36,7 +35,6 @@ _COMPARED_FRAMES = 40
 """Frames whose tensors are compared; a scene of nuScenes has 40 key frames."""
 _STAGES = (".pt", ".onnx", ".engine")
 """Suffixes of the files, each made from the one before it."""
-_METRICS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +80,7 @@ def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Pa
             for path, (_, model) in zip(paths, models, strict=True)
         ]
     return {
-        "models": {score["model"]: {name: score[name] for name in (*_METRICS, "frames", "class_ap")} for score in scores},
+        "models": {score["model"]: {name: score[name] for name in (*MEANS, "frames", "class_ap")} for score in scores},
         "data": {"version": config.data.version, "split": split},
         "compared_frames": min(len(dataset), _COMPARED_FRAMES),
         "tolerance": TOLERANCE,
@@ -94,26 +92,22 @@ def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Pa
 
 def score_table(content: dict[str, Any]) -> Table:
     """A table for the terminal with a row for each metric and a column for each model."""
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    grid.add_column("")
-    for name in content["models"]:
-        grid.add_column(name, justify="right")
-    for metric in _METRICS:
+    grid = _grid("", *(Column(name, justify="right") for name in content["models"]))
+    for metric in MEANS:
         grid.add_row(metric, *(f"{scores[metric]:.4f}" for scores in content["models"].values()))
     return grid
 
 
 def tensor_table(content: dict[str, Any]) -> Table:
     """A table for the terminal with the worst frame of each tensor of each pair of models."""
-    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for title in ("model", "against", "tensor", "lowest cosine", "in frame", "distance", "max abs"):
-        grid.add_column(title, justify="left" if title in ("model", "against", "tensor") else "right")
+    figures = [Column(title, justify="right") for title in ("lowest cosine", "in frame", "distance", "max abs")]
+    grid = _grid("model", "against", "tensor", *figures)
     rows = [TensorDifference(**row) for row in content["rows"]]
     for pair in dict.fromkeys((row.model, row.reference, row.tensor) for row in rows):
         mine = [row for row in rows if (row.model, row.reference, row.tensor) == pair]
         worst = min(mine, key=lambda row: row.cosine)
-        largest = max(row.distance for row in mine), max(row.max_abs for row in mine)
-        grid.add_row(*pair, f"{worst.cosine:.6f}", str(worst.frame), f"{largest[0]:.4f}", f"{largest[1]:.2e}")
+        distance, max_abs = max(row.distance for row in mine), max(row.max_abs for row in mine)
+        grid.add_row(*pair, f"{worst.cosine:.6f}", str(worst.frame), f"{distance:.4f}", f"{max_abs:.2e}")
     return grid
 
 
@@ -127,6 +121,10 @@ def require_same(content: dict[str, Any]) -> None:
                 f"{name} scores NDS {found['nds']:.4f}, {reference} {wanted['nds']:.4f}: {apart:.4f} apart (at most {NDS_TOLERANCE}), "
                 "although every compared tensor is within its tolerance"
             )
+
+
+def _grid(*columns: Column | str) -> Table:
+    return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
 @entry_point

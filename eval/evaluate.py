@@ -1,5 +1,6 @@
 """Scores a model on a split with the official nuScenes metric, and writes results_nusc.json and metrics.json."""
 
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -7,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from eval import nds, submission
@@ -20,10 +21,8 @@ from qdbev.data.dataset import FrameDataset
 from qdbev.facts import MetricsFacts, PredictionsFacts
 from qdbev.frames import open_frames
 
-RESULTS = "results_nusc.json"
-"""Name of the file with the official submission."""
-METRICS = "metrics.json"
-"""Name of the file with the scores."""
+RESULTS, METRICS = "results_nusc.json", "metrics.json"
+"""Names of the files with the official submission and with the scores."""
 
 
 def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Path) -> dict[str, Any]:
@@ -46,8 +45,12 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
         metrics = nds.evaluate(Path(data.root), data.version, split, scratch / RESULTS)
         seconds["metric"] = time.perf_counter() - started
         content = {
-            **metrics.to_dict(),
-            **_about(path, model),
+            **dataclasses.asdict(metrics),
+            "model": path.name,
+            "sha256": model.seal.sha256,
+            "parent_sha256": model.seal.parent,
+            "kind": model.seal.kind,
+            "bytes": path.stat().st_size,
             "data": {"version": data.version, "split": split},
             "frames": len(dataset),
             "boxes": sum(map(len, results.values())),
@@ -64,9 +67,8 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
 def predict(model: OpenModel, dataset: FrameDataset) -> tuple[dict[str, list[Record]], dict[str, float]]:
     """Run a model over a dataset.
 
-    Returns:
-        The submission records of every sample by its token, and seconds per frame: `model` is the median of the model alone, `frame` the
-        mean including reading and decoding.
+    Returns the submission records of every sample by its token, and seconds per frame: `model` is the median of the model alone, `frame`
+    the mean including reading and decoding.
     """
     results: dict[str, list[Record]] = {}
     model_seconds = []
@@ -84,12 +86,10 @@ def predict(model: OpenModel, dataset: FrameDataset) -> tuple[dict[str, list[Rec
 
 def table(content: dict[str, Any]) -> Table:
     """A table for the terminal with the metrics of one model: a row of means, then a row for each class."""
-    grid = Table(title=f"{content['model']}: {content['frames']} frames of {content['data']['split']}", title_justify="left")
-    grid.add_column("class")
-    for title in ("NDS", "AP", "ATE", "ASE", "AOE", "AVE", "AAE"):
-        grid.add_column(title, justify="right")
-    means = [content[name] for name in ("nds", "map", "mate", "mase", "maoe", "mave", "maae")]
-    grid.add_row("all", *map(_three, means), style="bold", end_section=True)
+    figures = [Column(title, justify="right") for title in ("NDS", "AP", "ATE", "ASE", "AOE", "AVE", "AAE")]
+    title = f"{content['model']}: {content['frames']} frames of {content['data']['split']}"
+    grid = Table("class", *figures, title=title, title_justify="left")
+    grid.add_row("all", *(_three(content[name]) for name in nds.MEANS), style="bold", end_section=True)
     for name, ap in content["class_ap"].items():
         errors = content["class_tp"][name].values()
         grid.add_row(name, "", *map(_three, (ap, *errors)), style="dim" if name in content["absent"] else "")
@@ -110,18 +110,6 @@ def warnings(metrics: dict[str, Any]) -> list[str]:
             "nothing about the model and cannot be compared with published numbers"
         )
     return found
-
-
-def _about(path: Path, model: SealedModel) -> dict[str, Any]:
-    """Name, hashes and size of the model's file; the size includes a second file in which an ONNX may keep its weights."""
-    files = [path, path.with_name(path.name + ".data")]
-    return {
-        "model": path.name,
-        "sha256": model.seal.sha256,
-        "parent_sha256": model.seal.parent,
-        "kind": model.seal.kind,
-        "bytes": sum(file.stat().st_size for file in files if file.is_file()),
-    }
 
 
 def _move(scratch: Path, out: Path) -> None:

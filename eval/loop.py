@@ -3,21 +3,12 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from eval.open_model import OpenModel
+from qdbev.data.dataset import FrameDataset
 from qdbev.detector import Arrays, run_stream
 from qdbev.schema import Detections, Frame
-
-
-class Frames(Protocol):
-    """The part of a dataset that the loop uses: key frames in order of time."""
-
-    def __len__(self) -> int: ...
-
-    def frame(self, index: int) -> Frame:
-        """Key frame `index`."""
-        ...
 
 
 class EvaluatedFrame(NamedTuple):
@@ -33,15 +24,14 @@ class EvaluatedFrame(NamedTuple):
 class FramesInOrder:
     """The first `count` frames of a dataset, or all of them; each iteration reads them again."""
 
-    dataset: Frames
+    dataset: FrameDataset
     count: int | None = None
 
     def __iter__(self) -> Iterator[Frame]:
-        for index in range(len(self.dataset) if self.count is None else min(self.count, len(self.dataset))):
-            yield self.dataset.frame(index)
+        return map(self.dataset.frame, range(len(self.dataset))[: self.count])
 
 
-def evaluate_frames(model: OpenModel, dataset: Frames) -> Iterator[EvaluatedFrame]:
+def evaluate_frames(model: OpenModel, dataset: FrameDataset) -> Iterator[EvaluatedFrame]:
     """Evaluate every frame in order; the memory starts anew with every scene.
 
     Raises:

@@ -1,7 +1,6 @@
 """Computes the official nuScenes detection metric (detection_cvpr_2019) with the unchanged devkit."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import tempfile
@@ -22,6 +21,8 @@ CONFIG = "detection_cvpr_2019"
 ERRORS = {"trans_err": "ate", "scale_err": "ase", "orient_err": "aoe", "vel_err": "ave", "attr_err": "aae"}
 """Name of each true positive error in the devkit, and its usual abbreviation. Units: metres, 1 - IoU, radians, metres per second,
 1 - accuracy."""
+MEANS = ("nds", "map", *(f"m{error}" for error in ERRORS.values()))
+"""Names of the metrics that are means over the classes."""
 _ENDINGS = {"train": "trainval", "val": "trainval", "train_detect": "trainval", "train_track": "trainval", "test": "test"} | dict.fromkeys(
     ("mini_train", "mini_val"), "mini"
 )
@@ -53,11 +54,7 @@ class Metrics:
     maae: float
     class_ap: dict[str, float]
     class_tp: dict[str, dict[str, float | None]]
-    absent: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain JSON values."""
-        return {**dataclasses.asdict(self), "absent": list(self.absent)}
+    absent: list[str]
 
 
 def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
@@ -79,7 +76,7 @@ def evaluate(root: Path, version: str, split: str, results: Path) -> Metrics:
         official = DetectionEval(nuscenes, config_factory(CONFIG), str(results), split, scratch, verbose=False)
         metrics, _ = official.evaluate()
     scored = {box.detection_name for box in official.gt_boxes.all}
-    return _translate(metrics, tuple(name for name in CLASSES if name not in scored))
+    return _translate(metrics, absent=[name for name in CLASSES if name not in scored])
 
 
 def _check_split(tables: Path, version: str, split: str) -> None:
@@ -108,7 +105,7 @@ def _check_samples(nuscenes: NuScenes, split: str, results: Path) -> None:
         )
 
 
-def _translate(metrics: DetectionMetrics, absent: tuple[str, ...]) -> Metrics:
+def _translate(metrics: DetectionMetrics, absent: list[str]) -> Metrics:
     values = metrics.serialize()
     return Metrics(
         nds=float(values["nd_score"]),

@@ -7,21 +7,19 @@ from pathlib import Path
 
 import torch
 
-from qdbev import artifact, command, detectors
+from qdbev import command, detectors
 from qdbev.artifact import Seal
 from qdbev.config import Config, from_dict
 from qdbev.detector import Arrays, Deployed, FrameStream
 
-Run = Callable[[Arrays], Arrays]
-"""A function that runs the deployed graph for one frame: outputs by name from inputs by name, on the host."""
-
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that can run. It keeps no state; qdbev.detector.run_stream passes the memory from frame to frame."""
+    """A model that can run. It keeps no state: `run_stream` passes the memory from frame to frame."""
 
     config: Config
-    run: Run
+    run: Callable[[Arrays], Arrays]
+    """Runs the deployed graph for one frame: outputs by name from inputs by name, on the host."""
 
     @property
     def stream(self) -> FrameStream:
@@ -84,7 +82,6 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[SealedModel]:
 
     if device not in (None, "cpu"):
         raise ModelFileError(f"{path} runs in onnxruntime on the CPU, not on {device!r}; leave --device out, or build an engine from it")
-    seal = artifact.unseal(path, "onnx")
     runner = OnnxRunner(path)
 
     def run(inputs: Arrays) -> Arrays:
@@ -93,7 +90,7 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[SealedModel]:
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}; give data with the cameras and image size it was exported for") from error
 
-    yield SealedModel(from_dict(seal.config), run, seal)
+    yield SealedModel(from_dict(runner.seal.config), run, runner.seal)
 
 
 @contextmanager

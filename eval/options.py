@@ -8,12 +8,7 @@ from qdbev.config import Config
 
 
 def model_parser(prog: str, description: str, model: str, out: str, out_required: bool = False) -> argparse.ArgumentParser:
-    """A parser with --model and --out, the options for dataset and split that `chosen_data` reads, and the device of a checkpoint.
-
-    Args:
-        model: Help text of --model.
-        out: Help text of --out.
-    """
+    """A parser with --model and --out, whose help texts are given, the options that `chosen_data` reads, and the device of a checkpoint."""
     parser = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
     parser.add_argument("--model", type=Path, required=True, help=model)
     parser.add_argument("--out", type=Path, required=out_required, help=out)

@@ -3,7 +3,6 @@
 python -m eval.pictures --model runs/demo/teacher.pt --out runs/demo/pictures --frames 4
 """
 
-import argparse
 import logging
 from pathlib import Path
 
@@ -42,16 +41,15 @@ def scene_of(step: EvaluatedFrame, dataset: FrameDataset, data: DataConfig, thre
         lidar2img=info.lidar2img,
         lidar_from_ego=geometry.inverse(info.ego_from_lidar),
         truth_boxes=step.frame.boxes.astype(np.float64),
-        truth_labels=step.frame.labels,
         boxes=step.detections.boxes[shown].astype(np.float64),
-        scores=step.detections.scores[shown],
         labels=step.detections.labels[shown],
         threshold=threshold,
     )
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Draw some frames of a split."""
     what, out = "Draw a model's detections and the ground truth.", "folder for the pictures"
     parser = model_parser("eval.pictures", what, ".pt, .onnx or .engine file with its seal", out, out_required=True)
     parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
@@ -59,13 +57,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")
-    return args
-
-
-@entry_point
-def main(argv: list[str] | None = None) -> None:
-    """Draw some frames of a split."""
-    args = parse_args(argv)
     with open_model(args.model, args.device) as model:
         config, split = chosen_data(model.config, args)
         dataset = open_frames(config, split)

@@ -3,7 +3,7 @@
     python -m eval.report --run runs/demo
 
 Reads the metrics.json of every folder in eval/ and the audits of the engines. Writes summary.json: `rows` are the evaluated models
-(`seconds` is the model's median time for one frame), `engines` are the counts of the audits.
+(`seconds` is the model's median time for one frame), `engines` the counts of the audits.
 """
 
 import argparse
@@ -14,29 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from eval.nds import EvaluationError
+from eval.nds import MEANS, EvaluationError
 from qdbev import artifact
 from qdbev.command import entry_point
 
-SUMMARY = "summary.json"
-"""Name of the file that is written into the folder of the run."""
-_MEANS = ("nds", "map", "mate", "mase", "maoe", "mave", "maae")
-"""Names of the metrics in metrics.json that are means over the classes."""
 _STAGES = ("teacher", "student", "packed", "onnx", "engine")
 """Kinds of models in the order of the pipeline."""
 _AUDIT = ("summary", "quantized_layers", "int8_layers", "kernels", "int8_kernels", "requantizations")
 """Entries of an engine's audit that the summary contains."""
 _log = logging.getLogger(__name__)
-ModelSummary = dict[str, Any]
-"""Metrics, size, speed and parent of one evaluated model, as JSON values."""
-EngineSummary = dict[str, Any]
-"""Name, size and audit counts of one engine, as JSON values."""
+Row = dict[str, Any]
+"""Figures of one evaluated model or of one engine, as JSON values."""
 
 
-def collect(run: Path) -> list[ModelSummary]:
-    """Read the metrics of every evaluated model of a run, in the order of the pipeline.
+def collect(run: Path) -> list[Row]:
+    """Read metrics, size, speed and parent of every evaluated model of a run, in the order of the pipeline.
 
     Raises:
         EvaluationError: The run has no metrics.
@@ -54,45 +48,46 @@ def collect(run: Path) -> list[ModelSummary]:
     return sorted(rows, key=lambda row: (_STAGES.index(row["kind"]), row["name"]))
 
 
-def engines(run: Path) -> list[EngineSummary]:
-    """Read the counts in the audit of every engine of a run. Raises EvaluationError if an audit cannot be read."""
+def engines(run: Path) -> list[Row]:
+    """Read name, size and audit counts of every engine of a run. Raises EvaluationError if an audit cannot be read."""
     found = []
     for path in sorted(run.glob("*.engine.audit.json")):
         engine = path.with_name(path.name.removesuffix(".audit.json"))
         size = engine.stat().st_size if engine.is_file() else None
-        found.append({"name": engine.name, "bytes": size, **_audit(path)})
+        try:
+            content = json.loads(path.read_text())
+            counts = {name: content[name] for name in _AUDIT}
+        except (json.JSONDecodeError, KeyError) as error:
+            raise EvaluationError(f"{path} is damaged ({error!r}); make it again with `python -m engine.audit`") from error
+        found.append({"name": engine.name, "bytes": size, **counts})
     return found
 
 
-def save(run: Path, rows: list[ModelSummary], audits: list[EngineSummary]) -> Path:
+def save(run: Path, rows: list[Row], audits: list[Row]) -> Path:
     """Write summary.json into the folder of a run and return its path."""
-    path = run / SUMMARY
+    path = run / "summary.json"
     content = {"made": artifact.provenance(), "cpu_cores": os.cpu_count(), "rows": rows, "engines": audits}
     with artifact.atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 
-def table(rows: list[ModelSummary]) -> Table:
+def table(rows: list[Row]) -> Table:
     """A table of the evaluated models for a terminal of 80 columns. The column `vs` is the change of the NDS from the parent's."""
-    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    grid.add_column("model", no_wrap=True)
-    for title in ("NDS", "vs", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms"):
-        grid.add_column(title, justify="right", no_wrap=True)
+    titles = ("NDS", "vs", "mAP", "mATE", "mASE", "mAOE", "mAVE", "mAAE", "MB", "ms")
+    grid = _grid("model", *(Column(title, justify="right", no_wrap=True) for title in titles))
     for row in rows:
         change = "" if row["nds_from_parent"] is None else f"{row['nds_from_parent']:+.3f}"
-        errors = [f"{row[name]:.2f}" for name in _MEANS[2:]]
+        errors = [f"{row[name]:.2f}" for name in MEANS[2:]]
         size, milliseconds = f"{row['bytes'] / 1e6:.2f}", f"{1e3 * row['seconds']:.0f}"
         grid.add_row(row["name"], f"{row['nds']:.3f}", change, f"{row['map']:.3f}", *errors, size, milliseconds)
     return grid
 
 
-def engine_table(audits: list[EngineSummary]) -> Table:
+def engine_table(audits: list[Row]) -> Table:
     """A table of the engines for a terminal of 80 columns."""
-    grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    grid.add_column("engine", no_wrap=True)
-    for title in ("quantized layers", "in INT8", "kernels", "integer products", "requantizations", "MB"):
-        grid.add_column(title, justify="right")
+    titles = ("quantized layers", "in INT8", "kernels", "integer products", "requantizations", "MB")
+    grid = _grid("engine", *(Column(title, justify="right") for title in titles))
     for audit in audits:
         size = "" if audit["bytes"] is None else f"{audit['bytes'] / 1e6:.2f}"
         grid.add_row(audit["name"], *(str(audit[name]) for name in _AUDIT[1:]), size)
@@ -117,21 +112,16 @@ def main(argv: list[str] | None = None) -> None:
     _log.info("%s", path)
 
 
-def _row(path: Path) -> ModelSummary:
+def _grid(name: str, *figures: Column) -> Table:
+    return Table(Column(name, no_wrap=True), *figures, box=None, padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _row(path: Path) -> Row:
     artifact.unseal(path, "metrics")
     metrics = json.loads(path.read_text())
-    fields = ("kind", *_MEANS, "bytes", "frames", "data", "model", "sha256", "parent_sha256", "class_ap", "absent")
-    seconds = metrics["seconds"]
-    row = {"name": path.parent.name, **{name: metrics[name] for name in fields}}
-    return row | {"seconds": seconds["model"], "seconds_with_data": seconds["frame"]}
-
-
-def _audit(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        return {name: content[name] for name in _AUDIT}
-    except (json.JSONDecodeError, KeyError) as error:
-        raise EvaluationError(f"{path} is damaged ({error!r}); make it again with `python -m engine.audit`") from error
+    fields = ("kind", *MEANS, "bytes", "frames", "data", "model", "sha256", "parent_sha256", "class_ap", "absent")
+    seconds = {"seconds": metrics["seconds"]["model"], "seconds_with_data": metrics["seconds"]["frame"]}
+    return {"name": path.parent.name, **{name: metrics[name] for name in fields}, **seconds}
 
 
 if __name__ == "__main__":

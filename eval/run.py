@@ -20,10 +20,8 @@ _log = logging.getLogger(__name__)
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one model."""
-    out = "folder for the results (default: eval/<model's name> beside the model)"
-    parser = model_parser(
-        "eval.run", "Score a model on nuScenes with the official metric.", ".pt, .onnx or .engine file with its seal", out
-    )
+    files, out = ".pt, .onnx or .engine file with its seal", "folder for the results (default: eval/<model's name> beside the model)"
+    parser = model_parser("eval.run", "Score a model on nuScenes with the official metric.", files, out)
     args = parser.parse_args(argv)
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
     with open_model(args.model, args.device) as model:

@@ -7,45 +7,28 @@ import json
 from pathlib import Path
 
 import numpy as np
+from nuscenes.eval.common.config import config_factory
 from scipy.spatial.transform import Rotation
 
+from eval.nds import CONFIG
 from qdbev.artifact import atomic
 from qdbev.schema import CLASSES, Detections
 
 Record = dict[str, object]
 """One box of a submission as JSON values."""
-
-CLASS_RANGE = {
-    "car": 50.0,
-    "truck": 50.0,
-    "construction_vehicle": 50.0,
-    "bus": 50.0,
-    "trailer": 50.0,
-    "barrier": 30.0,
-    "motorcycle": 40.0,
-    "bicycle": 40.0,
-    "pedestrian": 40.0,
-    "traffic_cone": 30.0,
-}
+CLASS_RANGE: dict[str, float] = config_factory(CONFIG).class_range
 """Distance in metres from the ego vehicle, in its ground plane, up to which each class is scored (detection_cvpr_2019)."""
-
 META = {"use_camera": True, "use_lidar": False, "use_radar": False, "use_map": False, "use_external": False}
-"""The sensors and data that the detector uses; the official format requires this entry."""
+"""The sensors and data that the detector uses, an entry that the official format requires."""
 MOVING_SPEED = 0.2
 """Speed in metres per second above which an object counts as moving."""
-_MOVING = {
-    **dict.fromkeys(("car", "truck", "construction_vehicle", "bus", "trailer"), "vehicle.moving"),
-    **dict.fromkeys(("motorcycle", "bicycle"), "cycle.with_rider"),
-    "pedestrian": "pedestrian.moving",
+_ATTRIBUTES = {
+    **dict.fromkeys(("car", "truck", "construction_vehicle", "trailer"), ("vehicle.moving", "vehicle.parked")),
+    "bus": ("vehicle.moving", "vehicle.stopped"),
+    **dict.fromkeys(("motorcycle", "bicycle"), ("cycle.with_rider", "cycle.without_rider")),
+    "pedestrian": ("pedestrian.moving", "pedestrian.standing"),
 }
-"""Attribute of a moving object of each class."""
-_STILL = {
-    **dict.fromkeys(("car", "truck", "construction_vehicle", "trailer"), "vehicle.parked"),
-    "bus": "vehicle.stopped",
-    **dict.fromkeys(("motorcycle", "bicycle"), "cycle.without_rider"),
-    "pedestrian": "pedestrian.standing",
-}
-"""Attribute of a standing object of each class."""
+"""Attribute of a moving and of a standing object of each class; barriers and cones have none."""
 _FAR = 10_000.0
 """Distance in metres from the ego vehicle that is beyond every class range, so that the official filter removes a box there."""
 
@@ -74,7 +57,8 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
     global_from_lidar = global_from_ego @ ego_from_lidar
     centers = _transform(global_from_lidar, boxes[:, :3])
     distances = np.linalg.norm(_transform(ego_from_lidar, boxes[:, :3])[:, :2], axis=1)
-    rotations = _quaternions(global_from_lidar[:3, :3], -boxes[:, 6] - np.pi / 2)
+    turns = Rotation.from_euler("z", (-boxes[:, 6] - np.pi / 2)[:, None])  # counter-clockwise from x
+    rotations = (Rotation.from_matrix(global_from_lidar[:3, :3]) * turns).as_quat(scalar_first=True)
     velocities = boxes[:, 7:9] @ global_from_lidar[:2, :2].T  # the box's velocity has no z
     names = [CLASSES[label] for label in detections.labels]
     return [
@@ -95,15 +79,12 @@ def records(token: str, detections: Detections, ego_from_lidar: np.ndarray, glob
 
 def attribute(name: str, speed: float) -> str:
     """The attribute of a class at a speed in m/s, by BEVFormer's rule; empty for barriers and cones, which have none."""
-    return (_MOVING if speed > MOVING_SPEED else _STILL).get(name, "")
+    moving, standing = _ATTRIBUTES.get(name, ("", ""))
+    return moving if speed > MOVING_SPEED else standing
 
 
 def placeholder(token: str, global_from_ego: np.ndarray) -> Record:
-    """A box of score zero beyond every class range, for a submission without boxes.
-
-    The devkit (1.2.0) raises "Invalid box type: None" for a submission without boxes. Its range filter removes this box, after which all
-    metrics are those of an empty submission.
-    """
+    """A box of score zero beyond every class range, because the devkit (1.2.0) refuses a submission without boxes. It ignores this one."""
     x, y, z = global_from_ego[:3, 3].tolist()
     return {
         "sample_token": token,
@@ -124,11 +105,4 @@ def write(path: Path, results: dict[str, list[Record]]) -> None:
 
 
 def _transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Transform (K, 3) points by a (4, 4) matrix."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
-
-
-def _quaternions(rotation: np.ndarray, yaws: np.ndarray) -> np.ndarray:
-    """(K, 4) unit quaternions (w, x, y, z) of a turn about z by each of `yaws` (K,), followed by `rotation` (3, 3)."""
-    turned = Rotation.from_matrix(rotation) * Rotation.from_euler("z", yaws[:, None])
-    return turned.as_quat(scalar_first=True)

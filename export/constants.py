@@ -13,33 +13,32 @@ import onnxruntime
 from export.graph import PRODUCTS, PassError, add_constant, remove_unused, sources
 
 
-def fold_constant_products(model: ir.Model, products: Sequence[str] = PRODUCTS) -> int:
-    """Replace the results of nodes of the types `products` that depend on no input by constants; returns how many nodes were removed.
+def fold_constant_products(model: ir.Model) -> int:
+    """Replace the results of products that depend on no input by constants, and return how many products were removed.
 
     onnxruntime computes the constants, with Q/DQ executed literally, so the numbers are those of the whole graph there. Constants in which
-    no such node takes part stay as they are: integer weights behind a DequantizeLinear would grow.
+    no product takes part stay as they are: integer weights behind a DequantizeLinear would grow.
 
     Raises:
         PassError: A product that depends on no input is left.
     """
-    nodes, made = _constant_nodes(model.graph, products)
+    nodes, made = _constant_nodes(model.graph)
     inside = set(nodes)
     wanted = sorted((value for value in made if any(node not in inside for node, _ in value.uses())), key=lambda value: value.name)
-    before = _count(model, products)
+    before = _num_products(model)
     for value, array in zip(wanted, _computed(model, wanted), strict=True):
-        folded = add_constant(model.graph, f"{value.producer().name}.constant", array)
-        value.replace_all_uses_with(folded)
+        value.replace_all_uses_with(add_constant(model.graph, f"{value.producer().name}.constant", array))
     if wanted:
         remove_unused(model)
     depends = sources(model.graph)
     for node in model.graph:
-        if node.op_type in products and not depends[node.outputs[0]]:
+        if node.op_type in PRODUCTS and not depends[node.outputs[0]]:
             raise PassError(f"fold_constant_products: {node.op_type} {node.name} depends on no input, but could not be computed at export")
-    return before - _count(model, products)
+    return before - _num_products(model)
 
 
-def _constant_nodes(graph: ir.Graph, products: Sequence[str]) -> tuple[list[ir.Node], set[ir.Value]]:
-    """Nodes of ONNX itself that depend on no input, in order, and the outputs that come from a node of the types `products`."""
+def _constant_nodes(graph: ir.Graph) -> tuple[list[ir.Node], set[ir.Value]]:
+    """Nodes of ONNX itself that depend on no input, in order, and those of their outputs that come from a product."""
     depends, made, nodes = sources(graph), set(), []
     custom: set[ir.Value] = set()
     for node in graph:
@@ -47,7 +46,7 @@ def _constant_nodes(graph: ir.Graph, products: Sequence[str]) -> tuple[list[ir.N
             custom.update(node.outputs)
         elif not depends[node.outputs[0]]:
             nodes.append(node)
-            if node.op_type in products or made.intersection(node.inputs):
+            if node.op_type in PRODUCTS or made.intersection(node.inputs):
                 made.update(node.outputs)
     return nodes, made
 
@@ -56,14 +55,14 @@ def _computed(model: ir.Model, wanted: Sequence[ir.Value]) -> list[np.ndarray]:
     """Values of the constant tensors `wanted`."""
     if not wanted:
         return []
-    graph = ir.convenience.extract(model.graph, [], [value.name for value in wanted])
-    part = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
+    names = [value.name for value in wanted]
+    part = ir.to_proto(ir.Model(ir.convenience.extract(model.graph, [], names), ir_version=model.ir_version))
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run([value.name for value in wanted], {})
+    return session.run(names, {})
 
 
-def _count(model: ir.Model, op_types: Sequence[str]) -> int:
-    return sum(node.op_type in op_types for node in model.graph)
+def _num_products(model: ir.Model) -> int:
+    return sum(node.op_type in PRODUCTS for node in model.graph)

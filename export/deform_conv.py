@@ -18,7 +18,7 @@ _SIDE = 3
 
 
 def use_standard_node(model: ir.Model) -> int:
-    """Replace every gather and the product after it by a DeformConv; returns the number of replacements.
+    """Replace every gather and the product after it by a DeformConv, and return the number of replacements.
 
     Raises:
         ValueError: There is no deformable convolution, or its product is quantized, which DeformConv cannot express.
@@ -49,6 +49,5 @@ def _fuse(gather: ir.Node) -> None:
     bias = product.inputs[2] if len(product.inputs) > 2 else None
     stride = gather.attributes["stride"].as_int()
     settings = {"kernel_shape": [_SIDE, _SIDE], "pads": [1, 1, 1, 1], "strides": [stride, stride]}
-    attributes = ir.convenience.convert_attributes(settings)
-    node = ir.Node("", "DeformConv", [x, weights, offsets, bias, mask], attributes=attributes, name=product.name)
+    node = ir.node("DeformConv", [x, weights, offsets, bias, mask], settings, name=product.name)
     replace_node(product, [node], node.outputs[0])

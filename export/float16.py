@@ -30,18 +30,13 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Slice", "Sp
 
 
 def to_float16(model: ir.Model, interface: Interface) -> int:
-    """Type `model` in place.
-
-    Returns:
-        Number of nodes with a float16 output.
+    """Type `model` in place, and return the number of nodes with a float16 output.
 
     Raises:
         ValueError: A constant is too large for float16, or a deformable convolution is ONNX's own node, which has one type for all inputs.
     """
     if any(node.op_type == "DeformConv" for node in model.graph):
-        raise ValueError(
-            "DeformConv has one type for features and offsets, so float16 would move its taps; leave --standard-deform-conv out"
-        )
+        raise ValueError("DeformConv has one type for features and offsets; float16 would move its taps: leave --standard-deform-conv out")
     infer_shapes(model)
     typing = _Typing(model.graph, _geometry(model.graph, interface.geometry) | _coordinates(model.graph, interface.coordinates))
     for node in list(model.graph):
@@ -107,40 +102,31 @@ class _Typing:
         forms = self._forms[value]
         if kind in forms:
             return forms[kind]
-        producer = value.producer()
+        producer, suffix = value.producer(), kind.name.lower()
         if value.is_initializer():
-            forms[kind] = add_constant(self._graph, f"{value.name}.{kind.name.lower()}", _to_float16(value.name, constant(value)))
-        elif producer is not None and producer.op_type == "DequantizeLinear":
+            forms[kind] = add_constant(self._graph, f"{value.name}.{suffix}", _to_float16(value.name, constant(value)))
+            return forms[kind]
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            stored, _, *zero = producer.inputs
             scale = self._in_type(self._scales.setdefault(producer, producer.inputs[1]), kind, producer)
             if not forms:
                 producer.replace_input_with(1, scale)
                 self._set_type(value, kind)
-            else:
-                stored, _, *zero = producer.inputs
-                attributes = producer.attributes.values()
-                node = ir.Node(
-                    "", "DequantizeLinear", [stored, scale, *zero], attributes=attributes, name=f"{producer.name}.{kind.name.lower()}"
-                )
-                self._insert(value, kind, node, reader)
+                return value
+            node = ir.node("DequantizeLinear", [stored, scale, *zero], producer.attributes, name=f"{producer.name}.{suffix}")
         else:
-            name = f"{value.name}.to_{kind.name.lower()}"
-            node = ir.Node("", "Cast", [next(iter(forms.values()))], attributes=[ir.AttrInt64("to", kind)], name=name)
-            self._insert(value, kind, node, reader)
+            node = ir.node("Cast", [next(iter(forms.values()))], {"to": kind}, name=f"{value.name}.to_{suffix}")
+        forms[kind] = node.outputs[0]
+        forms[kind].dtype, forms[kind].shape = kind, value.shape
+        if reader is None:
+            self._graph.append(node)
+        else:
+            reader.prepend(node)
         return forms[kind]
 
     def _set_type(self, value: ir.Value, kind: ir.DataType) -> None:
         value.type = ir.TensorType(kind)  # a new object, because copies of a graph share theirs
         self._forms[value][kind] = value
-
-    def _insert(self, value: ir.Value, kind: ir.DataType, node: ir.Node, reader: ir.Node | None) -> None:
-        """Add the node that gives `value` in another type."""
-        made = node.outputs[0]
-        made.dtype, made.shape = kind, value.shape
-        self._forms[value][kind] = made
-        if reader is None:
-            self._graph.append(node)
-        else:
-            reader.prepend(node)
 
 
 def _geometry(graph: ir.Graph, inputs: Collection[str]) -> set[ir.Value]:
@@ -172,17 +158,14 @@ def _coordinates(graph: ir.Graph, outputs: Collection[str]) -> set[ir.Value]:
             ends.update(node.inputs[len(contract.OPERATORS[node.op_type].value_inputs) :])
     found: set[ir.Value] = set()
     for node in reversed(graph):
-        if node.domain or node.op_type == "QuantizeLinear" or (node.op_type in PRODUCTS and not _is_integer_product(node)):
+        weight = node.inputs[1].producer() if node.op_type in PRODUCTS else None
+        is_integer_product = weight is not None and weight.op_type == "DequantizeLinear"
+        if node.domain or node.op_type == "QuantizeLinear" or (node.op_type in PRODUCTS and not is_integer_product):
             continue
         readers = [reader for value in node.outputs for reader in value.consumers() if reader.op_type not in PRODUCTS]
         if ends.intersection(node.outputs) or any(reader.outputs[0] in found for reader in readers):
             found.add(node.outputs[0])
     return found
-
-
-def _is_integer_product(product: ir.Node) -> bool:
-    weight = product.inputs[1].producer()
-    return weight is not None and weight.op_type == "DequantizeLinear"
 
 
 def _to_float16(name: str, values: np.ndarray) -> np.ndarray:
@@ -199,11 +182,11 @@ def _widen_inside(function: ir.Function) -> None:
     output = function.outputs[0]
     if not contract.OPERATORS[function.name].has_integer_value:
         value = function.inputs[0]
-        cast = ir.Node("", "Cast", [value], attributes=[ir.AttrInt64("to", _WIDE)], name="")
+        cast = ir.node("Cast", [value], {"to": _WIDE}, name="")
         value.replace_all_uses_with(cast.outputs[0])
         cast.replace_input_with(0, value)
         function.insert_before(function[0], cast)
-    cast = ir.Node("", "Cast", [output], attributes=[ir.AttrInt64("to", _HALF)], name="")
+    cast = ir.node("Cast", [output], {"to": _HALF}, name="")
     output.name, cast.outputs[0].name = f"{output.name}_float32", output.name
     function.append(cast)
     function.outputs[0] = cast.outputs[0]

@@ -76,19 +76,14 @@ class NodeBuilder:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
 
-    def __call__(self, op_type: str, *inputs: ir.Value | list[int] | None, domain: str = "", **attributes: Any) -> ir.Value:
+    def __call__(self, op_type: str, *inputs: ir.Value | list[int] | None, **attributes: Any) -> ir.Value:
         values = [self.integers(given) if isinstance(given, list) else given for given in inputs]
-        return self.add(ir.Node(domain, op_type, values, attributes=ir.convenience.convert_attributes(attributes)))
+        return self.add(ir.node(op_type, values, attributes))
 
     def add(self, node: ir.Node) -> ir.Value:
         """Add a node as the next one and return its first output."""
-        node.name = self.node_name(node)
         self.nodes.append(node)
         return node.outputs[0]
-
-    def node_name(self, node: ir.Node) -> str:
-        """Name of the next node."""
-        raise NotImplementedError
 
     def integers(self, values: list[int]) -> ir.Value:
         """1-D int64 constant."""
@@ -102,14 +97,11 @@ class GraphNodes(NodeBuilder):
         super().__init__()
         self._graph, self._name = replaced.graph, replaced.name
 
-    def node_name(self, node: ir.Node) -> str:
-        """Name of the replaced node, operator type and position."""
-        return f"{self._name}/{node.op_type}_{len(self.nodes)}"
+    def add(self, node: ir.Node) -> ir.Value:
+        """Add a node, named after the replaced node, its operator type and its position."""
+        node.name = f"{self._name}/{node.op_type}_{len(self.nodes)}"
+        return super().add(node)
 
     def integers(self, values: list[int]) -> ir.Value:
         """1-D int64 constant."""
-        return self.constant(np.array(values, np.int64))
-
-    def constant(self, values: np.ndarray) -> ir.Value:
-        """Constant of any type."""
-        return add_constant(self._graph, f"{self._name}.constant", values)
+        return add_constant(self._graph, f"{self._name}.constant", np.array(values, np.int64))

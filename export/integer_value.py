@@ -4,7 +4,6 @@ A plugin receives its input exactly as it is typed in the ONNX. After Dequantize
 the int8 tensor is passed instead, and its scale as an input, because TensorRT does not pass scales to plugins.
 """
 
-import numpy as np
 import onnx_ir as ir
 
 from export.bodies.attach import attach
@@ -16,7 +15,7 @@ _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")
 
 
 def feed_int8_values(model: ir.Model) -> int:
-    """Let every attention read the int8 tensor before the DequantizeLinear of its value, exactly; returns the number of such attentions.
+    """Let every attention read the int8 tensor before the DequantizeLinear of its value, and return the number of these attentions.
 
     Other readers keep the DequantizeLinear, and an attention whose value is not quantized keeps its operator.
 
@@ -33,7 +32,11 @@ def feed_int8_values(model: ir.Model) -> int:
             integer, scale = integers[value]
             integers[node.outputs[0]] = (_repeated_on(node, integer), scale)  # removed below where no attention reads it
         elif node.domain == contract.DOMAIN and node.op_type in contract.INTEGER_FORMS and value in integers:
-            _read_integers(node, *integers[value])
+            node.op_type = contract.INTEGER_FORMS[node.op_type].name
+            inputs = (*integers[value], *node.inputs[1:])
+            node.resize_inputs(len(inputs))
+            for index, given in enumerate(inputs):
+                node.replace_input_with(index, given)
             found += 1
     remove_unused(model)
     if found:
@@ -45,27 +48,16 @@ def feed_int8_values(model: ir.Model) -> int:
 def _has_one_scale(dequantize: ir.Node) -> bool:
     """Return whether the output is an integer times one number: a scalar constant scale and zero point 0."""
     _, scale, *zero = dequantize.inputs
-    number = constant(scale)
-    zeros = [constant(point) for point in zero]
-    return number is not None and number.ndim == 0 and all(point is not None and not np.any(point) for point in zeros)
+    number, *zeros = (constant(value) for value in (scale, *zero))
+    return number is not None and number.ndim == 0 and all(point is not None and not point.any() for point in zeros)
 
 
 def _repeated_on(move: ir.Node, integer: ir.Value) -> ir.Value:
     """Output of the same operation on an int8 tensor, as a new node before `move`."""
-    attributes = move.attributes.values()
-    copy = ir.Node("", move.op_type, [integer, *move.inputs[1:]], attributes=attributes, name=f"{move.name}.int8")
+    copy = ir.node(move.op_type, [integer, *move.inputs[1:]], move.attributes, name=f"{move.name}.int8")
     copy.outputs[0].dtype, copy.outputs[0].shape = ir.DataType.INT8, move.outputs[0].shape
     move.prepend(copy)
     return copy.outputs[0]
-
-
-def _read_integers(attention: ir.Node, integer: ir.Value, scale: ir.Value) -> None:
-    """Turn an attention into its integer form."""
-    others = attention.inputs[1:]
-    attention.op_type = contract.INTEGER_FORMS[attention.op_type].name
-    attention.resize_inputs(len(others) + 2)
-    for index, value in enumerate((integer, scale, *others)):
-        attention.replace_input_with(index, value)
 
 
 def _check(model: ir.Model) -> None:

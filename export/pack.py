@@ -30,9 +30,7 @@ from qdbev.schema import Frame
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Pack a student."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m export.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--packed", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)

@@ -34,9 +34,6 @@ SUM_ORDER_CHANGE = 1e-6
 FLOAT16_CHANGE = 2.0**-11
 """Relative change of the images whose effect is like that of rounding to float16."""
 
-Side = Callable[[Arrays], Arrays]
-"""One implementation of the deployed graph: outputs by name from inputs by name."""
-
 
 class OutputParity(NamedTuple):
     """Difference of one output of one frame between ONNX and PyTorch, and of PyTorch from itself (quantized and float16 only)."""
@@ -49,21 +46,17 @@ class OutputParity(NamedTuple):
     passed: bool
 
 
+@torch.no_grad()
 def measure(model: Detector, runner: OnnxRunner, frames: Sequence[Frame], change: float | None = None) -> list[OutputParity]:
     """Run both sides over consecutive frames of one scene and compare every output.
 
     Args:
         change: SUM_ORDER_CHANGE for a quantized model, FLOAT16_CHANGE for float16, None for float32.
     """
-    deployed = Deployed(model).eval()
-
-    def torch_side(inputs: Arrays) -> Arrays:
-        with torch.no_grad():
-            return deployed.run(inputs)
-
-    ours = _chain(torch_side, frames, model)
-    itself = ours if change is None else _chain(torch_side, _changed(frames, change), model)
-    theirs = _chain(runner, frames, model)  # last, because onnxruntime does not return its memory
+    run = Deployed(model).eval().run
+    ours = _outputs(run, frames, model)
+    itself = ours if change is None else _outputs(run, _changed(frames, change), model)
+    theirs = _outputs(runner, frames, model)  # last, because onnxruntime does not return its memory
     return [
         _compare(index, name, ours[index][name], theirs[index][name], itself[index][name], change is not None)
         for index in range(len(frames))
@@ -89,18 +82,16 @@ def worst(rows: Sequence[OutputParity]) -> dict[str, float]:
     return figures
 
 
-def _chain(side: Side, frames: Sequence[Frame], model: Detector) -> list[Arrays]:
-    """Outputs of each frame, each with the memory of the frame before it."""
-    return [step.outputs for step in run_stream(detectors.stream(model.config), side, frames)]
+def _outputs(run: Callable[[Arrays], Arrays], frames: Sequence[Frame], model: Detector) -> list[Arrays]:
+    return [step.outputs for step in run_stream(detectors.stream(model.config), run, frames)]
 
 
 def _changed(frames: Sequence[Frame], change: float) -> list[Frame]:
-    rng = np.random.default_rng(1)
-    return [dataclasses.replace(frame, images=_nudged(frame.images, change, rng)) for frame in frames]
-
-
-def _nudged(values: np.ndarray, change: float, rng: np.random.Generator) -> np.ndarray:
-    return (values * (1 + change * rng.standard_normal(values.shape))).astype(np.float32)
+    rng, changed = np.random.default_rng(1), []
+    for frame in frames:
+        images = frame.images * (1 + change * rng.standard_normal(frame.images.shape))
+        changed.append(dataclasses.replace(frame, images=images.astype(np.float32)))
+    return changed
 
 
 def _compare(frame: int, name: str, ours: np.ndarray, theirs: np.ndarray, itself: np.ndarray, quantized: bool) -> OutputParity:

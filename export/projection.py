@@ -3,9 +3,8 @@
 A projected point is three sums of four products, so a matrix product saves nothing. It would cost kernels, and accuracy: an engine may
 compute it in TF32, whose ten mantissa bits move a point by more than a pixel.
 
-Which products must be expanded follows from the graph, not from a detector: those that multiply a value computed from the geometry inputs
-alone (calibration and motion), and sum at most four terms. So short a sum is over x, y, z and 1, while a learned layer on geometric
-features sums over many channels and stays a product.
+Which products are expanded follows from the graph: those that multiply a value computed from the geometry inputs alone (calibration and
+motion), and sum at most four terms. A learned layer on geometric features sums over many channels and stays a product.
 """
 
 import math
@@ -20,15 +19,10 @@ _HOMOGENEOUS = 4
 
 
 def expand_projection(model: ir.Model, geometry: Collection[str]) -> int:
-    """Replace every Einsum that transforms homogeneous coordinates by multiplications and sums.
+    """Replace every Einsum that transforms homogeneous coordinates by multiplications and sums, and return the number of replacements.
 
     Such an Einsum has two operands, contracts the last axis of both and no other, and meets the condition above. Its letters do not matter.
-
-    Args:
-        geometry: Names of the graph inputs that hold calibration and motion.
-
-    Returns:
-        Number of replacements.
+    `geometry` names the graph inputs that hold calibration and motion.
 
     Raises:
         PassError: A product over homogeneous coordinates is left, for example because it is a MatMul.
@@ -70,8 +64,7 @@ def _num_terms(node: ir.Node) -> int:
         terms, result = _equation(node)
         sizes = {letter: size for term, shape in zip(terms, (first, second), strict=True) for letter, size in zip(term, shape, strict=True)}
         return math.prod(size for letter, size in sizes.items() if letter not in result)
-    transposed = node.op_type == "Gemm" and "transA" in node.attributes and node.attributes["transA"].as_int()
-    return first[0] if transposed else first[-1]
+    return first[0] if node.attributes.get_int("transA") else first[-1]
 
 
 def _equation(node: ir.Node) -> tuple[list[str], str]:

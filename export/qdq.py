@@ -17,6 +17,8 @@ from qdbev.ops import contract
 
 _STORAGE_OPSET = 21
 """The first operator set with INT4 tensors in DequantizeLinear."""
+_DEFAULT_AXIS = 1
+"""Axis of the scales of a QuantizeLinear or DequantizeLinear without the attribute."""
 _INT4_MAX = 7
 """Largest magnitude of a stored 4-bit weight."""
 _COMMUTE = ("MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
@@ -26,10 +28,7 @@ _GRID_SAMPLE_MODES = {"bilinear": "linear"}
 
 
 def pack_weights(model: ir.Model) -> int:
-    """Turn every float weight that is followed by QuantizeLinear into an int8 constant.
-
-    Returns:
-        Number of packed weights.
+    """Turn every float weight that is followed by QuantizeLinear into an int8 constant, and return the number of packed weights.
 
     Raises:
         ValueError: A weight is not on its grid, so that packing would change the network.
@@ -50,13 +49,10 @@ def pack_weights(model: ir.Model) -> int:
 
 
 def clip_early(model: ir.Model) -> int:
-    """Move every Clip before the pooling and the moves of its input.
+    """Move every Clip before the pooling and the moves of its input, and return the number of exchanges.
 
     The values are the same, because a clip commutes with a maximum and with any move. Engines then fuse the Clip into the kernel before it,
     and pool and move integers, as they do at 8 bits, where there is no Clip.
-
-    Returns:
-        Number of exchanges.
     """
     exchanges = 0
     for clip in [node for node in model.graph if node.op_type == "Clip"]:
@@ -113,7 +109,7 @@ def _integers_of(quantize: ir.Node) -> np.ndarray:
     name, weight, scale = quantize.inputs[0].name, constant(quantize.inputs[0]), constant(quantize.inputs[1])
     if scale is None:
         raise ValueError(f"weight {name} is quantized with a computed scale; trace the model inside qdbev.quant.export.exporting")
-    axis = _axis(quantize)
+    axis = quantize.attributes.get_int("axis", _DEFAULT_AXIS)
     step = scale if scale.ndim == 0 else scale.reshape([-1 if index == axis else 1 for index in range(weight.ndim)])
     steps = weight / step
     integers = np.clip(np.rint(steps), -127, 127)
@@ -125,12 +121,12 @@ def _integers_of(quantize: ir.Node) -> np.ndarray:
 
 def _pack(dequantize: ir.Node, name: str, integers: np.ndarray) -> None:
     """Let one DequantizeLinear read the integers themselves. Transposes that read it become part of the constant."""
-    graph, axis = dequantize.graph, _axis(dequantize)
+    graph, axis = dequantize.graph, dequantize.attributes.get_int("axis", _DEFAULT_AXIS)
     scale = add_constant(graph, f"{name}.scale", constant(dequantize.inputs[1]))
     readers = dequantize.outputs[0].consumers()
     transposes = [node for node in readers if node.op_type == "Transpose"]
     for transpose in transposes:
-        perm = list(transpose.attributes["perm"].as_ints() if "perm" in transpose.attributes else range(integers.ndim)[::-1])
+        perm = list(transpose.attributes.get_ints("perm", range(integers.ndim)[::-1]))
         _become_dequantize(transpose, add_constant(graph, f"{name}.int8", integers.transpose(perm)), scale, perm.index(axis))
         transpose.name = dequantize.name
     if len(transposes) < len(readers) or not readers:
@@ -144,11 +140,6 @@ def _become_dequantize(node: ir.Node, integers: ir.Value, scale: ir.Value, axis:
     node.replace_input_with(1, scale)
     node.attributes.clear()
     node.attributes["axis"] = ir.AttrInt64("axis", axis)
-
-
-def _axis(node: ir.Node) -> int:
-    """Axis of the scales of a QuantizeLinear or DequantizeLinear."""
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else 1
 
 
 def _store(value: ir.Value, array: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import functools
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import onnxruntime
@@ -13,41 +12,22 @@ from qdbev.schema import Interface
 
 
 class OnnxRunner:
-    """A sealed ONNX of the deployed graph on the CPU.
+    """An ONNX of the deployed graph on the CPU.
 
     Q/DQ are executed literally, not fused into integer kernels with other rounding.
+
+    Args:
+        interface: Interface of a file that has no seal yet.
 
     Raises:
         ArtifactError: File or seal is missing or damaged, or onnxruntime refuses the graph.
         DeployedGraphError: The file is no deployed graph, lacks an operator's body, or has NaN weights.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.seal: artifact.Seal | None = artifact.unseal(path, "onnx")
-        self._open(path, self.seal.facts.interface)
-
-    @classmethod
-    def unsealed(cls, path: Path, interface: Interface) -> Self:
-        """A runner for a file that has no seal yet."""
-        runner = cls.__new__(cls)
-        runner.seal = None
-        runner._open(path, interface)
-        return runner
-
-    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name from inputs by name.
-
-        Raises:
-            ValueError: An input is missing or unknown, or has another shape or type than the graph's.
-        """
-        inputs = {name: np.asarray(value) for name, value in inputs.items()}
-        _check_inputs(inputs, self.shapes)
-        values = self._session.run(list(self.interface.outputs), {name: np.ascontiguousarray(value) for name, value in inputs.items()})
-        return dict(zip(self.interface.outputs, values, strict=True))
-
-    def _open(self, path: Path, interface: Interface) -> None:
-        deployed_graph.check(path, deployed_graph.load(path), interface)
-        self.interface = interface
+    def __init__(self, path: Path, interface: Interface | None = None) -> None:
+        self.seal = artifact.unseal(path, "onnx") if interface is None else None
+        self.interface = interface or self.seal.facts.interface
+        deployed_graph.check(path, deployed_graph.load(path), self.interface)
         options = onnxruntime.SessionOptions()
         # Otherwise onnxruntime (seen in 1.31) rounds biases to int32 and runs Q/DQ groups in integer kernels, which changes numbers.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -61,8 +41,21 @@ class OnnxRunner:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
         except Exception as error:
             raise ArtifactError(f"onnxruntime cannot open {path}: {deployed_graph.first_line(error)}") from error
-        self.shapes: dict[str, tuple[int, ...]] = {found.name: tuple(found.shape) for found in self._session.get_inputs()}
-        """Shape of each input."""
+
+    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name from inputs by name.
+
+        Raises:
+            ValueError: An input is missing or unknown, or has another shape or type than the graph's.
+        """
+        inputs, shapes = {name: np.asarray(value) for name, value in inputs.items()}, self.interface.inputs
+        if inputs.keys() != shapes.keys():
+            raise ValueError(f"inputs are {', '.join(sorted(inputs)) or 'missing'}; the graph takes {', '.join(shapes)}")
+        for name, value in inputs.items():
+            if value.shape != shapes[name] or value.dtype != np.float32:
+                raise ValueError(f"{name} is {value.dtype} {value.shape}; the graph takes float32 {shapes[name]}")
+        values = self._session.run(list(self.interface.outputs), {name: np.ascontiguousarray(value) for name, value in inputs.items()})
+        return dict(zip(self.interface.outputs, values, strict=True))
 
 
 @functools.cache
@@ -75,11 +68,3 @@ def _register_allocator() -> None:
     memory = onnxruntime.OrtMemoryInfo("Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT)
     without_limit, as_requested, default = 0, 1, -1
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(without_limit, as_requested, default, default))
-
-
-def _check_inputs(inputs: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]) -> None:
-    if inputs.keys() != shapes.keys():
-        raise ValueError(f"inputs are {', '.join(sorted(inputs)) or 'missing'}; the graph takes {', '.join(shapes)}")
-    for name, value in inputs.items():
-        if value.shape != shapes[name] or value.dtype != np.float32:
-            raise ValueError(f"{name} is {value.dtype} {value.shape}; the graph takes float32 {shapes[name]}")

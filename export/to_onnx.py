@@ -3,8 +3,7 @@
     python -m export.to_onnx --checkpoint runs/demo/w4a6.pt --onnx runs/demo/w4a6.onnx
 
 A float checkpoint gives a float graph, a quantized one an integer graph; with weights of 4 bits or fewer, the packed storage form is
-written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch. `--float16` types the float part as float16,
-except geometry.
+written beside it as `.int4.onnx`. Nothing is written unless the graph agrees with PyTorch.
 """
 
 import argparse
@@ -45,9 +44,7 @@ class ParityError(ValueError):
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Export a checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.to_onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m export.to_onnx", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="teacher or student, .pt")
     parser.add_argument("--onnx", type=Path, required=True, help="file to write; its seal goes beside it")
     parser.add_argument(
@@ -60,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     seal, model = restore(args.checkpoint)
     image_hw = _image_hw(args.checkpoint, seal, args.image_hw)
     frames = noise_frames(from_dict(seal.config).data, model.config.num_cameras, image_hw)
-    forms = {"standard_deform_conv": args.standard_deform_conv, "float16": args.float16}
-    rows, sealed = export(model, seal, args.onnx, image_hw, frames, **forms)
+    rows, sealed = export(model, seal, args.onnx, image_hw, frames, args.standard_deform_conv, args.float16)
     facts = sealed.facts
     sys.stdout.write(f"{parity.table(rows)}\n{args.onnx}: {facts.nodes} nodes, {facts.bytes} bytes, opset {facts.opset}, ")
     sys.stdout.write(f"traced in {facts.trace_s} s\n")
@@ -103,16 +99,17 @@ def export(
     storage = path.with_suffix(".int4.onnx")
     with ExitStack() as files:
         temporary = files.enter_context(artifact.atomic(path))
-        size, int4_size = _save(graph, temporary), None
+        ir.save(graph, temporary)
         runner = _open(temporary, path, interface)
         rows = parity.measure(model, runner, frames, parity.FLOAT16_CHANGE if float16 else parity.SUM_ORDER_CHANGE if quantized else None)
         if not all(row.passed for row in rows):
             raise ParityError(f"the ONNX of {parent.kind} {config.name} does not compute what PyTorch computes:\n{parity.table(rows)}")
         if stored is not None:
-            int4_size = _save(stored, files.enter_context(artifact.atomic(storage)))
+            ir.save(stored, files.enter_context(artifact.atomic(storage)))
+    int4_size = None if stored is None else storage.stat().st_size
     facts = OnnxFacts(
         interface=interface,
-        bytes=size,
+        bytes=path.stat().st_size,
         opset=graph.opset_imports[""],
         nodes=len(graph.graph),
         float16=float16,
@@ -123,7 +120,7 @@ def export(
         parity=parity.worst(rows),
     )
     sealed = artifact.seal(path, config=parent.config, parent=parent, facts=facts)
-    if int4_size is not None:
+    if stored is not None:
         artifact.seal(storage, config=parent.config, parent=sealed, facts=OnnxFacts(interface=interface, bytes=int4_size))
     return rows, sealed
 
@@ -134,8 +131,11 @@ def optimize(graph: ir.Model, interface: Interface, float16: bool = False) -> di
     Raises:
         PassError: A pass left something that it exists to remove.
     """
-    done = {"constant_products": fold_constant_products(graph), "projections": expand_projection(graph, interface.geometry)}
-    done["int8_values"] = feed_int8_values(graph)
+    done = {
+        "constant_products": fold_constant_products(graph),
+        "projections": expand_projection(graph, interface.geometry),
+        "int8_values": feed_int8_values(graph),
+    }
     if float16:
         done["float16_nodes"] = to_float16(graph, interface)
     return done
@@ -151,16 +151,10 @@ def _image_hw(checkpoint: Path, seal: Seal, given: list[int] | None) -> tuple[in
     return int(found[0]), int(found[1])
 
 
-def _save(graph: ir.Model, path: Path) -> int:
-    """Write a graph and return the size of the file in bytes."""
-    ir.save(graph, path)
-    return path.stat().st_size
-
-
 def _open(temporary: Path, path: Path, interface: Interface) -> OnnxRunner:
-    """Open the file `temporary`; errors name `path` instead, which is the file that the user asked for."""
+    """Open the file `temporary`; errors name `path` instead, the file that the user asked for."""
     try:
-        return OnnxRunner.unsealed(temporary, interface)
+        return OnnxRunner(temporary, interface)
     except (ArtifactError, DeployedGraphError) as error:
         raise type(error)(str(error).replace(str(temporary), str(path))) from error
 

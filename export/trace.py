@@ -2,7 +2,6 @@
 
 import ast
 import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ import onnxscript
 import torch
 from onnx import AttributeProto, defs
 from onnx_ir.passes import common
-from torch import Tensor
 
 from export.bodies.attach import attach
 from export.graph import PRODUCTS, constant, remove_unused
@@ -22,7 +20,6 @@ from qdbev.detector import Deployed, Detector
 from qdbev.ops import contract
 from qdbev.quant.export import exporting
 from qdbev.quant.prepare import fold_batch_norm
-from qdbev.schema import Interface
 
 _NAMED = (*PRODUCTS, *contract.OPERATORS)
 """Operators whose nodes have exactly the name of their module, so that an engine's layers can be traced back to it."""
@@ -30,9 +27,8 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata in which torch 2.11 and 2.13 note the modules around a node, outermost first, the traced call last."""
 _DEPLOYED, _QUANT_OP = "model.", ".op"
 """Prefix that `Deployed` adds to a module's path, and suffix that `QuantOp` adds."""
-_LEGACY_CHECK = r".*isinstance\(treespec, LeafSpec\).*"
-_ATTRIBUTE_TYPES = {"int": AttributeProto.INT, "ints": AttributeProto.INTS}
-"""ONNX types of the attribute types of the contract."""
+_ATTRIBUTE_TYPES = {"int": (AttributeProto.INT, int), "ints": (AttributeProto.INTS, list)}
+"""ONNX and Python types of the attribute types of the contract."""
 
 
 def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
@@ -45,7 +41,7 @@ def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
     with exporting(model), _quiet():
         program = torch.onnx.export(
             Deployed(model).eval(),
-            _example_inputs(interface),
+            tuple(torch.zeros(shape) for shape in interface.inputs.values()),  # the exporter reads shapes and types only
             dynamo=True,
             opset_version=contract.OPSET,
             input_names=list(interface.inputs),
@@ -62,19 +58,13 @@ def trace(model: Detector, image_hw: tuple[int, int]) -> ir.Model:
     return traced
 
 
-def _example_inputs(interface: Interface) -> tuple[Tensor, ...]:
-    """Tensors of the interface's shapes, in its order: the exporter reads shapes and types only."""
-    return tuple(torch.zeros(shape) for shape in interface.inputs.values())
-
-
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """A translation to a bare node for each PyTorch operator of the contract. Bodies are attached later: the exporter would inline them."""
     registered = getattr(torch.ops, contract.DOMAIN)  # by importing the operator's module, which every model that uses it has done
-    operators = [operator for operator in contract.OPERATORS.values() if not operator.has_integer_value]
     return {
         getattr(registered, operator.torch_name).default: _translation(operator)
-        for operator in operators
-        if hasattr(registered, operator.torch_name)
+        for operator in contract.OPERATORS.values()
+        if not operator.has_integer_value and hasattr(registered, operator.torch_name)
     }
 
 
@@ -82,13 +72,10 @@ def _translation(operator: contract.Operator) -> Callable[..., Any]:
     """A function that creates the ONNX node of an operator. It takes the operator's inputs and attributes by position or name."""
     domain = onnxscript.values.Opset(contract.DOMAIN, contract.VERSION)
     node = onnxscript.values.Op(domain, operator.name, _op_schema(operator))
-    convert = {"int": int, "ints": list}
-    names = (*operator.inputs, *operator.attributes)
-    signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
 
     def translate(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
-        attributes = {name: convert[kind](given[name]) for name, kind in operator.attributes.items()}
+        given = dict(zip((*operator.inputs, *operator.attributes), args, strict=False)) | kwargs
+        attributes = {name: _ATTRIBUTE_TYPES[kind][1](given[name]) for name, kind in operator.attributes.items()}
         return node(*(given[name] for name in operator.inputs), **attributes, **contract.PLUGIN_ATTRIBUTES)
 
     return translate
@@ -97,7 +84,7 @@ def _translation(operator: contract.Operator) -> Callable[..., Any]:
 def _op_schema(operator: contract.Operator) -> defs.OpSchema:
     """ONNX schema of an operator and of the attributes that name its plugin."""
     kinds = dict.fromkeys(contract.PLUGIN_ATTRIBUTES, AttributeProto.STRING)
-    kinds |= {name: _ATTRIBUTE_TYPES[kind] for name, kind in operator.attributes.items()}
+    kinds |= {name: _ATTRIBUTE_TYPES[kind][0] for name, kind in operator.attributes.items()}
     return defs.OpSchema(
         operator.name,
         contract.DOMAIN,
@@ -122,8 +109,8 @@ def _stacked_entry(node: ir.Node) -> ir.Value | None:
     stack = node.inputs[0].producer() if node.op_type == "Gather" else None
     if stack is None or stack.op_type != "Concat":
         return None
-    index, axis = constant(node.inputs[1]), _axis(node)
-    if index is None or index.ndim or _axis(stack) != axis:
+    index, axis = constant(node.inputs[1]), node.attributes.get_int("axis", 0)
+    if index is None or index.ndim or stack.attributes.get_int("axis") != axis:
         return None
     parts = [value.producer() for value in stack.inputs]
     for part in parts:
@@ -131,10 +118,6 @@ def _stacked_entry(node: ir.Node) -> ir.Value | None:
         if axes is None or axes.tolist() != [axis]:
             return None
     return parts[int(index)].inputs[0]
-
-
-def _axis(node: ir.Node) -> int:
-    return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
 
 
 def _name_nodes(graph: ir.Graph) -> None:
@@ -176,7 +159,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_LEGACY_CHECK, category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
             yield
     finally:
         logger.setLevel(level)

@@ -3,18 +3,22 @@
 A body takes `level_hw` or `stride` from the attributes of the node. Only the numbers of levels and points are fixed when it is made.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import onnx_ir as ir
 
-from export.bodies import im2col, msda, sca
-from export.bodies.nodes import BodyNodes, Sizes
+from export.bodies.attention import msda, sca
+from export.bodies.im2col import im2col
+from export.bodies.nodes import BodyNodes, Inputs, Sizes
 from export.graph import infer_shapes
 from qdbev.ops import contract
 
-Body = Callable[..., ir.Value]
-"""Function of BodyNodes and the operator's inputs (by name) that creates the nodes and returns the output."""
-_BODIES: dict[str, Body] = {contract.MSDA.name: msda.body, contract.SCA.name: sca.body, contract.IM2COL.name: im2col.body}
+_BODIES: dict[str, Callable[[BodyNodes, Inputs], ir.Value]] = {
+    contract.MSDA.name: msda,
+    contract.SCA.name: sca,
+    contract.IM2COL.name: im2col,
+}
+"""The function that creates the nodes of each operator and returns its output."""
 _BODIES |= {integer.name: _BODIES[name] for name, integer in contract.INTEGER_FORMS.items()}
 
 
@@ -37,19 +41,8 @@ def attach(model: ir.Model) -> None:
         if len(found) > 1:
             levels, points = (sorted(set(counts)) for counts in zip(*found, strict=True))
             raise ValueError(f"{name} is used with {levels} levels and {points} points; one ONNX function has one number of each")
-        operator = contract.OPERATORS[name]
-        made = function(name, operator.inputs, operator.attributes, _BODIES[name], found.pop())
-        model.functions[made.identifier()] = made
-
-
-def function(name: str, inputs: Iterable[str], attributes: Iterable[str], body: Body, sizes: Sizes) -> ir.Function:
-    """The local function of an operator; every function also declares the attributes by which TensorRT finds a plugin."""
-    nodes, values = BodyNodes(sizes), {given: ir.Value(name=given) for given in inputs}
-    output = body(nodes, **values)
-    output.name = "output"
-    graph = ir.Graph(list(values.values()), [output], nodes=nodes.nodes, opset_imports={"": contract.OPSET}, name=name)
-    declared = [ir.Attr(given, ir.AttributeType.UNDEFINED, None) for given in (*attributes, *contract.PLUGIN_ATTRIBUTES)]
-    return ir.Function(contract.DOMAIN, name, graph=graph, attributes=declared)
+        function = _function(contract.OPERATORS[name], found.pop())
+        model.functions[function.identifier()] = function
 
 
 def _sizes(node: ir.Node) -> Sizes:
@@ -63,3 +56,13 @@ def _sizes(node: ir.Node) -> Sizes:
         raise ValueError(f"the shape of {offsets.name}, the sampling offsets of node {node.name}, does not follow from the graph")
     levels, points, _ = offsets.shape.numpy()[-3:]
     return Sizes(levels, points)
+
+
+def _function(operator: contract.Operator, sizes: Sizes) -> ir.Function:
+    """The local function of an operator. It also declares the attributes by which TensorRT finds a plugin."""
+    nodes, inputs = BodyNodes(sizes), {name: ir.Value(name=name) for name in operator.inputs}
+    output = _BODIES[operator.name](nodes, inputs)
+    output.name = "output"
+    graph = ir.Graph(list(inputs.values()), [output], nodes=nodes.nodes, opset_imports={"": contract.OPSET}, name=operator.name)
+    declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in (*operator.attributes, *contract.PLUGIN_ATTRIBUTES)]
+    return ir.Function(contract.DOMAIN, operator.name, graph=graph, attributes=declared)

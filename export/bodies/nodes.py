@@ -1,10 +1,14 @@
 """Creates the nodes of an operator's ONNX function body, in which every constant is a Constant node."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import onnx_ir as ir
 
 from export.graph import NodeBuilder
+
+Inputs = Mapping[str, ir.Value]
+"""Inputs of a body by their names in the operator's contract."""
 
 
 class Sizes(NamedTuple):
@@ -23,13 +27,9 @@ class BodyNodes(NodeBuilder):
         self.sizes = sizes
 
     def add(self, node: ir.Node) -> ir.Value:
-        """Add a node as the next one and return its output, which is named after operator type and position."""
-        node.outputs[0].name = f"{node.op_type}_{len(self.nodes)}"
+        """Add a node without a name, because runtimes call a node of a body after its output."""
+        node.name, node.outputs[0].name = "", f"{node.op_type}_{len(self.nodes)}"
         return super().add(node)
-
-    def node_name(self, node: ir.Node) -> str:
-        """Empty: runtimes name a node of a body after its output."""
-        return ""
 
     def integers(self, values: list[int]) -> ir.Value:
         """1-D int64 constant."""
@@ -42,10 +42,6 @@ class BodyNodes(NodeBuilder):
     def scalar(self, value: float) -> ir.Value:
         """float32 constant without dimensions."""
         return self("Constant", value_float=value)
-
-    def floats(self, values: list[float]) -> ir.Value:
-        """1-D float32 constant."""
-        return self("Constant", value_floats=values)
 
     def attribute(self, name: str, kind: ir.AttributeType) -> ir.Value:
         """Value of the node's own attribute: int64 without dimensions for an integer, 1-D for a list of integers."""

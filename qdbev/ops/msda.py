@@ -2,7 +2,7 @@
 
     here       PyTorch; can be trained, runs on any device, and is the reference for all other implementations
     CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
-    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/msda.py)
+    ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/attention.py)
     TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
 
 The softmax over the logits and the sum of reference points and offsets are part of the operator. Source: Deformable DETR
