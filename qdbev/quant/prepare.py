@@ -106,7 +106,7 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
     """Quantize exactly these groups, which are top-level children of `model`; the others run in float and keep their ranges.
 
-    A quantizer that layers of several groups share (sharing.py) is on if one of these groups is.
+    A quantizer that layers of several groups share (calibrate.py) is on if one of these groups is.
 
     Raises:
         ValueError: A group does not exist, or its layers have no range yet.
