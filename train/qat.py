@@ -22,9 +22,8 @@ from qdbev.detector import Detector
 from qdbev.facts import StudentFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
-from qdbev.quant.pack import round_floats_to_half
+from qdbev.quant.pack import pack, paper_bytes, round_floats_to_half
 from qdbev.quant.prepare import describe, table
-from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from train.calibration import calibrated_student
@@ -80,7 +79,7 @@ def train(
         facts = run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
     round_floats_to_half(student)
     if world.is_main:
-        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": len(pack(student))}
         facts = dataclasses.replace(facts, image_hw=frames.padded_hw, **sizes)
         student_run.save(student.cpu(), config, facts)
 

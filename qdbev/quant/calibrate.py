@@ -21,8 +21,6 @@ from qdbev.quant.quantizer import Quantizer
 def calibrate(model: nn.Module, run: Callable[[], object], method: CalibrationMethod) -> None:
     """Give every quantizer of `model` its range and switch all of them on; layers that read the same tensor share a quantizer afterwards.
 
-    Both come from one run over the frames: the histograms of all activations, and the record of which layer reads which tensor.
-
     Args:
         model: A prepared model in eval mode, so that dropout does not widen the ranges.
         run: Runs the calibration frames through `model`; called once, with all quantizers off.

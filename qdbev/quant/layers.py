@@ -3,33 +3,13 @@
 A quantized layer keeps the name, the parameters and the state-dict keys of the float layer; only the quantizers are added.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev.quant.config import Bits, RangeMode
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.quantizer import Quantizer
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """Quantization settings of one layer."""
-
-    bits: Bits
-    range_mode: RangeMode = "step"
-    per_channel: bool = True
-    """True gives each channel of the weight a step of its own; False gives the whole weight one step."""
-
-    def activation(self) -> Quantizer:
-        """A new quantizer for an input of the layer."""
-        return Quantizer(self.bits.activation, range_mode=self.range_mode)
-
-    def weight(self, weight: Tensor) -> Quantizer:
-        """A new quantizer for the weight (C, ...), on the same device."""
-        num_steps = weight.shape[0] if self.per_channel else 1
-        return Quantizer(self.bits.weight, weight_steps=num_steps, range_mode=self.range_mode).to(weight.device)
 
 
 class _InputAndWeight(nn.Module):
@@ -41,12 +21,13 @@ class _InputAndWeight(nn.Module):
     """Arguments of the float layer's constructor that it keeps as attributes."""
 
     @classmethod
-    def from_float(cls, source: nn.Conv2d | nn.Linear, spec: LayerSpec) -> Self:
+    def from_float(cls, source: nn.Conv2d | nn.Linear, bits: Bits, policy: QuantConfig) -> Self:
         """Quantized layer that uses the parameters of `source`."""
         layer = cls(**{name: getattr(source, name) for name in cls.arguments}, bias=source.bias is not None, device="meta")
         layer.weight, layer.bias = source.weight, source.bias
-        layer.input_quantizer = spec.activation().to(source.weight.device)
-        layer.weight_quantizer = spec.weight(source.weight)
+        device, num_steps = source.weight.device, len(source.weight) if policy.per_channel else 1
+        layer.input_quantizer = Quantizer(bits.activation, range_mode=policy.range_mode).to(device)
+        layer.weight_quantizer = Quantizer(bits.weight, weight_steps=num_steps, range_mode=policy.range_mode).to(device)
         return layer.train(source.training)
 
 
@@ -74,7 +55,7 @@ class QuantEmbedding(nn.Module):
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, spec: LayerSpec) -> Self:
+    def from_float(cls, embedding: nn.Embedding, bits: Bits, policy: QuantConfig) -> Self:
         """Quantized table that uses the parameter of `embedding`.
 
         Raises:
@@ -84,7 +65,8 @@ class QuantEmbedding(nn.Module):
             raise ValueError(f"{embedding} has padding_idx or max_norm, which cannot be quantized; add its name to quant.float_layers")
         layer = cls()
         layer._parameters["weight"] = embedding.weight  # register_parameter refuses the name of a property
-        layer.weight_quantizer = spec.weight(embedding.weight)
+        quantizer = Quantizer(bits.weight, weight_steps=embedding.num_embeddings, range_mode=policy.range_mode)
+        layer.weight_quantizer = quantizer.to(embedding.weight.device)
         return layer.train(embedding.training)
 
     @property
@@ -111,11 +93,11 @@ class QuantOp(nn.Module):
         self.input_quantizers = nn.ModuleList(input_quantizers)
 
     @classmethod
-    def from_float(cls, op: nn.Module, spec: LayerSpec) -> Self:
+    def from_float(cls, op: nn.Module, bits: Bits, policy: QuantConfig) -> Self:
         """Wrapper around `op` itself, not a copy."""
         device = next((p.device for p in op.parameters()), None)
-        layer = cls(op, [spec.activation().to(device) for _ in op.quantized_inputs])
-        return layer.train(op.training)
+        quantizers = [Quantizer(bits.activation, range_mode=policy.range_mode).to(device) for _ in op.quantized_inputs]
+        return cls(op, quantizers).train(op.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the op does; the quantized arguments must be positional."""
