@@ -41,7 +41,7 @@ def measure(teacher: Detector, config: Config, target: torch.device, steps: int)
         "qat": (copy.deepcopy(student), StageLoss(None, config, world)),
         "distill": (student, StageLoss(teacher.to(target), config, world)),
     }
-    learners = {name: Learner.of(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
+    learners = {name: Learner(model.requires_grad_(True), config.train, target) for name, (model, _) in kinds.items()}
     runs = {
         name: Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=loss)
         for name, (_, loss) in kinds.items()
