@@ -105,10 +105,10 @@ def save(rows: Sequence[TensorDifference], out: Path) -> None:
 def _calibrated(model: Detector, config: Config) -> Detector:
     from qdbev.quant.calibrate import calibrate  # imports pytorch-quantization, which a float network does not need
     from qdbev.restore import quantized
-    from train.calibration import calibration_run
+    from train.calibration import run_sequences
 
     student = quantized(config, model)
-    calibrate(student, calibration_run(student, config, [noise(config, _IMAGE_HW)]), config.quant.calibration)
+    calibrate(student, lambda: run_sequences(student, config, [noise(config, _IMAGE_HW)]), config.quant.calibration)
     return student
 
 

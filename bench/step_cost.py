@@ -38,7 +38,7 @@ def measure(teacher: Detector, config: Config, target: torch.device) -> dict[str
     models = {"float": copy.deepcopy(teacher), "qat": copy.deepcopy(student), "distill": student}
     learners, runs = {}, {}
     for name, model in models.items():
-        learners[name] = Learner.of(model.requires_grad_(True), config.train, target)
+        learners[name] = Learner(model.requires_grad_(True), config.train, target)
         loss = StageLoss(teacher.to(target) if name == "distill" else None, config, world)
         runs[name] = Run(config=config, schedule=config.train, folder=Path(), name=name, device=target, world=world, loss=loss)
     seconds: dict[str, list[float]] = {name: [] for name in models}

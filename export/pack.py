@@ -21,8 +21,7 @@ from qdbev.data.noise_frames import noise_frames
 from qdbev.detector import Deployed, Detector, run_stream
 from qdbev.facts import PackedFacts
 from qdbev.quant.bops import bops, costs, float_bops
-from qdbev.quant.pack import pack
-from qdbev.quant.size import packed_parts, paper_bytes
+from qdbev.quant.pack import pack, packed_parts, paper_bytes
 from qdbev.restore import PACKED, restore
 from qdbev.schema import Frame
 

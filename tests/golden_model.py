@@ -16,7 +16,7 @@ from qdbev.detectors.bevformer.official import KEYS
 from qdbev.nn.state_dict import load_official
 from qdbev.recipes import RECIPES
 from qdbev.schema import Batch
-from train.loop import history_state
+from train.stage_loss import history_state
 
 ATOL = 1e-4
 """Largest difference from the official values. A float64 run of the official code differs from its float32 run by up to 1e-5."""

@@ -22,7 +22,7 @@ from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.detectors.bevformer.temporal import BEVFormerStream, Memory
 from qdbev.ops.rotate import rotate_bev
 from qdbev.schema import Frame
-from train.loop import history_state
+from train.stage_loss import history_state
 
 BEV = np.ones((1, 4, 2), np.float32)
 STREAM = BEVFormerStream(BEVFormerConfig())

@@ -22,8 +22,7 @@ from qdbev.detectors.bevformer.model import BEVFormer
 from qdbev.facts import StudentFacts, TeacherFacts
 from qdbev.quant.calibrate import calibrate
 from qdbev.quant.layers import QuantEmbedding, quant_layers
-from qdbev.quant.pack import round_floats_to_half
-from qdbev.quant.size import packed_parts
+from qdbev.quant.pack import packed_parts, round_floats_to_half
 from qdbev.recipes import at_bits
 from qdbev.restore import quantized, restore
 

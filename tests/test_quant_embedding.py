@@ -41,10 +41,10 @@ def calibrated(rules: QuantConfig) -> Net:
 
 def test_tables_have_their_own_bits_and_the_first_matching_pattern_decides():
     rows = {row.name: row for row in describe(calibrated(policy()))}
-    assert rows["encoder"][1:] == ("Embedding", 4, None, True, True)
-    assert rows["decoder"][1:] == ("Embedding", 4, None, True, True)
+    assert rows["encoder"][1:] == ("Embedding", 4, None, "on")
+    assert rows["decoder"][1:] == ("Embedding", 4, None, "on")
     rows = {row.name: row for row in describe(calibrated(policy(float_layers=("encoder",), edge_layers=("decoder",), embedding_bits=3)))}
-    assert rows["encoder"][1:] == ("Embedding", None, None, False, False)
+    assert rows["encoder"][1:] == ("Embedding", None, None, "float")
     assert rows["decoder"].weight_bits == 8
     plain = prepare(Net(), policy(embedding_bits=None))
     assert type(plain.encoder) is nn.Embedding

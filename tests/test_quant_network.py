@@ -165,14 +165,14 @@ def test_leaves_are_swapped_by_type_and_keep_their_parameters() -> None:
 def test_the_table_tells_what_runs_how() -> None:
     rows = {row.name: row for row in describe(quantized(W4A6, float_layers=("neck",)))}
     assert rows.keys() == LEAVES
-    assert rows["decoder.0"][1:] == ("Linear", 4, 6, True, True)
-    assert rows["head"][1:] == ("Linear", 8, 8, True, True)
-    assert rows["neck"][1:] == ("Conv2d", None, None, False, False)
-    assert rows["encoder.scores"][1:] == ("Matmul", None, 6, True, True)
+    assert rows["decoder.0"][1:] == ("Linear", 4, 6, "on")
+    assert rows["head"][1:] == ("Linear", 8, 8, "on")
+    assert rows["neck"][1:] == ("Conv2d", None, None, "float")
+    assert rows["encoder.scores"][1:] == ("Matmul", None, 6, "on")
     lines = table(list(rows.values())).splitlines()
     assert lines[0].split() == ["layer", "kind", "W", "A", "state"]
     assert ["neck", "Conv2d", "-", "-", "float"] in [line.split() for line in lines]
-    assert {row.calibrated for row in describe(prepare(folded(), policy(W4A6)))} == {False}
+    assert {row.state for row in describe(prepare(folded(), policy(W4A6)))} == {"not calibrated"}
 
 
 @pytest.mark.parametrize("field", ["float_layers", "edge_layers"])

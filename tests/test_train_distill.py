@@ -103,8 +103,6 @@ def test_every_form_is_its_equation(temperature):
     for form in FORMS:
         distillation = distillation_loss(student, teacher, visible, replace(config, form=form), TRAIN)
         assert distillation.features.item() == pytest.approx(expected[form], rel=RTOL, abs=ATOL), form
-        assert distillation.image.mean().item() == pytest.approx(expected["image"], rel=RTOL)
-        assert distillation.bev.item() == pytest.approx(expected["bev"], rel=RTOL, abs=ATOL)
         assert distillation.head == 0
 
 
@@ -113,19 +111,10 @@ def test_a_detector_without_a_bev_learns_from_images_and_every_other_form_is_ref
     without = (student._replace(bev=None), teacher._replace(bev=None), None)
     found = distillation_loss(*without, DistillConfig(form="image", head=1.0), TRAIN)
     expected = distillation_loss(student, teacher, some_visibility(), DistillConfig(form="image", head=1.0), TRAIN)
-    assert (found.features, found.head, found.bev) == (expected.features, expected.head, 0)
+    assert found == expected
     for form in ("bev", "product", "guided"):
         with pytest.raises(ConfigError, match=f"quant.distill.form is '{form}', which needs BEV features; .* choose 'image'"):
             distillation_loss(*without, DistillConfig(form=form), TRAIN)
-
-
-def test_each_camera_is_logged_in_its_place():
-    teacher, visible = output(), some_visibility()
-    student = copied(teacher)
-    student.image_features[1].data[:, 2] += torch.randn(B, C, *LEVELS[1])
-    image = distillation_loss(student, teacher, visible, DistillConfig(), TRAIN).image
-    assert image[2] > 0.01
-    torch.testing.assert_close(image[:2], torch.zeros(2), atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("config", ALL_FORMS, ids=lambda config: config.form)

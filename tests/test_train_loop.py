@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_networks import TRAINED
-from small_trainings import CPU
+from small_trainings import CPU, interrupted_after
 
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
@@ -23,7 +23,8 @@ from train import loop
 from train.criterion import detection_loss
 from train.distributed import World
 from train.grid_mask import grid_mask
-from train.loop import DivergenceError, Run
+from train.loop import Run
+from train.stability import DivergenceError
 from train.teacher import main, train
 
 SETTINGS = {**TRAINED, "train.epochs": "2", "train.warmup_steps": "2", "train.grid_mask": "0.5", "model.dropout": "0.1"}
@@ -38,22 +39,11 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "float.log.jsonl").read_text().splitlines()]
 
 
-def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path, monkeypatch):
+def test_a_resumed_run_continues_bit_for_bit(tiny_world, tmp_path):
     config = small(tiny_world)
     whole = train(config, tmp_path / "whole", CPU, World(), resume=False)
-
-    real_step, calls = loop.train_step, iter(range(100))
-
-    def killed(*args):
-        if next(calls) == 5:
-            raise KeyboardInterrupt
-        return real_step(*args)
-
-    monkeypatch.setattr(loop, "train_step", killed)
-    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(5):
         train(config, tmp_path / "parts", CPU, World(), resume=False)
-    monkeypatch.undo()
     parts = train(config, tmp_path / "parts", CPU, World(), resume=True)
 
     assert [line["loss"] for line in log(tmp_path / "whole")] == [line["loss"] for line in log(tmp_path / "parts")]

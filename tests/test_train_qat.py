@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
-from small_trainings import CPU, quantize
+from small_trainings import CPU, interrupted_after, quantize
 
 from qdbev import artifact, detectors
 from qdbev.artifact import ArtifactError
@@ -16,7 +16,7 @@ from qdbev.frames import open_frames
 from qdbev.quant.pack import round_floats_to_half
 from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
-from train import calibration, loop
+from train import calibration
 from train import teacher as float_training
 from train.distributed import World
 
@@ -59,7 +59,7 @@ def test_calibration_runs_first_and_later_frames(teacher):
     model = restore(teacher)[1]
     seen = []
     model.encoder.register_forward_pre_hook(lambda module, args: seen.append(bool(args[5])))
-    calibration.calibration_run(model, config, calibration.frame_pairs(frames, 4))()
+    calibration.run_sequences(model, config, calibration.frame_pairs(frames, 4))
     assert seen == [False, True, False, True]
 
 
@@ -73,7 +73,7 @@ def test_a_four_bit_student_is_smaller_and_its_file_counts_both_ways(teacher, tm
     assert sizes["w4a6"].paper_bytes == sizes["w8a8"].paper_bytes / 2
 
 
-def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path, monkeypatch):
+def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for_bit(teacher, tmp_path):
     config = config_of(teacher, "w4a6")
     quantize(teacher, tmp_path / "whole.pt", config)
     start = calibration.calibrated_student(restore(teacher)[1], config, open_frames(config, "train", training=True), CPU).state_dict()
@@ -82,18 +82,8 @@ def test_quantization_aware_training_moves_weights_and_steps_and_resumes_bit_for
     assert any(name.endswith("log_step") for name in moved)
     assert "backbone.conv1.weight" in moved
 
-    real_step, calls = loop.train_step, iter(range(100))
-
-    def killed(*args):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return real_step(*args)
-
-    monkeypatch.setattr(loop, "train_step", killed)
-    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(2):
         quantize(teacher, tmp_path / "parts.pt", config)
-    monkeypatch.undo()
     quantize(teacher, tmp_path / "parts.pt", config, resume=True)
     logs = [
         [json.loads(line)["loss"] for line in (tmp_path / f"{name}.stage1.log.jsonl").read_text().splitlines()]

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from small_networks import settings
-from small_trainings import CPU
+from small_trainings import CPU, untrained_teacher
 
 from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import Config, override, to_dict
+from qdbev.config import Config, override
 from qdbev.data.dataset import FrameDataset
 from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Bits, LayerBits
@@ -75,8 +75,7 @@ def test_the_choice_costs_no_more_than_the_uniform_policy_and_increases_the_loss
 def test_the_command_writes_a_file_that_training_takes(config, tmp_path, monkeypatch):
     monkeypatch.setattr(sensitivity, "WIDTHS", (3, 8))
     monkeypatch.setattr(sensitivity, "NUM_QUEUES", 1)
-    weights = untrained(config).state_dict()
-    artifact.save_checkpoint(tmp_path / "t.pt", config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
+    untrained_teacher(config, tmp_path / "t.pt")
     out = tmp_path / "widths.json"
     sensitivity.main(["--teacher", str(tmp_path / "t.pt"), "--bits", "w4a6", "--budget", "size", "--out", str(out), "--device", "cpu"])
     widths = sensitivity.read_widths(out)

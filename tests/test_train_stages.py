@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
-from small_trainings import CPU, quantize
+from small_trainings import CPU, interrupted_after, quantize, untrained_teacher
 
-from bench.untrained import untrained
 from qdbev import artifact
-from qdbev.config import Config, override, to_dict
+from qdbev.config import Config, override
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.recipes import progressive
-from qdbev.facts import TeacherFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
@@ -24,8 +22,7 @@ from qdbev.recipes import RECIPES, at_bits
 from qdbev.restore import restore
 from qdbev.settings import ConfigError
 from train import calibration, loop, stability, stages
-from train.loop import DivergenceError
-from train.stability import QuantizerMonitor
+from train.stability import DivergenceError, QuantizerMonitor
 
 PLAN = (*progressive((0.25, 0.25, 0.5, 0.25), 1e-3), Stage(epochs=0.5, learning_rate=1e-3, distill=True))
 
@@ -38,10 +35,7 @@ def config(tiny_world: Path) -> Config:
 
 @pytest.fixture
 def teacher(config: Config, tmp_path: Path) -> Path:
-    path = tmp_path / "teacher.pt"
-    weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
-    return path
+    return untrained_teacher(config, tmp_path / "teacher.pt")
 
 
 def log(folder: Path, name: str, stage: int) -> list[dict]:
@@ -90,21 +84,11 @@ def test_each_stage_quantizes_its_groups_and_only_the_last_distills(config, teac
     assert all(quantizer.enabled for _, layer in quant_layers(student) for quantizer in quantizers(layer))
 
 
-@pytest.mark.parametrize("calls_before", [0, 3, 6])
-def test_an_interrupted_run_goes_on_in_its_stage_bit_for_bit(config, teacher, tmp_path, monkeypatch, calls_before):
+@pytest.mark.parametrize("num_steps", [0, 3, 6])
+def test_an_interrupted_run_goes_on_in_its_stage_bit_for_bit(config, teacher, tmp_path, num_steps):
     quantize(teacher, tmp_path / "whole.pt", config)
-    real, calls = loop.train_step, iter(range(100))
-
-    def killed(*args):
-        if next(calls) == calls_before:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(loop, "train_step", killed)
-    monkeypatch.setattr(loop, "SAVE_EVERY_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(num_steps):
         quantize(teacher, tmp_path / "parts.pt", config)
-    monkeypatch.undo()
     quantize(teacher, tmp_path / "parts.pt", config, resume=True)
     whole, parts = (artifact.load_checkpoint(tmp_path / f"{name}.pt", "student")[1] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
@@ -126,10 +110,10 @@ def test_a_fresh_run_forgets_the_states_of_an_earlier_one(config, teacher, tmp_p
 def test_an_error_and_a_rising_loss_name_the_quantizers_that_became_unstable_first(config, teacher, caplog):
     frames = open_frames(config, "train", training=True)
     student = calibration.calibrated_student(restore(teacher)[1], config, frames, CPU)
-    run = calibration.calibration_run(student, config, list(calibration.frame_pairs(frames, 2)))
+    pairs = list(calibration.frame_pairs(frames, 2))
     monitor = QuantizerMonitor(student)
     with monitor.collect(0):
-        run()
+        calibration.run_sequences(student, config, pairs)
     assert monitor.summary() == "no quantizer was unstable at the last check"
     facts = monitor.log(0, 1.0)
     assert 0 <= facts["clipped_share"] < stability.MAX_CLIPPED
@@ -140,7 +124,7 @@ def test_an_error_and_a_rising_loss_name_the_quantizers_that_became_unstable_fir
         quantizer.log_step.sub_(4.0)
     assert monitor.log(1, 1.0) == {}, "quantizers are checked only every so many steps"
     with monitor.collect(stability.CHECK_EVERY):
-        run()
+        calibration.run_sequences(student, config, pairs)
     facts = monitor.log(stability.CHECK_EVERY, 1.0)
     assert facts["step_drift_quantizer"] == facts["clipped_quantizer"] == name
     assert facts["step_drift_octaves"] == pytest.approx(4 / 0.6931, rel=1e-3)

@@ -6,15 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from small_networks import settings
-from small_trainings import quantize
+from small_trainings import quantize, untrained_teacher
 
-from bench.untrained import untrained
 from qdbev import artifact
 from qdbev.artifact import ArtifactError
-from qdbev.config import Config, override, to_dict
+from qdbev.config import Config, override
 from qdbev.detectors.bevformer.config import BEVFormerConfig
 from qdbev.detectors.bevformer.recipes import progressive
-from qdbev.facts import TeacherFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.layers import quant_layers, quantizers
 from qdbev.recipes import RECIPES, at_bits
@@ -36,10 +34,7 @@ def config(tiny_world: Path) -> Config:
 
 @pytest.fixture
 def teacher(config: Config, tmp_path: Path) -> Path:
-    path = tmp_path / "teacher.pt"
-    weights = untrained(config).state_dict()
-    artifact.save_checkpoint(path, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
-    return path
+    return untrained_teacher(config, tmp_path / "teacher.pt")
 
 
 def test_a_student_that_starts_from_another_sees_the_samples_that_come_next(config, teacher, tmp_path, monkeypatch):
@@ -67,9 +62,7 @@ def test_a_start_of_another_teacher_another_policy_or_another_kind_is_refused(co
     wide = dataclasses.replace(plain, quant=dataclasses.replace(plain.quant, range_mode="clip", per_channel=False))
     with pytest.raises(ArtifactError, match=r"start.pt has another policy \(differs in quant.range_mode, quant.per_channel\)"):
         quantize(teacher, tmp_path / "s.pt", wide, start=tmp_path / "start.pt")
-    other = tmp_path / "other.pt"
-    weights = untrained(dataclasses.replace(config, seed=1)).state_dict()
-    artifact.save_checkpoint(other, config=to_dict(config), weights=weights, parent=None, facts=TeacherFacts())
+    other = untrained_teacher(dataclasses.replace(config, seed=1), tmp_path / "other.pt")
     with pytest.raises(ArtifactError, match="start.pt was made from .* not from .*other.pt"):
         quantize(other, tmp_path / "s.pt", plain, start=tmp_path / "start.pt")
     with pytest.raises(ArtifactError, match="teacher.pt is a teacher file, a student is needed here"):

@@ -4,7 +4,7 @@ Pairs of successive frames are taken from the whole split, because consecutive f
 pair reads the state of the first, because the ranges of temporal attention depend on it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -22,20 +22,16 @@ def calibrated_student(teacher: Detector, config: Config, frames: FrameDataset, 
     """Insert quantizers into `teacher`, in place, and calibrate them on frames of `frames`; returns the student on `device`."""
     student = quantized(config, teacher).to(device)
     pairs = frame_pairs(frames, config.quant.calibration_samples)
-    calibrate(student, calibration_run(student, config, pairs), config.quant.calibration)
+    calibrate(student, lambda: run_sequences(student, config, pairs), config.quant.calibration)
     return student
 
 
-def calibration_run(student: Detector, config: Config, sequences: Iterable[Iterable[Frame]]) -> Callable[[], None]:
-    """Return a function that runs `student` over sequences of successive frames; each sequence starts without a history."""
-
-    def run() -> None:
-        stream, deployed = detectors.stream(config.model), Deployed(student)
-        for sequence in sequences:
-            for _ in run_stream(stream, deployed.run, sequence):
-                pass
-
-    return run
+def run_sequences(student: Detector, config: Config, sequences: Iterable[Iterable[Frame]]) -> None:
+    """Run `student` over sequences of successive frames, as in deployment; each sequence starts without a history."""
+    stream, deployed = detectors.stream(config.model), Deployed(student)
+    for sequence in sequences:
+        for _ in run_stream(stream, deployed.run, sequence):
+            pass
 
 
 def frame_pairs(frames: FrameDataset, num_frames: int) -> Iterator[tuple[Frame, Frame]]:

@@ -17,23 +17,26 @@ from train.matcher import ALPHA, match
 
 
 class Losses(NamedTuple):
-    """Weighted detection losses: `cls` and `box` (layers,), one entry for each decoder layer, and their sum `total` ()."""
+    """Weighted losses: `total` (), which is minimised, is the sum of `cls` and `box` (decoder layers,) and of `distill` ().
+
+    `distill` is zero where nothing is distilled.
+    """
 
     total: Tensor
     cls: Tensor
     box: Tensor
+    distill: Tensor
 
 
 def detection_loss(
     output: Output, boxes: list[Tensor], labels: list[Tensor], config: TrainConfig, world_mean: Callable[[float], float] = lambda n: n
 ) -> Losses:
-    """Compute the losses of one batch. They are not finite where predictions are not; upstream replaces such a loss by zero.
+    """Compute the detection losses of one batch. They are not finite where predictions are not; upstream replaces such a loss by zero.
 
     Args:
         boxes: For each sample (G, 9), gravity-centre boxes as in `schema.Frame`.
         labels: For each sample (G,).
-        world_mean: Returns the mean of a number over all training processes. The number of objects is averaged, because DDP averages
-            gradients.
+        world_mean: Returns the mean of a number over all training processes, for the number of objects: DDP averages gradients.
     """
     codes = [encode(sample) for sample in boxes]
     weights = output.box_code.new_tensor(config.code_weights)
@@ -44,7 +47,8 @@ def detection_loss(
         cls.append(config.cls_weight * cls_sum / num_objects)
         box.append(config.box_weight * box_sum / num_objects)
     cls_losses, box_losses = torch.stack(cls), torch.stack(box)
-    return Losses(cls_losses.sum() + box_losses.sum(), cls_losses, box_losses)
+    total = cls_losses.sum() + box_losses.sum()
+    return Losses(total, cls_losses, box_losses, torch.zeros_like(total))
 
 
 def _layer_sums(

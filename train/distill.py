@@ -19,16 +19,10 @@ from qdbev.settings import ConfigError
 
 
 class Distillation(NamedTuple):
-    """Distances of the student from the teacher in one batch.
-
-    `features` and `head` are differentiable scalars, which `Balance` weights. `image` (N,) is the mean divergence of each camera and
-    `bev` () that of the BEV; both are detached and only logged.
-    """
+    """Distances of the student from the teacher in one batch: differentiable scalars, which `Balance` weights."""
 
     features: Tensor
     head: Tensor
-    image: Tensor
-    bev: Tensor
 
 
 def distillation_loss(student: Output, teacher: Output, visible: Tensor | None, config: DistillConfig, train: TrainConfig) -> Distillation:
@@ -46,45 +40,43 @@ def distillation_loss(student: Output, teacher: Output, visible: Tensor | None, 
     image_learns = config.form in ("image", "product")
     cameras = torch.stack(
         [
-            channel_divergence(ours if image_learns else ours.detach(), theirs, 2, config).mean((-2, -1))
+            channel_divergence(ours if image_learns else ours.detach(), theirs, config).mean((-2, -1))
             for ours, theirs in zip(student.image_features, teacher.image_features, strict=True)
         ]
     ).mean(0)  # (B, N)
-    if student.bev is None or teacher.bev is None or visible is None:
-        if config.form != "image":
-            raise ConfigError(f"quant.distill.form is {config.form!r}, which needs BEV features; this detector has none: choose 'image'")
-        cells, features = cameras.new_zeros(()), cameras.mean()
+    if config.form == "image":
+        features = cameras.mean()
+    elif student.bev is None or teacher.bev is None or visible is None:
+        raise ConfigError(f"quant.distill.form is {config.form!r}, which needs BEV features; this detector has none: choose 'image'")
     else:
-        cells = channel_divergence(student.bev, teacher.bev, 2, config)  # (B, K)
-        features = _feature_loss(cameras, cells, visible, config)
+        cells = channel_divergence(student.bev, teacher.bev, config)  # (B, K)
+        features = _bev_loss(cameras, cells, visible, config)
     head = head_divergence(student, teacher, train) if config.head else torch.zeros_like(features)
-    return Distillation(features, head, cameras.detach().mean(0), cells.detach().mean())
+    return Distillation(features, head)
 
 
-def channel_divergence(student: Tensor, teacher: Tensor, channels: int, config: DistillConfig) -> Tensor:
+def channel_divergence(student: Tensor, teacher: Tensor, config: DistillConfig) -> Tensor:
     """Compute the divergence of the student at each location: tau^2 / C times the sum over channels of p log(p / q) - p + q.
 
     p and q are the softmax over channels of the teacher's and the student's features, divided by the temperature tau. The terms -p + q
     sum to zero over channels; with them each single term has its minimum at q = p, however the locations are weighted.
 
     Args:
-        student: Features of any shape with C channels in dimension `channels`.
+        student: (B, N, C, h, w) or (B, K, C) features.
         teacher: Features of the same shape; they get no gradient.
 
     Returns:
         float32 of the shape of `student` without the channels. Its mean over an image is the paper's L_img, its mean over a BEV L_bev.
     """
-    log_q = (student.float() / config.temperature).log_softmax(channels)
-    log_p = (teacher.detach().float() / config.temperature).log_softmax(channels)
+    log_q = (student.float() / config.temperature).log_softmax(2)
+    log_p = (teacher.detach().float() / config.temperature).log_softmax(2)
     p = log_p.exp()
     terms = p * (log_p - log_q) - p + log_q.exp()
-    return terms.sum(channels) * (config.temperature**2 / student.shape[channels])
+    return terms.sum(2) * (config.temperature**2 / student.shape[2])
 
 
-def _feature_loss(cameras: Tensor, cells: Tensor, visible: Tensor, config: DistillConfig) -> Tensor:
+def _bev_loss(cameras: Tensor, cells: Tensor, visible: Tensor, config: DistillConfig) -> Tensor:
     """Combine the divergences of cameras (B, N) and BEV cells (B, K) to the scalar loss of the form that `config` selects."""
-    if config.form == "image":
-        return cameras.mean()
     if config.form == "bev":
         return cells.mean()
     camera_map = (cameras[..., None] * visible).sum(1)  # (B, K)
@@ -134,6 +126,7 @@ class Balance:
         self.config = config
         self.world_mean = world_mean
         self.scales: dict[str, float] = {}
+        """Factor of each loss that was not zero so far; a resumed run needs them."""
 
     def __call__(self, distillation: Distillation, detection: Tensor) -> Tensor:
         """Return the weighted sum of `features` and `head`; the detection loss is used only as a scale, without gradient."""
@@ -143,21 +136,7 @@ class Balance:
             ("head", distillation.head, self.config.head),
         ):
             if weight:
-                added = added + self._scale(name, part, weight, detection) * part
+                if name not in self.scales and (size := abs(self.world_mean(part.item()))):
+                    self.scales[name] = weight * self.world_mean(detection.item()) / size
+                added = added + self.scales.get(name, 0.0) * part
         return added
-
-    def _scale(self, name: str, part: Tensor, weight: float, detection: Tensor) -> float:
-        if name not in self.scales:
-            size = abs(self.world_mean(part.item()))
-            if size == 0:
-                return 0.0
-            self.scales[name] = weight * self.world_mean(detection.item()) / size
-        return self.scales[name]
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the scale of each loss that has one."""
-        return dict(self.scales)
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load scales that `state_dict` returned."""
-        self.scales = dict(state)

@@ -23,8 +23,6 @@ def grid_mask(images: Tensor, probability: float, rng: np.random.Generator) -> T
 
 def _stripes(size: int, period: int, kept: int, offset: int) -> np.ndarray:
     """Return (size,) bool, true for `kept` of every `period` positions; cut from the middle of a canvas of 1.5 times the size."""
-    canvas = int(1.5 * size)
-    position = np.arange(canvas) - offset
-    inside = (position >= 0) & (position % period < kept)
-    start = (canvas - size) // 2
-    return inside[start : start + size]
+    start = (int(1.5 * size) - size) // 2
+    position = np.arange(start, start + size) - offset
+    return (position >= 0) & (position % period < kept)

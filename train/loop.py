@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,53 +22,21 @@ from qdbev.artifact import ArtifactError
 from qdbev.config import Config, TrainConfig, from_dict, to_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset, start_worker
-from qdbev.detector import Detector, Output, State
+from qdbev.detector import Detector
 from qdbev.facts import TrainingFacts
 from qdbev.schema import Batch
+from train.criterion import Losses
 from train.distributed import World
 from train.grid_mask import grid_mask
-from train.optimizer import build_optimizer, learning_rate, set_learning_rate
-from train.stability import QuantizerMonitor
+from train.optimizer import build_optimizer, learning_rate
+from train.stability import DivergenceError, QuantizerMonitor
+from train.stage_loss import StageLoss, history_state
 
 SAVE_EVERY_SECONDS = 120.0
 """Longest time in seconds between two saved states, which are also saved after each epoch: a killed run loses no more work than this."""
 
 _FREE_DATA_SETTINGS = ("root", "stored_hw", "workers")
 """Settings of the data that may change between a saved state and its continuation, because a training's numbers do not depend on them."""
-
-
-class StepLosses(NamedTuple):
-    """Losses of one training step, all weighted.
-
-    total: () the value that is minimised, the sum of the others.
-    cls, box: (decoder layers,) each.
-    distill: () zero where nothing is distilled.
-    """
-
-    total: Tensor
-    cls: Tensor
-    box: Tensor
-    distill: Tensor
-
-
-class Loss(Protocol):
-    """The loss of a training. It may have a state of its own, which a resumed run loads."""
-
-    def __call__(self, output: Output, batch: Batch, history: list[Batch]) -> StepLosses:
-        """Compute the losses of the network's `output` for `batch`; `history` are the frames before, oldest first."""
-        ...
-
-    def state_dict(self) -> dict[str, float]:
-        """Return the state to save."""
-        ...
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load a state that `state_dict` returned."""
-        ...
-
-
-class DivergenceError(FloatingPointError, ValueError):
-    """Raised when the loss or a gradient is no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +53,14 @@ class Run:
     device: torch.device
     world: World
     """All training processes."""
-    loss: Loss
+    loss: StageLoss
     title: str = "training"
     """Text before the progress bar."""
     resume: bool = False
     """Continue from the saved state."""
     first_step: int = 0
     """Number of steps of earlier stages. Samples and masks continue from there; the learning rate starts anew."""
-    keep: Callable[[Detector, int], None] | None = None
+    keep: Callable[[Detector, int], None] = lambda model, step: None
     """Called with the model and the number of finished steps after every step, and once before the first."""
 
     @property
@@ -100,27 +68,18 @@ class Run:
         """Path of the state from which `--resume` continues."""
         return self.folder / f"{self.name}.state.pt"
 
-    @property
-    def log_path(self) -> Path:
-        """Path of the log, which has one JSON line for each step."""
-        return self.folder / f"{self.name}.log.jsonl"
 
-
-@dataclass
 class Learner:
-    """Model and optimizer of a training. With many processes `ddp_model` is DistributedDataParallel around `model`, else `model` itself."""
+    """Optimizer and gradient scaler around `model`, which is moved to `device` and set to training mode.
 
-    model: Detector
-    ddp_model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    With many processes `ddp_model` is DistributedDataParallel around `model`, else `model` itself.
+    """
 
-    @classmethod
-    def of(cls, model: Detector, schedule: TrainConfig, device: torch.device) -> Self:
-        """Build a learner around `model`, which is moved to `device` and set to training mode."""
-        model.to(device).train()
-        amp = schedule.amp and device.type == "cuda"
-        return cls(model, model, build_optimizer(model, schedule), torch.amp.GradScaler(device.type, enabled=amp))
+    def __init__(self, model: Detector, schedule: TrainConfig, device: torch.device) -> None:
+        self.model = model.to(device).train()
+        self.ddp_model: nn.Module = self.model
+        self.optimizer = build_optimizer(model, schedule)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=schedule.amp and device.type == "cuda")
 
 
 class Fitted(NamedTuple):
@@ -142,28 +101,33 @@ def fit(model: Detector, frames: FrameDataset, run: Run) -> Fitted:
     """
     _check_batch_size(run, len(frames))
     steps_per_epoch, num_steps = len(frames) // run.schedule.batch_size, total_steps(run.schedule, len(frames))
-    learner = Learner.of(model, run.schedule, run.device)
+    learner = Learner(model, run.schedule, run.device)
     monitor = QuantizerMonitor(model)
     step, last_loss = _resume(learner, run) if run.resume else (0, math.nan)
     if run.world.size > 1:
         learner.ddp_model = DistributedDataParallel(model, broadcast_buffers=False)
     begin = saved = time.monotonic()
     if step == 0:
-        _keep(run, model, step)
-    with _log(run, step) as log, _progress_bar(run, step, num_steps) as bar:
+        run.keep(model, step)
+    bar = tqdm(total=num_steps, initial=step, desc=run.title, unit="step", disable=not run.world.is_main)
+    with _log(run, step) as log, bar:
         for history, current in batches(frames, run, step, num_steps):
-            set_learning_rate(learner.optimizer, rate := learning_rate(run.schedule, step, steps_per_epoch))
-            losses, norm = _monitored_step(monitor, learner, history, current, run, step)
+            rate = learning_rate(run.schedule, step, steps_per_epoch)
+            for group in learner.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            with monitor.collect(step):
+                losses, norm = train_step(learner, history, current, run, step)
             step += 1
             means = {name: run.world.mean(part.sum().item()) for name, part in losses._asdict().items()}
             last_loss = means.pop("total")
             log(step=step, loss=last_loss, **means, grad_norm=norm, learning_rate=rate, **monitor.log(step - 1, last_loss))
             bar.set_postfix(loss=f"{last_loss:.3f}", refresh=False)
             bar.update()
-            if step == num_steps or step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS:
+            due = step == num_steps or step % steps_per_epoch == 0 or time.monotonic() - saved > SAVE_EVERY_SECONDS
+            if due and run.world.is_main:
                 _save(learner, run, step, last_loss)
                 saved = time.monotonic()
-            _keep(run, model, step)
+            run.keep(model, step)
     return Fitted(step, run.schedule.epochs, round(time.monotonic() - begin, 1), last_loss)
 
 
@@ -175,12 +139,7 @@ def _check_batch_size(run: Run, num_samples: int) -> None:
         raise ValueError(f"{num_samples} training samples are fewer than train.batch_size {size}; choose a smaller batch")
 
 
-def _keep(run: Run, model: Detector, step: int) -> None:
-    if run.keep is not None:
-        run.keep(model, step)
-
-
-def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[StepLosses, float]:
+def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run, step: int) -> tuple[Losses, float]:
     """Do one optimizer step; returns the losses (detached) and the gradient norm before clipping.
 
     Raises:
@@ -194,46 +153,24 @@ def train_step(learner: Learner, history: list[Batch], current: Batch, run: Run,
         output, _ = learner.ddp_model(current, state)
     full = output._replace(cls_logits=output.cls_logits.float(), box_code=output.box_code.float())
     losses = run.loss(full, current, history)
-    if not losses.total.isfinite():
-        raise DivergenceError(
-            f"loss is {losses.total.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
-            "lower train.learning_rate, and continue with --resume"
-        )
+    _require_finite("loss", losses.total, step, current)
     learner.optimizer.zero_grad(set_to_none=True)
     scaler.scale(losses.total).backward()
     scaler.unscale_(learner.optimizer)
     norm = nn.utils.clip_grad_norm_(learner.model.parameters(), run.schedule.max_grad_norm)
-    if not (norm.isfinite() or scaler.is_enabled()):
-        raise DivergenceError(
-            f"gradient norm is {norm.item()} at step {step + 1}, samples {', '.join(current.tokens)}; look at these samples, "
-            "lower train.learning_rate, and continue with --resume"
-        )
+    if not scaler.is_enabled():
+        _require_finite("gradient norm", norm, step, current)
     scaler.step(learner.optimizer)
     scaler.update()
-    return StepLosses(*(part.detach() for part in losses)), norm.item()
+    return Losses(*(part.detach() for part in losses)), norm.item()
 
 
-def _monitored_step(
-    monitor: QuantizerMonitor, learner: Learner, history: list[Batch], current: Batch, run: Run, step: int
-) -> tuple[StepLosses, float]:
-    """Do a `train_step` under the monitor; a failure's message names the quantizers that became unstable first."""
-    try:
-        with monitor.collect(step):
-            return train_step(learner, history, current, run, step)
-    except DivergenceError as error:
-        raise DivergenceError(f"{error}; {monitor.summary()}") from error
-
-
-@torch.no_grad()
-def history_state(model: Detector, history: list[Batch]) -> State:
-    """Compute the state after the frames of `history`, in evaluation mode as upstream; None without history."""
-    was_training = model.training
-    model.eval()
-    state: State = None
-    for batch in history:
-        state = model.advance(batch, state)
-    model.train(was_training)
-    return state
+def _require_finite(what: str, value: Tensor, step: int, batch: Batch) -> None:
+    if not value.isfinite():
+        raise DivergenceError(
+            f"{what} is {value.item()} at step {step + 1}, samples {', '.join(batch.tokens)}; look at these samples, "
+            "lower train.learning_rate, and continue with --resume"
+        )
 
 
 def total_steps(schedule: TrainConfig, num_samples: int) -> int:
@@ -290,19 +227,17 @@ def _resume(learner: Learner, run: Run) -> tuple[int, float]:
     learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    run.loss.load_state_dict(state["balance"])
+    run.loss.balance.scales = state["balance"]
     return state["step"], state["loss"]
 
 
 def _save(learner: Learner, run: Run, step: int, last_loss: float) -> None:
-    if not run.world.is_main:
-        return
     state = {
         "step": step,
         "optimizer": learner.optimizer.state_dict(),
         "scaler": learner.scaler.state_dict(),
         "rng": torch.get_rng_state(),
-        "balance": run.loss.state_dict(),
+        "balance": run.loss.balance.scales,
         "loss": last_loss,
     }
     artifact.save_checkpoint(
@@ -339,12 +274,9 @@ def _log(run: Run, first_step: int) -> Iterator[Callable[..., None]]:
     if not run.world.is_main:
         yield lambda **values: None
         return
+    path = run.folder / f"{run.name}.log.jsonl"
     run.folder.mkdir(parents=True, exist_ok=True)
-    kept = run.log_path.read_text().splitlines()[:first_step] if first_step and run.log_path.exists() else []
-    with run.log_path.open("w") as file:
+    kept = path.read_text().splitlines()[:first_step] if first_step and path.exists() else []
+    with path.open("w") as file:
         file.writelines(line + "\n" for line in kept)
         yield lambda **values: (file.write(json.dumps(values) + "\n"), file.flush())
-
-
-def _progress_bar(run: Run, first_step: int, num_steps: int) -> tqdm:
-    return tqdm(total=num_steps, initial=first_step, desc=run.title, unit="step", disable=not run.world.is_main)

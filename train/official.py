@@ -19,7 +19,7 @@ from qdbev.command import add_settings, entry_point
 from qdbev.config import override, to_dict
 from qdbev.data.image_transform import image_transform
 from qdbev.facts import TeacherFacts
-from qdbev.nn.state_dict import Differences, OfficialKeys, backbone_prefix, load_official, read_state_dict
+from qdbev.nn.state_dict import OfficialKeys, backbone_prefix, load_official, read_state_dict
 from qdbev.recipes import RECIPES
 
 
@@ -62,7 +62,8 @@ def fitting_recipe(state_dict: Mapping[str, Tensor]) -> str:
         ValueError: No recipe's model has them. The message names the recipes that can start from the file's backbone, or else the nearest
             recipe and its differences.
     """
-    differences = {name: _differences(state_dict, name) for name in RECIPES}
+    official = {name: _keys_and_shapes(name) for name in RECIPES}
+    differences = {name: keys.differences(state_dict, shapes) for name, (keys, shapes) in official.items()}
     nearest = min(differences, key=lambda name: len(differences[name]))
     if not differences[nearest]:
         return nearest
@@ -77,7 +78,7 @@ def initialisation(state_dict: Mapping[str, Tensor]) -> str | None:
     Returns:
         The kind of ResNet, and the recipes that can start from it; None for all other files.
     """
-    heads = tuple(sorted({_keys(name).head for name in RECIPES}))
+    heads = tuple(sorted({detectors.official_keys(recipe().model).head for recipe in RECIPES.values()}))
     prefix = backbone_prefix(state_dict)
     if prefix is None or any(key.startswith(heads) for key in state_dict):
         return None
@@ -92,19 +93,12 @@ def initialisation(state_dict: Mapping[str, Tensor]) -> str | None:
 
 
 @functools.cache
-def _keys(recipe: str) -> OfficialKeys:
-    return detectors.official_keys(RECIPES[recipe]().model)
-
-
-@functools.cache
-def _shapes(recipe: str) -> dict[str, torch.Size]:
-    """Return the shapes of an official checkpoint of the recipe, by official key."""
+def _keys_and_shapes(recipe: str) -> tuple[OfficialKeys, dict[str, torch.Size]]:
+    """Return the official keys of the recipe's network, and the shapes of its official checkpoint by key."""
+    config = RECIPES[recipe]().model
+    keys = detectors.official_keys(config)
     with torch.device("meta"):
-        return _keys(recipe).shapes(detectors.build(RECIPES[recipe]().model).state_dict())
-
-
-def _differences(state_dict: Mapping[str, Tensor], recipe: str) -> Differences:
-    return _keys(recipe).differences(state_dict, _shapes(recipe))
+        return keys, keys.shapes(detectors.build(config).state_dict())
 
 
 @entry_point

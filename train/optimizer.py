@@ -5,7 +5,7 @@ Source: projects/configs/bevformer/bevformer_tiny.py at 66b65f3 with the hooks o
 
 import math
 
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from qdbev.config import TrainConfig
 from qdbev.detector import BACKBONE, Detector
@@ -39,9 +39,3 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     if step < config.warmup_steps:
         rate *= 1 - (1 - step / config.warmup_steps) * (1 - config.warmup_start)
     return rate
-
-
-def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group to `rate` times the group's factor."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]

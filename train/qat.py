@@ -1,8 +1,8 @@
 """Quantizes a float teacher: `python -m train.qat --teacher runs/demo/teacher.pt --bits w4a6 --student runs/demo/w4a6.pt`.
 
-Batch norm is folded, quantizers are inserted as the policy says and calibrated on frames that run as in deployment, and the student is
-trained with fake quantization. With `--start` the training continues from an existing student instead, for example when several forms of
-distillation share the stages before the last one. Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
+Batch norm is folded, quantizers are inserted as the policy says and calibrated, and the student is trained with fake quantization. With
+`--start` the training continues from an existing student, for example when several forms of distillation share all stages but the last.
+Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 """
 
 import argparse
@@ -19,12 +19,10 @@ from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, entry_point, parse_device
 from qdbev.config import Config, from_dict, override
 from qdbev.detector import Detector
-from qdbev.facts import StudentFacts
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
-from qdbev.quant.pack import round_floats_to_half
+from qdbev.quant.pack import pack, paper_bytes, round_floats_to_half
 from qdbev.quant.prepare import describe, table
-from qdbev.quant.size import packed_bytes, paper_bytes
 from qdbev.recipes import at_bits
 from qdbev.restore import restore
 from train.calibration import calibrated_student
@@ -39,11 +37,6 @@ class Teacher(NamedTuple):
     path: Path
     seal: Seal
     model: Detector
-
-    @classmethod
-    def open(cls, path: Path) -> "Teacher":
-        """Open a teacher. Raises ArtifactError if the file is missing, damaged, or no teacher."""
-        return cls(path, *restore(path, "teacher"))
 
 
 def train(
@@ -75,12 +68,10 @@ def train(
     if world.is_main:
         sys.stdout.write(table(describe(student)) + "\n")
     student_run = StudentRun(path=student_path, teacher=teacher.seal, resume=resume, first_step=steps, keep_every=keep_every)
-    facts = StudentFacts()
-    if config.quant.stages:
-        facts = run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
+    facts = run_stages(student, teacher.model.to(device), frames, config, student_run, device, world)
     round_floats_to_half(student)
     if world.is_main:
-        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": packed_bytes(student)}
+        sizes = {"paper_bytes": paper_bytes(student, config.quant.bits.weight), "packed_bytes": len(pack(student))}
         facts = dataclasses.replace(facts, image_hw=frames.transform.padded_hw, **sizes)
         student_run.save(student.cpu(), config, facts)
 
@@ -111,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     add_device(parser)
     args = parser.parse_args(argv)
     artifact.require_target(args.student, args.teacher, args.start)
-    teacher = Teacher.open(args.teacher)
+    teacher = Teacher(args.teacher, *restore(args.teacher, "teacher"))
     config = override(at_bits(from_dict(teacher.seal.config), args.bits), args.settings)
     if args.widths:
         config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))

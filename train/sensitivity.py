@@ -9,13 +9,14 @@ signal-to-noise ratio of the BEV features, and the distance of the detections fr
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from qdbev.detector import Detector, Output
 from qdbev.frames import open_frames
 from qdbev.quant.bops import costs
 from qdbev.quant.config import Bits, LayerBits
-from qdbev.quant.layers import WeightLayer, quant_layers, quantizers, weight_of
+from qdbev.quant.layers import WeightLayer, activation_quantizers, quant_layers, weight_of
 from qdbev.quant.prepare import bits_of
 from qdbev.quant.quantizer import Quantizer
 from qdbev.recipes import at_bits
@@ -40,24 +41,21 @@ from qdbev.schema import Batch
 from train.bit_allocation import Option, allocate_bits
 from train.calibration import calibrated_student
 from train.distill import head_divergence
-from train.loop import history_state, to_device
+from train.loop import to_device
+from train.stage_loss import history_state
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bit widths that are measured."""
 NUM_QUEUES = 8
 """Number of queues of frames, spread over the training split, on which everything is measured."""
 
-
 _RENAMED = {"harm": "loss_increase"}
 """Fields of `Sensitivity` that files of earlier versions call otherwise, from the old name to the new one."""
 
 
 class Sensitivity(NamedTuple):
-    """Effect of quantizing one part of one layer alone, at one bit width.
+    """Effect of quantizing one part of one layer, "weight" or "activation", alone and at one bit width.
 
-    layer: Name of the layer.
-    part: "weight" or "activation".
-    bits: Bit width.
     bev_snr: Signal-to-noise ratio of the BEV features in decibels.
     loss_increase: Distance of the detections from those of the float model, in units of the detection loss.
     """
@@ -77,10 +75,11 @@ def measure(teacher: Detector, config: Config, frames: FrameDataset, device: tor
     rows = []
     for width in tqdm(WIDTHS, desc="widths", unit="width", disable=None):
         student = calibrated_student(copy.deepcopy(teacher), _uniform(config, width), frames, device)
-        for _, layer in quant_layers(student):
-            for quantizer in quantizers(layer):
+        parts = list(_parts(student))
+        for _, _, group in parts:
+            for quantizer in group:
                 quantizer.disable_quant()
-        for name, part, group in tqdm(list(_parts(student)), desc=f"{width} bits", unit="quantizer", leave=False, disable=None):
+        for name, part, group in tqdm(parts, desc=f"{width} bits", unit="quantizer", leave=False, disable=None):
             for quantizer in group:
                 quantizer.enable_quant()
             output = _forward(student, *queue)
@@ -94,22 +93,18 @@ def measure(teacher: Detector, config: Config, frames: FrameDataset, device: tor
 def choose(
     rows: list[Sensitivity], teacher: Detector, config: Config, frames: FrameDataset, budget: str, device: torch.device
 ) -> dict[str, int]:
-    """Choose the bits of each layer's weight so that together they cost no more than those of the policy in `config`.
+    """Choose the bits of each layer's weight, by layer name, so that together they cost no more than those of the policy in `config`.
 
     Args:
         budget: Unit of the cost: bytes of the weights (`size`) or bit operations of one frame (`bops`).
-
-    Returns:
-        Bits of each weight, by layer name.
     """
     student = calibrated_student(copy.deepcopy(teacher), config, frames, device)
     weights = {name: layer for name, layer in quant_layers(student) if isinstance(layer, WeightLayer)}
     unit = {name: float(weight_of(layer).numel()) / 8 for name, layer in weights.items()}
     if budget == "bops":
-        queue = _queues(frames, device)
-        found = costs(student, lambda: _forward(student, [], queue[1]))
+        _, current = _queues(frames, device)
         unit = dict.fromkeys(weights, 0.0)
-        for cost in found:
+        for cost in costs(student, lambda: _forward(student, [], current)):
             if cost.name in unit:
                 unit[cost.name] += float(cost.macs * cost.activation_bits)
     options = {
@@ -127,11 +122,9 @@ def layer_bits(chosen: dict[str, int], config: Config) -> tuple[LayerBits, ...]:
 
 def read_widths(path: Path) -> tuple[LayerBits, ...]:
     """Read the policy from a file that this command wrote. Raises ValueError if the file is missing or is no such file."""
-    try:
+    with _refused_as_no_file_of_widths(path):
         found = json.loads(path.read_text())["layer_bits"]
         return tuple(LayerBits(layers=entry["layers"], bits=Bits(**entry["bits"])) for entry in found)
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
 
 
 def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
@@ -140,33 +133,36 @@ def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
     Raises:
         ValueError: The file is missing, is no such file, or was measured with another teacher.
     """
-    try:
+    with _refused_as_no_file_of_widths(path):
         content = json.loads(path.read_text())
         rows = [Sensitivity(**{_RENAMED.get(name, name): value for name, value in row.items()}) for row in content["rows"]]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
     if content.get("teacher") != teacher.sha256:
         raise ValueError(f"{path} was measured with another teacher than {teacher.sha256[:12]}; measure anew, without --measured")
     return rows
 
 
+@contextlib.contextmanager
+def _refused_as_no_file_of_widths(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
+
+
 def _uniform(config: Config, width: int) -> Config:
     """Return a config whose policy quantizes the same layers as `config`, all of them at one bit width."""
     bits = Bits(weight=width, activation=width)
-    policy = dataclasses.replace(config.quant, bits=bits, group_bits=(), edge=bits, layer_bits=())
-    if policy.embedding_bits is not None:
-        policy = dataclasses.replace(policy, embedding_bits=width)
+    embedding_bits = None if config.quant.embedding_bits is None else width
+    policy = dataclasses.replace(config.quant, bits=bits, group_bits=(), edge=bits, layer_bits=(), embedding_bits=embedding_bits)
     return dataclasses.replace(config, quant=policy)
 
 
 def _parts(student: Detector) -> Iterator[tuple[str, str, list[Quantizer]]]:
     """Yield layer name, part ("weight" or "activation") and the quantizers that are measured together."""
     for name, layer in quant_layers(student):
-        weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
-        inputs = [quantizer for quantizer in quantizers(layer) if quantizer not in weight]
-        if weight:
-            yield name, "weight", weight
-        if inputs:
+        if isinstance(layer, WeightLayer):
+            yield name, "weight", [layer.weight_quantizer]
+        if inputs := activation_quantizers(layer):
             yield name, "activation", inputs
 
 
@@ -192,20 +188,6 @@ def _snr(noisy: torch.Tensor, clean: torch.Tensor) -> float:
     return float(10 * torch.log10(clean.double().square().sum() / noise))
 
 
-def _content(
-    rows: list[Sensitivity], chosen: dict[str, int], policy: tuple[LayerBits, ...], config: Config, budget: str, teacher: Seal
-) -> dict[str, Any]:
-    return {
-        "budget": budget,
-        "recipe": config.name,
-        "teacher": teacher.sha256,
-        "layer_bits": [dataclasses.asdict(entry) for entry in policy],
-        "chosen": chosen,
-        "rows": [row._asdict() for row in rows],
-        "made": artifact.provenance(),
-    }
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Measure the sensitivity of every layer and choose bit widths within a budget."""
@@ -224,7 +206,15 @@ def main(argv: list[str] | None = None) -> None:
     frames = open_frames(config, config.data.train_split)
     rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, device)
     chosen = choose(rows, teacher, config, frames, args.budget, device)
-    content = _content(rows, chosen, layer_bits(chosen, config), config, args.budget, seal)
+    content = {
+        "budget": args.budget,
+        "recipe": config.name,
+        "teacher": seal.sha256,
+        "layer_bits": [dataclasses.asdict(entry) for entry in layer_bits(chosen, config)],
+        "chosen": chosen,
+        "rows": [row._asdict() for row in rows],
+        "made": artifact.provenance(),
+    }
     with artifact.atomic(args.out) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     for name, bits in chosen.items():

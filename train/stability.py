@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,12 +31,16 @@ _NUM_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
+class DivergenceError(FloatingPointError, ValueError):
+    """Raised when the loss or a gradient is no longer finite."""
+
+
 class QuantizerMonitor:
     """Monitors the enabled quantizers of a model through one stage of training, at whose beginning it must be made."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer) and module.enabled}
-        self._start = {name: quantizer.log_step.detach().clone() for name, quantizer in self._quantizers.items() if quantizer.learn}
+        self._names = {module: name for name, module in model.named_modules() if isinstance(module, Quantizer) and module.enabled}
+        self._start = {quantizer: quantizer.log_step.detach().clone() for quantizer in self._names if quantizer.learn}
         self._clipped: dict[str, float] = {}
         self._unstable: dict[str, str] = {}
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -45,16 +49,19 @@ class QuantizerMonitor:
 
     @contextlib.contextmanager
     def collect(self, step: int) -> Iterator[None]:
-        """Run a training step inside this context; every `CHECK_EVERY` steps it counts the clipped values of all activations."""
-        hooks = []
-        if step % CHECK_EVERY == 0:
-            activations = {name: quantizer for name, quantizer in self._quantizers.items() if quantizer.axis is None}
-            hooks = [quantizer.register_forward_pre_hook(self._count_clipped(name)) for name, quantizer in activations.items()]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        """Run a training step inside this context; every `CHECK_EVERY` steps it counts the clipped values of all activations.
+
+        Raises:
+            DivergenceError: The step raised it; the message also names the quantizers that became unstable first.
+        """
+        with contextlib.ExitStack() as hooks:
+            for quantizer in self._names:
+                if step % CHECK_EVERY == 0 and quantizer.axis is None:
+                    hooks.enter_context(quantizer.register_forward_pre_hook(self._count_clipped))
+            try:
+                yield
+            except DivergenceError as error:
+                raise DivergenceError(f"{error}; {self.summary()}") from error
 
     def log(self, step: int, loss: float) -> dict[str, Any]:
         """Return the values to log after a step that ran inside `collect`; warns once when the loss rises.
@@ -63,23 +70,20 @@ class QuantizerMonitor:
             Every `CHECK_EVERY` steps, `step_drift_octaves` and `clipped_share` of the worst quantizer, each with the quantizer's name.
         """
         self._check_loss(step, loss)
-        if step % CHECK_EVERY or not self._quantizers:
+        if step % CHECK_EVERY:
             return {}
-        drift = {name: self._octaves(name, start) for name, start in self._start.items()}
-        for name, octaves in drift.items():
-            if octaves >= MAX_DRIFT:
-                self._unstable.setdefault(name, f"{name} (step {step + 1}: quantization step changed by {octaves:.1f} octaves)")
-        for name, share in self._clipped.items():
-            if share >= MAX_CLIPPED:
-                self._unstable.setdefault(name, f"{name} (step {step + 1}: {share:.0%} of the values outside the range)")
+        drift = {self._names[q]: float((q.log_step.detach() - start).abs().mean() / math.log(2)) for q, start in self._start.items()}
         found: dict[str, Any] = {}
-        for kind, name_of, values in (
-            ("step_drift_octaves", "step_drift_quantizer", drift),
-            ("clipped_share", "clipped_quantizer", self._clipped),
+        for kind, unit, values, limit, effect in (
+            ("step_drift", "octaves", drift, MAX_DRIFT, "quantization step changed by {:.1f} octaves"),
+            ("clipped", "share", self._clipped, MAX_CLIPPED, "{:.0%} of the values outside the range"),
         ):
+            for name, value in values.items():
+                if value >= limit:
+                    self._unstable.setdefault(name, f"{name} (step {step + 1}: {effect.format(value)})")
             if values:
                 worst = max(values, key=values.__getitem__)
-                found |= {kind: values[worst], name_of: worst}
+                found |= {f"{kind}_{unit}": values[worst], f"{kind}_quantizer": worst}
         return found
 
     def summary(self) -> str:
@@ -102,15 +106,9 @@ class QuantizerMonitor:
                 *(WINDOW, mean, step + 1, mean / self._lowest, self.summary()),
             )
 
-    def _octaves(self, name: str, start: Tensor) -> float:
-        """Return the mean change of a quantizer's learned steps since the stage began, in octaves (factors of two)."""
-        return float((self._quantizers[name].log_step.detach() - start).abs().mean() / math.log(2))
-
-    def _count_clipped(self, name: str) -> Callable[[Quantizer, tuple[Tensor, ...]], None]:
-        def count(quantizer: Quantizer, args: tuple[Tensor, ...]) -> None:
-            with torch.no_grad():
-                x, step = args[0].float(), quantizer.step(args[0])
-                qmin, qmax = quantizer.qrange
-                self._clipped[name] = float(((x < (qmin - 0.5) * step) | (x > (qmax + 0.5) * step)).float().mean())
-
-        return count
+    @torch.no_grad()
+    def _count_clipped(self, quantizer: Quantizer, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of a quantizer of an activation."""
+        x, step = args[0].float(), quantizer.step(args[0])
+        qmin, qmax = quantizer.qrange
+        self._clipped[self._names[quantizer]] = float(((x < (qmin - 0.5) * step) | (x > (qmax + 0.5) * step)).float().mean())

@@ -19,7 +19,7 @@ from qdbev.facts import StudentFacts
 from qdbev.quant.config import Stage
 from qdbev.quant.prepare import enable
 from train.distributed import World
-from train.loop import Fitted, Run, fit, total_steps
+from train.loop import Run, fit, total_steps
 from train.stage_loss import StageLoss
 
 
@@ -56,7 +56,7 @@ def run_stages(
         teacher: Float model on `device`, from which stages with `distill` learn.
 
     Returns:
-        Facts for the student's seal: the number of all its training steps (`steps`) and the last loss (`final_loss`).
+        Facts for the student's seal: the number of all its training steps (`steps`) and the last loss (`final_loss`); none without stages.
 
     Raises:
         ArtifactError: The state to resume from belongs to another run.
@@ -68,13 +68,13 @@ def run_stages(
     if not student_run.resume and world.is_main:
         for run in runs:
             run.state_path.unlink(missing_ok=True)
-    fitted: Fitted | None = None
+    facts = StudentFacts()
     for stage, run in list(zip(config.quant.stages, runs, strict=True))[begin:]:
         student.requires_grad_(True)  # before `enable`, which turns off the gradients of disabled quantizers
         enable(student, student.groups if stage.groups is None else stage.groups)
         fitted = fit(student, frames, dataclasses.replace(run, resume=student_run.resume and run.state_path.is_file()))
-    assert fitted is not None, "a config without stages has nothing to train"
-    return StudentFacts(steps=runs[-1].first_step + fitted.steps, final_loss=fitted.final_loss)
+        facts = StudentFacts(steps=run.first_step + fitted.steps, final_loss=fitted.final_loss)
+    return facts
 
 
 def schedule_of(stage: Stage, train: TrainConfig) -> TrainConfig:
@@ -84,40 +84,34 @@ def schedule_of(stage: Stage, train: TrainConfig) -> TrainConfig:
 
 def _runs(config: Config, num_samples: int, teacher: Detector, student_run: StudentRun, device: torch.device, world: World) -> list[Run]:
     runs, first_step, name = [], student_run.first_step, student_run.path.stem
-    for index, stage in enumerate(config.quant.stages):
-        schedule = schedule_of(stage, config.train)
-        steps_per_epoch, num_steps = num_samples // schedule.batch_size, total_steps(schedule, num_samples)
-        runs.append(
-            Run(
-                config=config,
-                schedule=schedule,
-                folder=student_run.path.parent,
-                name=f"{name}.stage{index + 1}",
-                title=f"{name}, stage {index + 1} of {len(config.quant.stages)}",
-                device=device,
-                world=world,
-                loss=StageLoss(teacher if stage.distill else None, config, world),
-                first_step=first_step,
-                keep=_keeper(student_run, config, index + 1, first_step, num_steps, steps_per_epoch) if world.is_main else None,
-            )
+    for number, stage in enumerate(config.quant.stages, 1):
+        run = Run(
+            config=config,
+            schedule=schedule_of(stage, config.train),
+            folder=student_run.path.parent,
+            name=f"{name}.stage{number}",
+            title=f"{name}, stage {number} of {len(config.quant.stages)}",
+            device=device,
+            world=world,
+            loss=StageLoss(teacher if stage.distill else None, config, world),
+            first_step=first_step,
         )
-        first_step += num_steps
+        if student_run.keep_every is not None and world.is_main:
+            run = dataclasses.replace(run, keep=_keeper(student_run, run, number, num_samples))
+        runs.append(run)
+        first_step += total_steps(run.schedule, num_samples)
     return runs
 
 
-def _keeper(
-    student_run: StudentRun, config: Config, stage: int, first_step: int, num_steps: int, steps_per_epoch: int
-) -> Callable[[Detector, int], None] | None:
-    """Return the callback that keeps students of one stage, or None if none are kept."""
-    if student_run.keep_every is None:
-        return None
+def _keeper(student_run: StudentRun, run: Run, stage: int, num_samples: int) -> Callable[[Detector, int], None]:
+    """Return the callback that keeps students of one stage."""
+    steps_per_epoch, num_steps = num_samples // run.schedule.batch_size, total_steps(run.schedule, num_samples)
     every = max(round(student_run.keep_every * steps_per_epoch), 1)
 
     def keep(model: Detector, step: int) -> None:
         if step % every == 0 or step == num_steps:
-            done = first_step + step
-            student_run.save(
-                model, config, StudentFacts(stage=stage, steps=done, epochs=done / steps_per_epoch), f".stage{stage}.step{step}"
-            )
+            done = run.first_step + step
+            facts = StudentFacts(stage=stage, steps=done, epochs=done / steps_per_epoch)
+            student_run.save(model, run.config, facts, f".stage{stage}.step{step}")
 
     return keep

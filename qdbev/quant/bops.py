@@ -6,13 +6,13 @@ float, is not counted, and neither are norms, softmax and sums, which are few in
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qdbev.quant.layers import QuantConv2d, QuantLinear, QuantOp, quant_layers
-from qdbev.quant.quantizer import Quantizer
+from qdbev.quant.layers import QuantLayer, QuantOp, quant_layers, quantizers
 
 FLOAT_BITS = 32
 """Bits of a float value."""
@@ -37,21 +37,16 @@ class Cost(NamedTuple):
 def costs(model: nn.Module, run: Callable[[], object]) -> list[Cost]:
     """Costs of all layers of a float or quantized model, in the order in which `run`, which computes one frame, runs them."""
     found: list[Cost] = []
-    hooks = []
     wrapped = {layer.op for _, layer in quant_layers(model) if isinstance(layer, QuantOp)}
-    for name, module in model.named_modules():
-        if module not in wrapped and _counts(module):
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if module not in wrapped and _counts(module):
 
-            def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-                found.append(Cost(name, _macs(layer, args, output), *_bits(layer)))
+                def record(layer: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+                    found.append(Cost(name, _macs(layer, args, output), *_bits(layer)))
 
-            hooks.append(module.register_forward_hook(record))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+                hooks.enter_context(module.register_forward_hook(record))
+        run()
     return found
 
 
@@ -73,19 +68,12 @@ def _counts(module: nn.Module) -> bool:
 
 
 def _macs(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> int:
-    if isinstance(layer, nn.Conv2d | nn.Linear):
-        return output.numel() * layer.weight[0].numel()
-    return output.numel() * args[0].shape[-1]
+    return output.numel() * (layer.weight[0].numel() if isinstance(layer, nn.Conv2d | nn.Linear) else args[0].shape[-1])
 
 
 def _bits(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, QuantOp):
-        first, second = layer.input_quantizers
-        return _width(first), _width(second)
-    if isinstance(layer, QuantConv2d | QuantLinear):
-        return _width(layer.weight_quantizer), _width(layer.input_quantizer)
-    return FLOAT_BITS, FLOAT_BITS
-
-
-def _width(quantizer: Quantizer) -> int:
-    return quantizer.num_bits if quantizer.enabled else FLOAT_BITS
+    """Bits of the weight, or of the first factor of a product, and of the activation."""
+    if not isinstance(layer, QuantLayer):
+        return FLOAT_BITS, FLOAT_BITS
+    activation, weight = (quantizer.num_bits if quantizer.enabled else FLOAT_BITS for quantizer in quantizers(layer))
+    return weight, activation

@@ -83,24 +83,22 @@ class RangeCalibrator:
 @torch.no_grad()
 def weight_amax(rows: Tensor, method: CalibrationMethod, qmax: int) -> Tensor:
     """(G,) end of the range of each row of (G, N) weights, for a quantizer with integers from -qmax to qmax."""
-    amax = row_amax(rows)
     match method:
         case "max":
-            return amax
+            return row_amax(rows)
         case "mse":
-            return amax * _least_squared_shrink(rows.detach().float(), amax, qmax)
+            return _least_squared_error(rows.detach().float(), qmax)
         case _:
             assert_never(method)
 
 
-def _least_squared_shrink(rows: Tensor, amax: Tensor, qmax: int) -> Tensor:
-    """(G,) share of `amax` (G,) at which the weights (G, N) have the smallest squared error."""
-    best = torch.ones_like(amax)
-    least = torch.full_like(amax, float("inf"))
+def _least_squared_error(rows: Tensor, qmax: int) -> Tensor:
+    amax = row_amax(rows)
+    best, least = torch.ones_like(amax), torch.full_like(amax, float("inf"))
     for part in range(NUM_WEIGHT_RANGES, 0, -1):
         shrink = part / NUM_WEIGHT_RANGES
         step = (amax * shrink / qmax).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         loss = (fake_quantize(rows, step, -qmax, qmax) - rows).square_().sum(1)  # (G,)
         best = torch.where(loss < least, shrink, best)
         least = torch.minimum(loss, least)
-    return best
+    return amax * best

@@ -43,20 +43,18 @@ class LayerBits:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """View-guided distillation (QD-BEV, arXiv:2308.10515, section 4) and the other forms it is compared with; train/distill.py has the
-    equations."""
+    """View-guided distillation (QD-BEV, arXiv:2308.10515, section 4) and the forms it is compared with, as in docs/distillation.md."""
 
     form: Literal["image", "bev", "product", "guided"] = "product"
     """Divergence between teacher and student that training minimises. image: of the features of each camera. bev: of the features of each
     BEV cell. product: the paper's product of both, summed over cameras and cells. guided: of the BEV cells, each weighted by the image
-    divergence of the cameras that see it (docs/distillation.md)."""
+    divergence of the cameras that see it."""
     temperature: float = 1.0
     """Temperature of the softmax over channels."""
     weight: float = 0.5
-    """Weight of the feature-distillation loss, relative to the detection loss: at the first step the loss is scaled, once, to its weight
-    times the detection loss."""
+    """Weight of the feature-distillation loss: at the first step the loss is scaled, once, to this weight times the detection loss."""
     head: float = 0.0
-    """Weight of the divergence between the outputs of the two heads, query by query; relative to the detection loss as `weight` is."""
+    """Weight of the divergence between the outputs of the two heads, query by query, in the same unit as `weight`."""
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, f"distill.temperature is {self.temperature}, must be positive")

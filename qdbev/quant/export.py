@@ -35,12 +35,9 @@ def exporting(model: nn.Module) -> Iterator[nn.Module]:
 def _set_constants(layer: nn.Module) -> None:
     """Replace the weight of `layer` by its quantized values, and the steps of its enabled quantizers by constants."""
     for quantizer in quantizers(layer):
-        if not quantizer.enabled:
-            continue
-        if quantizer.axis is None:
-            quantizer.export_step = float(quantizer.step())
-            continue
-        weight = weight_of(layer)
-        step = quantizer.step(weight).flatten()
-        weight.data = quantizer(weight)
-        quantizer.export_step = (step, torch.zeros_like(step, dtype=torch.int32)) if len(step) > 1 else float(step)
+        if quantizer.enabled:
+            weight = None if quantizer.axis is None else weight_of(layer)
+            step = quantizer.step(weight).flatten()
+            if weight is not None:
+                weight.data = quantizer(weight)
+            quantizer.export_step = (step, torch.zeros_like(step, dtype=torch.int32)) if len(step) > 1 else float(step)

@@ -3,65 +3,47 @@
 A quantized layer keeps the name, the parameters and the state-dict keys of the float layer; only the quantizers are added.
 """
 
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdbev.quant.config import Bits, RangeMode
+from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.quantizer import Quantizer
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """Quantization settings of one layer."""
-
-    bits: Bits
-    range_mode: RangeMode = "step"
-    per_channel: bool = True
-    """True gives each channel of the weight a step of its own; False gives the whole weight one step."""
-
-    def activation(self) -> Quantizer:
-        """A new quantizer for an input of the layer."""
-        return Quantizer(self.bits.activation, range_mode=self.range_mode)
-
-    def weight(self, weight: Tensor) -> Quantizer:
-        """A new quantizer for the weight (C, ...), on the same device."""
-        num_steps = weight.shape[0] if self.per_channel else 1
-        return Quantizer(self.bits.weight, weight_steps=num_steps, range_mode=self.range_mode).to(weight.device)
-
-
-class QuantConv2d(nn.Conv2d):
-    """Convolution of a quantized input (one step) and a quantized weight (a step per output channel, or one); the bias stays float."""
+class _InputAndWeight(nn.Module):
+    """Quantizes the input (one step) and the weight (a step for each output channel, or one) of a layer, whose bias stays float."""
 
     input_quantizer: Quantizer
     weight_quantizer: Quantizer
+    arguments: ClassVar[tuple[str, ...]]
+    """Arguments of the float layer's constructor that it keeps as attributes."""
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, spec: LayerSpec) -> Self:
-        """Quantized layer that uses the parameters of `conv`."""
-        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        layer = cls(*shape, conv.bias is not None, conv.padding_mode, device="meta")
-        _take_over(layer, conv, spec)
-        return layer
+    def from_float(cls, source: nn.Conv2d | nn.Linear, bits: Bits, policy: QuantConfig) -> Self:
+        """Quantized layer that uses the parameters of `source`."""
+        layer = cls(**{name: getattr(source, name) for name in cls.arguments}, bias=source.bias is not None, device="meta")
+        layer.weight, layer.bias = source.weight, source.bias
+        device, num_steps = source.weight.device, len(source.weight) if policy.per_channel else 1
+        layer.input_quantizer = Quantizer(bits.activation, range_mode=policy.range_mode).to(device)
+        layer.weight_quantizer = Quantizer(bits.weight, weight_steps=num_steps, range_mode=policy.range_mode).to(device)
+        return layer.train(source.training)
+
+
+class QuantConv2d(_InputAndWeight, nn.Conv2d):
+    """Convolution of a quantized input and a quantized weight."""
+
+    arguments = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-class QuantLinear(nn.Linear):
-    """Linear layer of a quantized input (one step) and a quantized weight (a step per output, or one); the bias stays float."""
+class QuantLinear(_InputAndWeight, nn.Linear):
+    """Linear layer of a quantized input and a quantized weight."""
 
-    input_quantizer: Quantizer
-    weight_quantizer: Quantizer
-
-    @classmethod
-    def from_float(cls, linear: nn.Linear, spec: LayerSpec) -> Self:
-        """Quantized layer that uses the parameters of `linear`."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        _take_over(layer, linear, spec)
-        return layer
+    arguments = ("in_features", "out_features")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
@@ -73,7 +55,7 @@ class QuantEmbedding(nn.Module):
     weight_quantizer: Quantizer
 
     @classmethod
-    def from_float(cls, embedding: nn.Embedding, spec: LayerSpec) -> Self:
+    def from_float(cls, embedding: nn.Embedding, bits: Bits, policy: QuantConfig) -> Self:
         """Quantized table that uses the parameter of `embedding`.
 
         Raises:
@@ -83,7 +65,8 @@ class QuantEmbedding(nn.Module):
             raise ValueError(f"{embedding} has padding_idx or max_norm, which cannot be quantized; add its name to quant.float_layers")
         layer = cls()
         layer._parameters["weight"] = embedding.weight  # register_parameter refuses the name of a property
-        layer.weight_quantizer = spec.weight(embedding.weight)
+        quantizer = Quantizer(bits.weight, weight_steps=embedding.num_embeddings, range_mode=policy.range_mode)
+        layer.weight_quantizer = quantizer.to(embedding.weight.device)
         return layer.train(embedding.training)
 
     @property
@@ -110,11 +93,11 @@ class QuantOp(nn.Module):
         self.input_quantizers = nn.ModuleList(input_quantizers)
 
     @classmethod
-    def from_float(cls, op: nn.Module, spec: LayerSpec) -> Self:
+    def from_float(cls, op: nn.Module, bits: Bits, policy: QuantConfig) -> Self:
         """Wrapper around `op` itself, not a copy."""
         device = next((p.device for p in op.parameters()), None)
-        layer = cls(op, [spec.activation().to(device) for _ in op.quantized_inputs])
-        return layer.train(op.training)
+        quantizers = [Quantizer(bits.activation, range_mode=policy.range_mode).to(device) for _ in op.quantized_inputs]
+        return cls(op, quantizers).train(op.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Takes and returns what the op does; the quantized arguments must be positional."""
@@ -133,17 +116,14 @@ def quant_layers(model: nn.Module) -> list[tuple[str, QuantLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]
 
 
-def activation_quantizers(layer: QuantLayer) -> list[Quantizer]:
-    """Quantizers of the inputs of a layer; an embedding has none."""
-    if isinstance(layer, QuantOp):
-        return list(layer.input_quantizers)
-    return [] if isinstance(layer, QuantEmbedding) else [layer.input_quantizer]
-
-
 def quantizers(layer: QuantLayer) -> list[Quantizer]:
     """Input quantizers of a layer, then its weight quantizer where it has a weight."""
-    weight = [layer.weight_quantizer] if isinstance(layer, WeightLayer) else []
-    return activation_quantizers(layer) + weight
+    return [module for module in layer.modules() if isinstance(module, Quantizer)]
+
+
+def activation_quantizers(layer: QuantLayer) -> list[Quantizer]:
+    """Quantizers of the inputs of a layer; an embedding has none."""
+    return [quantizer for quantizer in quantizers(layer) if quantizer.axis is None]
 
 
 def weight_of(layer: WeightLayer) -> nn.Parameter:
@@ -154,11 +134,3 @@ def weight_of(layer: WeightLayer) -> nn.Parameter:
 def step_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every learned step, whether its quantizer is on or off. They need an optimizer group of their own, without weight decay."""
     return [module.log_step for module in model.modules() if isinstance(module, Quantizer) and module.learn]
-
-
-def _take_over(layer: QuantConv2d | QuantLinear, source: nn.Conv2d | nn.Linear, spec: LayerSpec) -> None:
-    """Give `layer` the parameters of `source` and new quantizers."""
-    layer.weight, layer.bias = source.weight, source.bias
-    layer.input_quantizer = spec.activation().to(source.weight.device)
-    layer.weight_quantizer = spec.weight(source.weight)
-    layer.train(source.training)

@@ -12,8 +12,10 @@ whole is compressed by zlib, which gains because the 4-bit values are not equall
 C channels of a weight; G steps of a quantizer, which is C or 1.
 """
 
+import io
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Literal
 
@@ -31,8 +33,10 @@ _VERSION = 1
 """Version of the layout; the first byte."""
 _NUM_FLAGS = 3
 """Flags of a quantizer (`Quantizer.get_extra_state`)."""
-_BYTE_STEPS, _FLOAT16, _BFLOAT16, _FLOAT32 = range(4)
-"""First byte of a float array: the format of its values."""
+_BYTE_STEPS = 0
+"""First byte of a float array whose values are stored like steps, in one byte each."""
+_FLOATS = {1: torch.float16, 2: torch.bfloat16, 3: torch.float32}
+"""First byte and type of the other float arrays, in the order in which they are tried."""
 _OCTAVES = 2 ** (8 - STEP_BITS + 1)
 """Number of exponents that the byte of a step can express, counted from the smallest in the array. The byte has three bits of mantissa (the
 leading one is not stored) and five bits of exponent."""
@@ -45,18 +49,20 @@ class PackError(ValueError):
 
 
 def pack(model: nn.Module) -> bytes:
-    """The packed form of a prepared model, compressed. Raises ValueError if the model has no quantizers."""
+    """The packed form of a prepared model, which is everything that its detections depend on except its config.
+
+    Raises:
+        ValueError: The model has no quantizers.
+    """
     return zlib.compress(b"".join(data for _, data in parts(model)), zlib.Z_BEST_COMPRESSION)
 
 
 @torch.no_grad()
 def unpack(data: bytes, model: nn.Module) -> None:
-    """Set the parameters, buffers and ranges of a prepared model in place.
+    """Set the parameters, buffers and ranges of `model`, prepared from the same config as the packed model, in place.
 
     Weights become multiples of their steps, and learned steps those that were in use, so that the forward is identical and training can
     continue.
-
-    `model` must be prepared from the same config as the packed model.
 
     Raises:
         PackError: `data` is damaged or belongs to another model or another version.
@@ -80,8 +86,8 @@ def unpack(data: bytes, model: nn.Module) -> None:
             _unpack_weight(reader, layer)
     for value in _floats(model):
         value.copy_(reader.floats(value.numel()).view_as(value))
-    if reader.left:
-        raise PackError(f"{reader.left} bytes are left over; the packed form belongs to another model")
+    if left := reader.read():
+        raise PackError(f"{len(left)} bytes are left over; the packed form belongs to another model")
 
 
 @torch.no_grad()
@@ -111,38 +117,46 @@ def parts(model: nn.Module) -> list[tuple[Part, bytes]]:
     return pieces + [("floats", _float_bytes(value)) for value in _floats(model)]
 
 
+def packed_parts(model: nn.Module) -> dict[Part, int]:
+    """Bytes of the packed form by kind of content, before compression; two 4-bit values take one byte."""
+    counts: Counter[Part] = Counter()
+    for part, data in parts(model):
+        counts[part] += len(data)
+    return dict(counts)
+
+
+def paper_bytes(model: nn.Module, weight_bits: int) -> float:
+    """Bytes of all parameters at `weight_bits` each, as the table of QD-BEV (arXiv:2308.10515) counts: with norms, biases and embeddings,
+    without quantization steps."""
+    steps = {id(p) for module in model.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in steps) * weight_bits / 8
+
+
 def _pack_weight(layer: WeightLayer) -> tuple[bytes, bytes]:
-    """Bytes of the steps and of the values; a layer that is switched off keeps float weights."""
+    """Bytes of the steps and of the values; a layer that is switched off keeps float weights.
+
+    The values are integers, counted from the smallest one of the quantizer, of `num_bits` bits without gaps.
+    """
     quantizer, weight = layer.weight_quantizer, weight_of(layer)
-    step = quantizer.step(weight).flatten()  # (G,)
+    steps = _float_bytes(quantizer.step(weight))
     if not quantizer.enabled:
-        return _float_bytes(step), _float_bytes(weight)
-    return _float_bytes(step), _integer_bytes(quantizer.integers(weight), quantizer)
+        return steps, _float_bytes(weight)
+    codes = (quantizer.integers(weight).flatten() - quantizer.qrange[0]).to(torch.uint8).cpu().numpy()
+    return steps, np.packbits(np.unpackbits(codes[:, None], axis=1)[:, -quantizer.num_bits :]).tobytes()
 
 
 def _unpack_weight(reader: "_Reader", layer: WeightLayer) -> None:
     quantizer, weight = layer.weight_quantizer, weight_of(layer)
+    count, bits = weight.numel(), quantizer.num_bits
     step = reader.floats(quantizer.log_step.numel())  # (G,)
     if quantizer.enabled:
-        integers = _integers(reader, weight.numel(), quantizer)
+        stored = np.frombuffer(reader.take(-(-count * bits // 8)), np.uint8)
+        codes = np.unpackbits(stored, count=count * bits).reshape(count, bits) @ (1 << np.arange(bits)[::-1])  # (count,)
+        integers = torch.from_numpy(codes).float() + quantizer.qrange[0]
         weight.copy_((integers.view(len(step), -1) * step[:, None]).view_as(weight))
     else:
-        weight.copy_(reader.floats(weight.numel()).view_as(weight))
+        weight.copy_(reader.floats(count).view_as(weight))
     quantizer.set_step(step, weight)
-
-
-def _integer_bytes(integers: Tensor, quantizer: Quantizer) -> bytes:
-    """Each integer, counted from the smallest one of the quantizer, as `num_bits` bits without gaps."""
-    codes = (integers.flatten() - quantizer.qrange[0]).to(torch.uint8).cpu().numpy()
-    return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, -quantizer.num_bits :]).tobytes()
-
-
-def _integers(reader: "_Reader", count: int, quantizer: Quantizer) -> Tensor:
-    """(count,) float32 integers, inverse of `_integer_bytes`."""
-    bits = quantizer.num_bits
-    stored = np.frombuffer(reader.take(-(-count * bits // 8)), np.uint8)
-    codes = np.unpackbits(stored, count=count * bits).reshape(count, bits) @ (1 << np.arange(bits)[::-1])
-    return torch.from_numpy(codes).float() + quantizer.qrange[0]
 
 
 def _float_bytes(values: Tensor) -> bytes:
@@ -154,31 +168,20 @@ def _float_bytes(values: Tensor) -> bytes:
     if (values > 0).all() and (leading == leading.round()).all() and exponent.max() - lowest < _OCTAVES:
         codes = (leading - _LEADING + (exponent - lowest) * _LEADING).to(torch.uint8)
         return struct.pack("<Bh", _BYTE_STEPS, lowest) + codes.numpy().tobytes()
-    if torch.equal(values.half().float(), values):
-        return bytes([_FLOAT16]) + values.half().numpy().astype("<f2").tobytes()
-    if torch.equal(values.bfloat16().float(), values):
-        return bytes([_BFLOAT16]) + (values.numpy().astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
-    return bytes([_FLOAT32]) + values.numpy().astype("<f4").tobytes()
+    exact = (code for code, dtype in _FLOATS.items() if torch.equal(values.to(dtype).float(), values))
+    code = next(exact, max(_FLOATS))  # NaN equals nothing and takes float32
+    return bytes([code]) + values.to(_FLOATS[code]).view(torch.uint8).numpy().tobytes()
 
 
-class _Reader:
+class _Reader(io.BytesIO):
     """Reads bytes one piece after the other."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._position = 0
-
-    @property
-    def left(self) -> int:
-        """Number of bytes that are not read yet."""
-        return len(self._data) - self._position
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes."""
-        if self.left < count:
-            raise PackError(f"the packed form ends after {len(self._data)} bytes; it is cut off or belongs to another model")
-        self._position += count
-        return self._data[self._position - count : self._position]
+        data = self.read(count)
+        if len(data) < count:
+            raise PackError(f"the packed form ends after {self.tell()} bytes; it is cut off or belongs to another model")
+        return data
 
     def floats(self, count: int) -> Tensor:
         """(count,) float32, inverse of `_float_bytes`."""
@@ -187,13 +190,10 @@ class _Reader:
             (lowest,) = struct.unpack("<h", self.take(2))
             codes = np.frombuffer(self.take(count), np.uint8).astype(np.int32)
             return torch.from_numpy(np.ldexp(np.float32(_LEADING + codes % _LEADING) / (2 * _LEADING), codes // _LEADING + lowest))
-        if encoding == _FLOAT16:
-            return torch.from_numpy(np.frombuffer(self.take(2 * count), "<f2").astype(np.float32))
-        if encoding == _BFLOAT16:
-            return torch.from_numpy((np.frombuffer(self.take(2 * count), "<u2").astype("<u4") << 16).view("<f4").astype(np.float32))
-        if encoding == _FLOAT32:
-            return torch.from_numpy(np.frombuffer(self.take(4 * count), "<f4").astype(np.float32))
-        raise PackError(f"a float array has the unknown format {encoding}; the packed form belongs to another model")
+        if encoding not in _FLOATS:
+            raise PackError(f"a float array has the unknown format {encoding}; the packed form belongs to another model")
+        dtype = _FLOATS[encoding]
+        return torch.frombuffer(bytearray(self.take(count * dtype.itemsize)), dtype=dtype).float()
 
 
 def _floats(model: nn.Module) -> Iterator[Tensor]:

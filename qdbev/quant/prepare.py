@@ -5,16 +5,16 @@ them as `named_modules` does. A group is a top-level child of the network. A mod
 an attribute `norm_pairs`, as pairs of child names (convolution, norm).
 """
 
+import itertools
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from qdbev.quant.config import Bits, QuantConfig
 from qdbev.quant.layers import (
-    LayerSpec,
     QuantConv2d,
     QuantEmbedding,
     QuantLayer,
@@ -26,19 +26,18 @@ from qdbev.quant.layers import (
     quantizers,
 )
 
+_QUANTIZED = {nn.Conv2d: QuantConv2d, nn.Linear: QuantLinear, nn.Embedding: QuantEmbedding}
+"""Quantized layer of each type of float layer; other leaves are wrapped by `QuantOp`."""
+
 
 class LeafReport(NamedTuple):
-    """How one leaf of a model is quantized.
-
-    A bit width is None where there is no weight or no quantized input; for a float layer both are None.
-    """
+    """How one leaf of a model is quantized. A bit width is None where there is no weight or no quantized input."""
 
     name: str
     kind: str
     weight_bits: int | None
     activation_bits: int | None
-    calibrated: bool
-    enabled: bool
+    state: Literal["float", "not calibrated", "off", "on"]
 
 
 @torch.no_grad()
@@ -74,25 +73,20 @@ def prepare(model: nn.Module, policy: QuantConfig) -> nn.Module:
     if quant_layers(model):
         raise ValueError("the model is already prepared; start from the float model")
     leaves = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_leaf(module)}
-    own = [chosen.layers for chosen in policy.layer_bits]
-    _refuse_unmatched((*policy.float_layers, *own, *policy.edge_layers), leaves)
+    _refuse_unmatched((*policy.float_layers, *(chosen.layers for chosen in policy.layer_bits), *policy.edge_layers), leaves)
     _refuse_unknown_groups([entry.group for entry in policy.group_bits], dict.fromkeys(map(_group_of, leaves)))
     swapped: dict[nn.Module, nn.Module] = {}
     for name, leaf in leaves.items():
-        spec = _spec(name, leaf, policy)
-        if spec is None:
-            continue
-        if leaf not in swapped:
-            swapped[leaf] = _quantized(leaf, spec)
-        model.set_submodule(name, swapped[leaf])
+        bits = _leaf_bits(name, leaf, policy)
+        if bits is not None:
+            if leaf not in swapped:
+                swapped[leaf] = _QUANTIZED.get(type(leaf), QuantOp).from_float(leaf, bits, policy)
+            model.set_submodule(name, swapped[leaf])
     return model
 
 
 def bits_of(name: str, policy: QuantConfig) -> Bits | None:
-    """Bit widths of the leaf `name` under `policy`, None if it stays float.
-
-    The first of float_layers, layer_bits, edge_layers, group_bits and bits that matches the name decides.
-    """
+    """Bit widths of the leaf `name` under `policy`, None if it stays float; `QuantConfig` says which of its settings decides."""
     if _matches(name, policy.float_layers):
         return None
     for chosen in policy.layer_bits:
@@ -106,15 +100,21 @@ def bits_of(name: str, policy: QuantConfig) -> Bits | None:
 def enable(model: nn.Module, groups: Iterable[str]) -> None:
     """Quantize exactly these groups, which are top-level children of `model`; the others run in float and keep their ranges.
 
-    A quantizer that layers of several groups share (sharing.py) is on if one of these groups is.
+    A quantizer that layers of several groups share (calibrate.py) is on if one of these groups is.
 
     Raises:
         ValueError: A group does not exist, or its layers have no range yet.
     """
     groups = tuple(groups)
     _refuse_unknown_groups(groups, [name for name, _ in model.named_children()])
-    layers = dict(quant_layers(model))
-    _switch(layers, {name for name in layers if _group_of(name) in groups})
+    on = [(name, layer) for name, layer in quant_layers(model) if _group_of(name) in groups]
+    for name, layer in on:
+        if not all(quantizer.calibrated for quantizer in quantizers(layer)):
+            raise ValueError(f"layer {name!r} has no range yet; calibrate the model before switching it on")
+    wanted = {quantizer for _, layer in on for quantizer in quantizers(layer)}
+    for _, layer in quant_layers(model):
+        for quantizer in quantizers(layer):
+            quantizer.enable_quant() if quantizer in wanted else quantizer.disable_quant()
 
 
 def describe(model: nn.Module) -> list[LeafReport]:
@@ -125,9 +125,7 @@ def describe(model: nn.Module) -> list[LeafReport]:
 
 def table(reports: list[LeafReport]) -> str:
     """The reports as aligned text with one line for each leaf; W and A are the bits of weight and activation."""
-    cells = [("layer", "kind", "W", "A", "state")]
-    for report in reports:
-        cells.append((report.name, report.kind, str(report.weight_bits or "-"), str(report.activation_bits or "-"), _state(report)))
+    cells = [("layer", "kind", "W", "A", "state"), *(tuple(str(cell or "-") for cell in report) for report in reports)]
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)
 
@@ -135,8 +133,7 @@ def table(reports: list[LeafReport]) -> str:
 def _norm_pairs(module: nn.Module) -> list[tuple[str, str]]:
     pairs = list(getattr(module, "norm_pairs", ()))
     if isinstance(module, nn.Sequential):
-        children = list(module.named_children())
-        for (first, conv), (second, norm) in zip(children, children[1:], strict=False):
+        for (first, conv), (second, norm) in itertools.pairwise(module.named_children()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 pairs.append((first, second))
     return pairs
@@ -157,58 +154,29 @@ def _fold(conv: nn.Module, norm: nn.BatchNorm2d) -> None:
 
 def _is_leaf(module: nn.Module) -> bool:
     """True for a layer that is quantized or can be. Types must match exactly: a subclass of Conv2d or Linear may compute something else."""
-    plain = type(module) in (nn.Conv2d, nn.Linear, nn.Embedding)
-    return plain or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
+    return type(module) in _QUANTIZED or isinstance(module, QuantLayer) or hasattr(type(module), "quantized_inputs")
 
 
-def _spec(name: str, leaf: nn.Module, policy: QuantConfig) -> LayerSpec | None:
-    """How `policy` quantizes the leaf, None if it stays float. An embedding that no pattern names has `embedding_bits`."""
+def _leaf_bits(name: str, leaf: nn.Module, policy: QuantConfig) -> Bits | None:
+    """As `bits_of`, but an embedding that no pattern names has `embedding_bits`, and none has bits without that setting."""
     bits = bits_of(name, policy)
     if bits is None or not isinstance(leaf, nn.Embedding):
-        return None if bits is None else LayerSpec(bits, policy.range_mode, policy.per_channel)
+        return bits
     if policy.embedding_bits is None:
         return None
     named = _matches(name, (*policy.edge_layers, *(chosen.layers for chosen in policy.layer_bits)))
-    return LayerSpec(bits if named else Bits(weight=policy.embedding_bits), policy.range_mode)
-
-
-def _quantized(leaf: nn.Module, spec: LayerSpec) -> QuantLayer:
-    if isinstance(leaf, nn.Conv2d):
-        return QuantConv2d.from_float(leaf, spec)
-    if isinstance(leaf, nn.Linear):
-        return QuantLinear.from_float(leaf, spec)
-    if isinstance(leaf, nn.Embedding):
-        return QuantEmbedding.from_float(leaf, spec)
-    return QuantOp.from_float(leaf, spec)
+    return bits if named else Bits(weight=policy.embedding_bits)
 
 
 def _report(name: str, module: nn.Module) -> LeafReport:
     if not isinstance(module, QuantLayer):
-        return LeafReport(name, type(module).__name__, None, None, False, False)
+        return LeafReport(name, type(module).__name__, None, None, "float")
     parts, inputs = quantizers(module), activation_quantizers(module)
     kind = type(module.op).__name__ if isinstance(module, QuantOp) else type(module).__name__.removeprefix("Quant")
     weight_bits = module.weight_quantizer.num_bits if isinstance(module, WeightLayer) else None
     input_bits = inputs[0].num_bits if inputs else None
-    return LeafReport(name, kind, weight_bits, input_bits, all(q.calibrated for q in parts), all(q.enabled for q in parts))
-
-
-def _state(report: LeafReport) -> str:
-    if report.weight_bits is None and report.activation_bits is None:
-        return "float"
-    if not report.calibrated:
-        return "not calibrated"
-    return "on" if report.enabled else "off"
-
-
-def _switch(layers: dict[str, QuantLayer], on: set[str]) -> None:
-    """Switch on the quantizers of the layers whose names are in `on`, and switch off all others."""
-    for name in sorted(on):
-        if not all(quantizer.calibrated for quantizer in quantizers(layers[name])):
-            raise ValueError(f"layer {name!r} has no range yet; calibrate the model before switching it on")
-    wanted = {quantizer for name in on for quantizer in quantizers(layers[name])}
-    for layer in layers.values():
-        for quantizer in quantizers(layer):
-            quantizer.enable_quant() if quantizer in wanted else quantizer.disable_quant()
+    state = "not calibrated" if not all(q.calibrated for q in parts) else "on" if all(q.enabled for q in parts) else "off"
+    return LeafReport(name, kind, weight_bits, input_bits, state)
 
 
 def _group_of(name: str) -> str:

@@ -1,8 +1,8 @@
 """Symmetric uniform fake quantization with 2 to 8 bits.
 
 A value x becomes clamp(round(x / step), qmin, qmax) * step. As in ONNX QuantizeLinear, x is divided by the step, not multiplied by its
-reciprocal, and halves are rounded to even. The zero point is 0 and every range fits int8, the only integer type to which TensorRT
-quantizes activations. How the step is found and learned is the part of qdbev/quant/range_mode.py.
+reciprocal, and halves are rounded to even. The zero point is 0 and every range fits int8. How the step is found and learned is the part of
+qdbev/quant/range_mode.py.
 
 Sources: LSQ (arXiv:1902.08153), equations 1 to 3 and section 2.2; PACT (arXiv:1805.06085), equations 1 to 3; TQT (arXiv:1903.08066), which
 stores the logarithm of the step, so that the step stays positive and an Adam step changes it by a share of itself. `Quantizer` is built on
@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qdbev.quant.config import RangeMode
-from qdbev.quant.range_mode import LearnedStep, range_rule
+from qdbev.quant.range_mode import RANGE_RULES, LearnedStep
 
 SMALLEST_STEP = 1e-10
 """Lower bound of every step, so that nothing is divided by zero where a whole channel is zero."""
 
 STEP_BITS = 4
-"""Significant bits of a step; steps are rounded up to them, which widens a range by 12 % at most. At 4 and 6 bits, products of
-fake-quantized tensors and sums of such products then fit the 24 significant bits of float32, so that a layer gives the same result in
-whatever order a library adds. With steps of full precision the last bit of a sum depends on the order, and the next layer may round the
-sum to another integer. At 8 bits long sums may still need more than 24 bits. Fewer step bits would make values exactly between two integers
-frequent."""
+"""Significant bits of a step; steps are rounded up to them, which widens a range by 12 % at most. At 4 and 6 bits, sums of products of
+fake-quantized tensors then fit the 24 significant bits of float32, so that a layer gives the same result in whatever order a library adds,
+and the next layer rounds it to the same integer. At 8 bits long sums may need more. Fewer step bits would make values exactly between two
+integers frequent."""
 
 CLIP_MARGIN = 1e-3
 """Share of a step by which the backward pass widens the range: the largest weight is the end of a fixed range and would lose its gradient
@@ -79,16 +78,13 @@ class _FakeQuantize(torch.autograd.Function):
 class Quantizer(TensorQuantizer):
     """Fake quantization of one tensor: an activation with one step, or a weight with one step for each channel or in all.
 
-    It returns its input unchanged until it has a range (`set_range`, see calibrate.py), and after `disable_quant`. An activation whose
-    calibrated minimum is not negative becomes unsigned below 8 bits (`RangeRule.qrange`).
-
-    The base class provides `forward`, which calls `_quant_forward` while quantization is on, the switch itself, and the properties
-    `num_bits`, `axis` and `unsigned`. Ranges, arithmetic, export and state are defined here.
+    It returns its input unchanged until it has a range (`set_range`, see calibrate.py), and after `disable_quant`. The base class provides
+    `forward`, which calls `_quant_forward` while quantization is on, the switch itself, and the properties `num_bits`, `axis`, `unsigned`.
 
     Args:
         bits: 2 to 8.
         weight_steps: G, which is the number of channels of the weight or 1; None makes a quantizer of an activation.
-        range_mode: Selects `range_rule`, one of the classes of qdbev/quant/range_mode.py.
+        range_mode: Selects `range_rule` from `RANGE_RULES`.
     """
 
     log_step: Tensor
@@ -97,20 +93,14 @@ class Quantizer(TensorQuantizer):
     def __init__(self, bits: int, *, weight_steps: int | None = None, range_mode: RangeMode = "step") -> None:
         axis = None if weight_steps is None else (0,)
         super().__init__(QuantDescriptor(num_bits=bits, axis=axis, calib_method="none"), if_quant=False)
-        self.range_rule = range_rule(range_mode, is_weight=weight_steps is not None)
+        self.range_rule = RANGE_RULES[range_mode](is_weight=weight_steps is not None)
+        self.learn = self.range_rule.learns_step
+        """True where the step is a parameter."""
         self.calibrated = False
         self.export_step: float | tuple[Tensor, Tensor] | None = None
         """Set inside `exporting` (export.py): one step, or steps (G,) and zero points (G,) of a weight."""
         log_step = torch.zeros(weight_steps or 1)
-        if self.learn:
-            self.log_step = nn.Parameter(log_step, requires_grad=False)
-        else:
-            self.register_buffer("log_step", log_step)
-
-    @property
-    def learn(self) -> bool:
-        """True where the step is a parameter."""
-        return self.range_rule.learns_step
+        self.log_step = nn.Parameter(log_step, requires_grad=False) if self.learn else nn.Buffer(log_step)
 
     @property
     def enabled(self) -> bool:
@@ -124,7 +114,7 @@ class Quantizer(TensorQuantizer):
 
     def step(self, x: Tensor | None = None) -> Tensor:
         """The step in use, differentiable in `log_step`: () of an activation, (G, 1, ...) of the weight `x` (C, ...)."""
-        size = self.range_rule.step(self.log_step.exp(), None if self.axis is None else x)
+        size = self.range_rule.step(self.log_step.exp(), x)
         step = round_up_mantissa(size.clamp_min(SMALLEST_STEP))
         return step[0] if self.axis is None else step.view(-1, *[1] * (x.dim() - 1))
 
@@ -196,10 +186,7 @@ class Quantizer(TensorQuantizer):
     def set_extra_state(self, state: Tensor) -> None:
         """Inverse of `get_extra_state`."""
         self.calibrated, self.unsigned, enabled = (bool(flag) for flag in state.tolist())
-        if enabled:
-            super().enable_quant()
-        else:
-            super().disable_quant()
+        super().enable_quant() if enabled else super().disable_quant()
         self.log_step.requires_grad_(self.learn and enabled)
 
     def extra_repr(self) -> str:

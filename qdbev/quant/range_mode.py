@@ -1,13 +1,13 @@
 """How a quantizer treats its range: one class for each value of the setting `quant.range_mode`.
 
-A quantizer stores one size for each step, and quantized values are integers from qmin to qmax times the step. A class here says which
-integers there are, how the step follows from the stored size, whether training learns the stored size, and with which gradient.
-To add a way of treating the range, add a class, its name to `RangeMode` in config.py, and a case to `range_rule`.
+A quantizer stores one size for each step. A class here says which integers there are, how the step follows from the stored size, whether
+training learns the stored size, and with which gradient.
+To add a way of treating the range, add a class, its name to `RangeMode` in config.py, and an entry to `RANGE_RULES`.
 
 C channels (axis 0) of a weight; G steps of a quantizer, which is C or 1.
 """
 
-from typing import ClassVar, assert_never
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -72,8 +72,7 @@ class RangeRule:
 class FixedRange(RangeRule):
     """Nothing is learned: an activation keeps its calibrated range, and the range of a weight tracks its largest magnitude (QD-BEV).
 
-    For a weight the stored size is a share of the largest magnitude of the values that share the step, so that the step changes with the
-    weight while it trains.
+    For a weight the stored size is a share of the largest magnitude of the values that share the step.
     """
 
     name = "fixed range"
@@ -81,11 +80,15 @@ class FixedRange(RangeRule):
 
     def size_to_store(self, size: Tensor, weight: Tensor | None) -> Tensor:
         """For a weight, `size` as a share of its largest magnitude; for an activation, `size` itself."""
-        return size / _largest(weight, len(size)).clamp_min(torch.finfo(torch.float32).tiny) if self.is_weight else size
+        return size / self._largest(size, weight).clamp_min(torch.finfo(torch.float32).tiny) if self.is_weight else size
 
     def step(self, size: Tensor, weight: Tensor | None) -> Tensor:
         """Inverse of `size_to_store`."""
-        return size * _largest(weight, len(size)) if self.is_weight else size
+        return size * self._largest(size, weight) if self.is_weight else size
+
+    @staticmethod
+    def _largest(size: Tensor, weight: Tensor) -> Tensor:
+        return row_amax(weight.reshape(len(size), -1))
 
 
 class LearnedStep(RangeRule):
@@ -121,25 +124,10 @@ class LearnedClip(RangeRule):
         return (grad - grad_x).mul_(y).sum_to_size(step.shape) / step  # where grad - grad_x is not zero, y / step is qmin or qmax
 
 
-def range_rule(mode: RangeMode, *, is_weight: bool) -> RangeRule:
-    """The rule of a setting `quant.range_mode`."""
-    match mode:
-        case "fixed":
-            return FixedRange(is_weight=is_weight)
-        case "clip":
-            return LearnedClip(is_weight=is_weight)
-        case "step":
-            return LearnedStep(is_weight=is_weight)
-        case _:
-            assert_never(mode)
+RANGE_RULES: dict[RangeMode, type[RangeRule]] = {"fixed": FixedRange, "clip": LearnedClip, "step": LearnedStep}
+"""Class for each value of the setting `quant.range_mode`."""
 
 
 def row_amax(rows: Tensor) -> Tensor:
     """(G,) largest magnitude of each row of (G, N) values, without a gradient."""
     return rows.detach().float().abs().amax(1)
-
-
-def _largest(weight: Tensor | None, num_steps: int) -> Tensor:
-    """(G,) largest magnitude of the values of a weight (C, ...) that share a step."""
-    assert weight is not None, "the step of a weight that tracks its largest value needs that weight"
-    return row_amax(weight.reshape(num_steps, -1))
