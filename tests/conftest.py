@@ -1,6 +1,7 @@
 """Fixtures that several test files share: numbers of the official code, and a small synthetic world."""
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from synthetic.config import WORLDS
 # The networks of the tests are small: several threads would spend more time waiting for each other than computing.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# What is imported by now stays: looking through it for garbage again and again takes a sixth of the time of an export.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

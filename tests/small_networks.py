@@ -54,7 +54,7 @@ def exported_network(**changes: object) -> Config:
         "ffn_dim": 32,
         "bev_hw": (8, 8),
         "encoder_layers": 1,
-        "decoder_layers": 2,
+        "decoder_layers": 1,
         "num_query": 12,
         "rotate_center": (4.0, 4.0),
     }

@@ -124,7 +124,7 @@ def test_an_engine_is_a_third_column_and_is_compared_with_its_onnx(run: Path, mo
 
 @pytest.mark.parametrize(
     ("layer", "tensor"),
-    [("encoder.layers.0.ffn.linear2", "bev"), ("head.cls_branches.1.6", "cls_logits"), ("head.reg_branches.1.4", "box_code")],
+    [("encoder.layers.0.ffn.linear2", "bev"), ("head.cls_branches.0.6", "cls_logits"), ("head.reg_branches.0.4", "box_code")],
 )
 def test_the_first_tensor_out_of_tolerance_is_named_and_the_comparison_is_kept(run: Path, layer: str, tensor: str) -> None:
     model = onnx.load(run / "net.onnx")

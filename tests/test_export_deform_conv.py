@@ -31,7 +31,7 @@ from qdbev.restore import quantized
 def small_config() -> Config:
     """A network with two deformable stages after strides of two, as in the official networks."""
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2))
-    return exported_network(backbone=backbone, decoder_layers=1)
+    return exported_network(backbone=backbone)
 
 
 def small_model() -> BEVFormer:

@@ -38,7 +38,7 @@ FORMS = {
 def traced(kind: str) -> ir.Model:
     """A small network with deformable convolutions and random weights, traced and packed."""
     backbone = BackboneConfig(depths=(1, 1, 1), width=8, out_stages=(1, 2), style="caffe", deformable_stages=(1, 2))
-    config = exported_network(backbone=backbone)
+    config = exported_network(backbone=backbone, decoder_layers=2)
     model = untrained(config).eval()
     if kind != "float":
         model = quantized(at_bits(config, kind), model).eval()
@@ -98,7 +98,7 @@ def test_the_projection_is_expanded_whatever_letters_geometry_uses(monkeypatch: 
         return einsum(renamed[-1], *operands)
 
     monkeypatch.setattr(torch, "einsum", with_other_letters)
-    graph = trace(untrained(exported_network(decoder_layers=1)).eval(), IMAGE_HW)
+    graph = trace(untrained(exported_network()).eval(), IMAGE_HW)
     found = {node.attributes["equation"].as_string() for node in graph.graph if node.op_type == "Einsum"}
     assert found == set(renamed)
     assert to_onnx.optimize(graph, INTERFACE)["projections"] == 1

@@ -50,7 +50,8 @@ class Exported(NamedTuple):
 
 
 def small_config(kind):
-    return at_bits(exported_network(), "w4a6") if kind == "w4a6" else exported_network()
+    config = exported_network(decoder_layers=2)
+    return at_bits(config, "w4a6") if kind == "w4a6" else config
 
 
 def small_model(kind):

@@ -72,8 +72,9 @@ def test_a_first_frame_ignores_the_state(model, batch, prev_bev):
 
 @torch.no_grad()
 def test_advance_gives_the_state_of_the_forward(model, batch, prev_bev):
-    for state in (None, prev_bev):
-        assert torch.equal(model.advance(batch, state), model(batch, state)[1])
+    one = sample(batch, 0)
+    for state in (None, prev_bev[:1]):
+        assert torch.equal(model.advance(one, state), model(one, state)[1])
 
 
 @torch.no_grad()
