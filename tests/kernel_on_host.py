@@ -32,7 +32,7 @@ class HostKernels:
         entries = "".join(_entry(variant, index) for variant, index in self._index.items())
         source.write_text(f'#include "{_HEADER}"\n{entries}{_ORDER}')
         command = [compiler, "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *flags]
-        done = subprocess.run([*command, str(source), "-o", str(library)], capture_output=True, text=True)
+        done = subprocess.run([*command, str(source), "-o", str(library)], capture_output=True, text=True, timeout=240)
         assert done.returncode == 0 and not done.stderr, done.stderr
         self._library = ctypes.CDLL(str(library))
 

@@ -119,7 +119,7 @@ def test_without_a_gpu_and_optional_packages_there_is_one_error_and_nothing_is_w
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", text, "--out", "results"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 1
     assert re.match("error: .*NVIDIA GPU", done.stderr) and len(done.stderr.splitlines()) == 1
     assert not done.stdout

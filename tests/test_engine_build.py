@@ -191,7 +191,7 @@ def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path
     path = detector(tmp_path / "planted.onnx", scales=32)
     build.main(["--onnx", str(path), "--backend", "tensorrt-rtx", "--allow-float"])
     command = [sys.executable, "-m", "engine.audit", "--engine", str(path.with_suffix(".engine")), "--onnx", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False, timeout=240)
     assert done.returncode != 0
     assert "5 of 6 quantized layers run INT8" in done.stderr
     assert "encoder.ffn.0" in done.stderr

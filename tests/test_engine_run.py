@@ -38,7 +38,7 @@ def test_opening_an_engine_without_a_gpu_says_what_it_needs(engine: Path) -> Non
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
 def test_measuring_without_a_gpu_says_what_it_needs_and_fails(engine: Path) -> None:
     command = [sys.executable, "-m", "engine.bench", "--engine", str(engine)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False, timeout=240)
     assert done.returncode != 0
     assert done.stderr.startswith("error: measuring ")
     assert "needs an NVIDIA GPU" in done.stderr
@@ -57,7 +57,9 @@ def test_importing_the_engine_room_loads_no_tensorrt_and_no_cuda_of_its_own() ->
         "import engine.audit, engine.bench, engine.build, engine.stream, engine.captured_context, engine.session;"
         "print([name for name in set(sys.modules) - before if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'cuda')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True, timeout=240
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -81,5 +83,7 @@ def test_the_bev_of_one_frame_is_the_previous_bev_of_the_next(tmp_path: Path) ->
 
 def test_a_session_is_loaded_without_torch():
     code = "import sys, engine.session; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=True, timeout=240
+    )
     assert done.stdout.strip() == "False"

@@ -45,5 +45,5 @@ def test_an_editable_clone_makes_every_package_importable_from_anywhere(clone: P
     code = (
         f"import importlib, site; site.addsitedir({str(site)!r})\nfor name in {PACKAGES!r}: print(importlib.import_module(name).__file__)"
     )
-    found = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=240)
     assert found.stdout.split() == [str(clone / name / "__init__.py") for name in PACKAGES]

@@ -102,31 +102,16 @@ def test_processes_share_out_every_batch(tiny_world, tmp_path):
     assert [first + second for first, second in parts] == tokens(World(0, 1))
 
 
-def launch(run: Path, root: Path, *launcher: str) -> list[float]:
-    changes = {"data.root": str(root), "model.dropout": "0.0", "train.epochs": "1", "train.batch_size": "2"}
-    settings = [f"--set={name}={value}" for name, value in {**SETTINGS, **changes}.items()]
-    command = [
-        sys.executable,
-        *(launcher or ("-m",)),
-        "train.teacher",
-        "--recipe",
-        "micro",
-        "--run",
-        str(run),
-        "--device",
-        "cpu",
-        *settings,
-    ]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [line["loss"] for line in log(run)]
-
-
 def test_two_processes_give_the_loss_curve_of_one(tiny_world, tmp_path):
-    one = launch(tmp_path / "one", tiny_world)
-    two = launch(tmp_path / "two", tiny_world, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--")
+    changes = {"data.root": str(tiny_world), "model.dropout": "0.0", "train.epochs": "1", "train.batch_size": "2"}
+    options = ["--recipe", "micro", "--device", "cpu", *(f"--set={name}={value}" for name, value in {**SETTINGS, **changes}.items())]
+    main(["--run", str(tmp_path / "one"), *options])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--", "train.teacher"]
+    command, environment = [*launcher, "--run", str(tmp_path / "two"), *options], {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([line["loss"] for line in log(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 4
     assert two == pytest.approx(one, rel=1e-4)
 
