@@ -10,7 +10,7 @@
 #   make audit bench             MODEL=runs/demo/w4a6.engine
 #   make eval                    MODEL=runs/demo/w4a6.onnx, .pt or .engine
 #   make engine-eval             MODEL=runs/demo/w4a6.engine: beside its .onnx and .pt, metric by metric, tensor by tensor
-#   make gpu-check               RUN=runs/demo: all that only a GPU shows, in under ten minutes, in results/<gpu>_<date>.json
+#   make gpu-check               RUN=runs/demo: all that only a GPU shows, within ten minutes, in results/<gpu>_<date>.json
 #   make views                   MODEL=runs/demo/teacher.pt: what the encoder sees of one frame, as pictures
 #   make sizes                   tiny, small and base with random weights: float and W8A8, ONNX, engines, what it all took
 #   make audit-tiny              tiny with random weights at W8A8 and W4A6: which layer of the engines runs in which precision

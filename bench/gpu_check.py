@@ -1,4 +1,4 @@
-"""Checks everything that needs a GPU, with one command in under ten minutes: `python -m bench.gpu_check --out results`.
+"""Checks everything that needs a GPU, with one command, within ten minutes: `python -m bench.gpu_check --out results`.
 
 The kernels, their operators in torch, and the network on the GPU compared with the CPU need only torch, cuda-python and NVRTC. With all of
 requirements.txt installed, a W8A8 network is made from random weights and a small synthetic world, and its training steps are timed. With
