@@ -58,7 +58,9 @@ class Plan:
 
 
 def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Report:
-    """Build, audit, write and seal an engine from a sealed ONNX.
+    """Build, audit, write and seal an engine from a sealed ONNX, and return its audit.
+
+    If a quantized layer lost INT8, only the audit is written, as `<engine>.refused.json`.
 
     Raises:
         ArtifactError: The ONNX is missing, changed since it was sealed, or no ONNX artifact.
@@ -75,9 +77,10 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
     products = onnx_products.products(model, interface.geometry)
     plan = build_plan(chosen, onnx_path, options)
     report = audit.audit(products, plan.table)
-    audit.save(audit.report_path(engine_path), report)
-    if not options.allow_float:
+    if report.offenders and not options.allow_float:
+        audit.save(engine_path.with_name(engine_path.name + ".refused.json"), report)
         audit.require_int8(report)
+    audit.save(audit.report_path(engine_path), report)
     table_path = layer_table.table_path(engine_path)
     layer_table.save(table_path, plan.table)
     with artifact.atomic(engine_path) as temporary:

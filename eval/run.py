@@ -20,7 +20,10 @@ _log = logging.getLogger(__name__)
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Evaluate one model."""
-    files, out = ".pt, .onnx or .engine file with its seal", "folder for the results (default: eval/<model's name> beside the model)"
+    files, out = (
+        ".pt, .onnx or .engine file with its seal",
+        "folder for the results (default: eval/<name>_<suffix> beside the model, such as eval/w4a6_onnx)",
+    )
     parser = model_parser("eval.run", "Score a model on nuScenes with the official metric.", files, out)
     args = parser.parse_args(argv)
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")

@@ -184,7 +184,8 @@ def test_a_layer_that_falls_back_to_float_fails_the_build_by_name(tmp_path: Path
     ):
         build.main(["--onnx", str(path), "--backend", "tensorrt-rtx"])
     assert not path.with_suffix(".engine").exists()
-    assert fell_back(json.loads((tmp_path / "planted.engine.audit.json").read_text())) == ["encoder.ffn.0"]
+    assert fell_back(json.loads((tmp_path / "planted.engine.refused.json").read_text())) == ["encoder.ffn.0"]
+    assert not audit.report_path(path.with_suffix(".engine")).exists()
 
 
 def test_audit_of_an_engine_with_float_layers_exits_with_an_error(tmp_path: Path) -> None:

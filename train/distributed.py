@@ -1,6 +1,6 @@
 """Training in several processes, with the same results as in one.
 
-Launch with `torchrun --nproc-per-node N -m train.teacher ...`. The processes communicate through gloo on the CPU and nccl on GPUs.
+Launch with `torchrun --nproc-per-node N -m -- train.teacher ...`. The processes communicate through gloo on the CPU and nccl on GPUs.
 """
 
 import os
