@@ -257,6 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of rows that train, at the stress width (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, among which the cores are shared (default: %(default)s)")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise AblationError(f"--jobs {args.jobs} must be at least 1")
     artifact.load_checkpoint(args.teacher, "teacher")
     chosen = search_cells(args.run, args.stress) if args.search else list(cells(args.run, args.stress, args.rows, args.seeds))
     float_metrics = args.run / "float" / "metrics.json"

@@ -25,6 +25,7 @@ from bench import report
 from bench.padded_attention import pad_attention
 from bench.rig import camera_attention, rig
 from bench.worker import Worker, WorkerError, status_kib
+from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.detectors.bevformer.encoder import Encoder
@@ -232,6 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attention_cost", description=main.__doc__)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
+    if args.out:
+        artifact.require_target(args.out)
     limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     rows = []
     for case in CASES:

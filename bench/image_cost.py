@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 
 from bench import report
+from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.data.build_infos import load_or_build
 from qdbev.data.config import DataConfig
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=20, help="key frames to measure (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
+    artifact.require_target(args.out)
     figures = measure(DataConfig(root=str(args.root)), args.frames)
     report.write(args.out, figures)
     sys.stdout.write(f"images of a frame: decode {figures['decode_ms']:.1f} ms, decode and prepare {figures['load_ms']:.1f} ms\n")

@@ -13,6 +13,7 @@ from typing import Any
 from bench import report
 from plugins import nvrtc
 from plugins.attention.variant import TYPES, Variant
+from qdbev import artifact
 from qdbev.command import entry_point
 from qdbev.config import Config
 from qdbev.data.image_transform import image_transform
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--architectures", nargs="+", default=list(ARCHITECTURES))
     args = parser.parse_args(argv)
+    artifact.require_target(args.report)
     figures = measure(args.recipes, args.architectures)
     report.write(args.report, figures)
     sys.stdout.write(f"{len(figures['rows'])} kernels, {figures['spill_bytes']} bytes spilled; {args.report}\n")

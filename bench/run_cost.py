@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=5, help="counted runs of each file (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
+    artifact.require_target(args.out, *args.onnx)
     rows = measure(args.onnx, args.turns)
     report.write(args.out, {"turns": args.turns, "cpu_cores": os.cpu_count(), "rows": rows})
     for row in rows:

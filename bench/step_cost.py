@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 
 from bench import report
+from qdbev import artifact
 from qdbev.command import add_device, add_settings, entry_point, parse_device
-from qdbev.config import Config, from_dict, override
+from qdbev.config import Config, from_dict
 from qdbev.detector import Detector
 from qdbev.frames import open_frames
-from qdbev.recipes import at_bits
+from qdbev.recipes import student_config
 from qdbev.restore import restore
 from train.calibration import calibrated_student
 from train.distributed import World
@@ -67,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args(argv)
+    artifact.require_target(args.out, args.teacher)
     seal, teacher = restore(args.teacher)
-    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    config = student_config(from_dict(seal.config), args.bits, args.settings)
     target = parse_device(args.device)
     figures = measure(teacher, config, target)
     hardware = torch.cuda.get_device_name(target) if target.type == "cuda" else f"{os.cpu_count()} CPU cores"

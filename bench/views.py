@@ -8,7 +8,7 @@ import torch
 from bench import draw_views
 from bench.draw_views import Views
 from eval.options import chosen_data, model_parser
-from qdbev import command, geometry
+from qdbev import artifact, command, geometry
 from qdbev.artifact import atomic
 from qdbev.can_bus import relative_can_bus
 from qdbev.command import entry_point
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser("bench.views", main.__doc__, ".pt file with its seal", "folder for the pictures", out_required=True)
     parser.add_argument("--frame", type=int, default=0, metavar="INDEX", help="which frame of the split (default: 0)")
     args = parser.parse_args(argv)
+    artifact.require_folder(args.out)
     device = command.parse_device(args.device or "cpu")
     seal, model = restore(args.model)
     views = views_of(model, open_frames(*chosen_data(from_dict(seal.config), args)), args.frame, device)

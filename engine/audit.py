@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
     args = parser.parse_args(argv)
     out = args.out or report_path(args.engine)
-    artifact.require_target(out, args.engine, args.onnx)
+    artifact.require_target(out, args.engine, args.onnx, layer_table.table_path(args.engine))
     report = audit_files(args.engine, args.onnx)
     save(out, report)
     require_int8(report)

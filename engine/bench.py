@@ -198,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=2000, help="frames to measure (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
     args = parser.parse_args(argv)
+    artifact.require_target(args.out or report_path(args.engine), args.engine)
     found = bench(args.engine, args.iterations)
     with artifact.atomic(args.out or report_path(args.engine)) as temporary:
         temporary.write_text(json.dumps(found, indent=1))

@@ -134,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.engine_eval", "Score and compare an engine, its ONNX and checkpoint.", files, out)
     args = parser.parse_args(argv)
     paths, out = family(args.model), args.out or args.model.parent / "eval"
+    artifact.require_folder(out)
     with open_model(paths[0], args.device) as model:
         config, split = chosen_data(model.config, args)
     content = score_and_compare(paths, config, split, out, args.device)

@@ -14,7 +14,7 @@ from eval.draw import Scene
 from eval.loop import EvaluatedFrame, evaluate_frames
 from eval.open_model import open_model
 from eval.options import chosen_data, model_parser
-from qdbev import geometry
+from qdbev import artifact, geometry
 from qdbev.artifact import atomic
 from qdbev.command import entry_point
 from qdbev.data.config import DataConfig
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frames", type=int, default=4, help="how many frames to draw (default: 4)")
     parser.add_argument("--threshold", type=float, default=0.3, help="lowest score that is drawn (default: 0.3)")
     args = parser.parse_args(argv)
+    artifact.require_folder(args.out)
     if args.frames < 1:
         parser.error(f"--frames is {args.frames}, must be at least 1")
     with open_model(args.model, args.device) as model:

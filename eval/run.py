@@ -12,6 +12,7 @@ from rich.console import Console
 from eval.evaluate import METRICS, evaluate, table, warnings
 from eval.open_model import open_model
 from eval.options import chosen_data, model_parser
+from qdbev import artifact
 from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = model_parser("eval.run", "Score a model on nuScenes with the official metric.", files, out)
     args = parser.parse_args(argv)
     out = args.out or args.model.parent / "eval" / args.model.name.replace(".", "_")
+    artifact.require_folder(out)
     with open_model(args.model, args.device) as model:
         config, split = chosen_data(model.config, args)
         content = evaluate(args.model, model, config, split, out)

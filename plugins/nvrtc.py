@@ -54,6 +54,7 @@ def build(source: str, architecture: str) -> tuple[bytes, dict[str, int]]:
 
     Raises CompileError as `cubin` does.
     """
+    version()  # raises if NVRTC is missing
     from cuda.bindings import nvrtc
 
     program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"kernel.cu", 0, [], []))

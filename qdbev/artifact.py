@@ -171,8 +171,20 @@ def require_target(path: Path, *sources: Path | None) -> None:
     """Raise ArtifactError, before any work is done, if the result of `sources` (None is no file) cannot be written to `path`."""
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; give the path of a file to write")
-    if any(source is not None and source.resolve() == path.resolve() for source in sources):
+    read = [file.resolve() for source in sources if source is not None for file in (source, seal_path(source))]
+    if path.resolve() in read:
         raise ArtifactError(f"{path} is read and cannot also be the file to write; give another path")
+    _require_writable(path)
+
+
+def require_folder(path: Path) -> None:
+    """Raise ArtifactError, before any work is done, if files cannot be written into the folder `path`."""
+    if path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; give the path of a folder")
+    _require_writable(path / "file")
+
+
+def _require_writable(path: Path) -> None:
     nearest = next(folder for folder in path.absolute().parents if folder.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         reason = "is not writable" if nearest.is_dir() else "is no folder"

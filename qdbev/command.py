@@ -63,6 +63,8 @@ def parse_device(name: str) -> torch.device:
         found = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r} is no device; use cpu, cuda or cuda:N") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} is not supported; use cpu, cuda or cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name} needs an NVIDIA GPU and a CUDA build of torch; none is usable here, use --device cpu")
     return found

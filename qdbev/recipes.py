@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from qdbev.config import Config
+from qdbev.config import Config, override
 from qdbev.detectors.bevformer import recipes as bevformer
 from qdbev.quant.config import Bits
 from qdbev.settings import ConfigError
@@ -32,3 +32,14 @@ def at_bits(config: Config, bits: str) -> Config:
     if width == Bits(weight=8, activation=8):
         quant = dataclasses.replace(quant, stages=())
     return dataclasses.replace(config, quant=quant)
+
+
+def student_config(teacher: Config, bits: str, settings: Sequence[str]) -> Config:
+    """Return the config of a student, from that of its teacher, at a policy such as w4a6 and with changed settings.
+
+    Raises ConfigError if a setting would change the network, whose weights are the teacher's.
+    """
+    config = override(at_bits(teacher, bits), settings)
+    if config.model != teacher.model:
+        raise ConfigError("--set model.* does not fit a trained network, whose weights were made with the teacher's settings; leave it out")
+    return config

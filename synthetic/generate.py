@@ -65,15 +65,19 @@ def _is_complete(config: WorldConfig, root: Path) -> bool:
     path = root / MARKER
     if not path.is_file():
         raise ValueError(f"{root} is not empty and has no {MARKER}, so it was not written by this command; choose another --out")
-    marker = json.loads(path.read_text())
-    found, asked = ({"format": part["format"], **part["config"]} for part in (marker, json.loads(_marker_text(config))))
+    try:
+        marker = json.loads(path.read_text())
+        found, asked = ({"format": part["format"], **part["config"]} for part in (marker, json.loads(_marker_text(config))))
+        complete = bool(marker["complete"])
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); delete the folder, or choose another --out") from error
     for field in asked:
         if found.get(field) != asked[field]:
             raise ValueError(
                 f"{root} contains another world: {field} is {found.get(field)!r} there, {asked[field]!r} was asked for; "
                 "choose another --out, or delete the folder"
             )
-    return marker["complete"]
+    return complete
 
 
 def _marker_text(config: WorldConfig, digest: str = "") -> str:

@@ -8,6 +8,7 @@ Source: QD-BEV (arXiv:2308.10515), sections 3 and 5.
 import argparse
 import copy
 import dataclasses
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,13 @@ import torch
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
 from qdbev.command import add_device, add_settings, entry_point, parse_device
-from qdbev.config import Config, from_dict, override
+from qdbev.config import Config, from_dict
 from qdbev.detector import Detector
 from qdbev.frames import open_frames
 from qdbev.quant.config import QuantConfig
 from qdbev.quant.pack import pack, paper_bytes, round_floats_to_half
 from qdbev.quant.prepare import describe, table
-from qdbev.recipes import at_bits
+from qdbev.recipes import student_config
 from qdbev.restore import restore
 from train.calibration import calibrated_student
 from train.distributed import World, process_group
@@ -101,9 +102,11 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args(argv)
+    if args.keep_every is not None and not 0 < args.keep_every < math.inf:
+        raise ValueError(f"--keep-every {args.keep_every} must be a positive number of epochs")
     artifact.require_target(args.student, args.teacher, args.start)
     teacher = Teacher(args.teacher, *restore(args.teacher, "teacher"))
-    config = override(at_bits(from_dict(teacher.seal.config), args.bits), args.settings)
+    config = student_config(from_dict(teacher.seal.config), args.bits, args.settings)
     if args.widths:
         config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))
     device = parse_device(args.device)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from qdbev import artifact
 from qdbev.artifact import Seal
 from qdbev.command import add_device, add_settings, entry_point, parse_device
-from qdbev.config import Config, from_dict, override
+from qdbev.config import Config, from_dict
 from qdbev.data.collate import queue_batch
 from qdbev.data.dataset import FrameDataset
 from qdbev.detector import Detector, Output
@@ -35,9 +35,10 @@ from qdbev.quant.config import Bits, LayerBits
 from qdbev.quant.layers import WeightLayer, activation_quantizers, quant_layers, weight_of
 from qdbev.quant.prepare import bits_of
 from qdbev.quant.quantizer import Quantizer
-from qdbev.recipes import at_bits
+from qdbev.recipes import student_config
 from qdbev.restore import restore
 from qdbev.schema import Batch
+from qdbev.settings import build
 from train.bit_allocation import Option, allocate_bits
 from train.calibration import calibrated_student
 from train.distill import head_divergence
@@ -124,7 +125,7 @@ def read_widths(path: Path) -> tuple[LayerBits, ...]:
     """Read the policy from a file that this command wrote. Raises ValueError if the file is missing or is no such file."""
     with _refused_as_no_file_of_widths(path):
         found = json.loads(path.read_text())["layer_bits"]
-        return tuple(LayerBits(layers=entry["layers"], bits=Bits(**entry["bits"])) for entry in found)
+        return tuple(build(LayerBits, entry) for entry in found)
 
 
 def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
@@ -145,7 +146,7 @@ def read_rows(path: Path, teacher: Seal) -> list[Sensitivity]:
 def _refused_as_no_file_of_widths(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of widths ({error!r}); `python -m train.sensitivity` writes one") from error
 
 
@@ -200,8 +201,9 @@ def main(argv: list[str] | None = None) -> None:
     add_settings(parser)
     add_device(parser)
     args = parser.parse_args(argv)
+    artifact.require_target(args.out, args.teacher, args.measured)
     seal, teacher = restore(args.teacher, "teacher")
-    config = override(at_bits(from_dict(seal.config), args.bits), args.settings)
+    config = student_config(from_dict(seal.config), args.bits, args.settings)
     device = parse_device(args.device)
     frames = open_frames(config, config.data.train_split)
     rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, device)

@@ -169,7 +169,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         text = "the file is no archive of tensors" if isinstance(error, KeyError) else str(error)  # torch takes other bytes for opcodes
         raise StateDictError(f"{path} cannot be read as a weights-only checkpoint: {_reason(path, text)}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state_dict, dict) or not state_dict or not all(isinstance(value, Tensor) for value in state_dict.values()):
+    entries = state_dict.items() if isinstance(state_dict, dict) else ()
+    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         held = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content).__name__
         raise StateDictError(f"{path} holds no state dict, but {held or 'nothing'}; give a checkpoint with the network's weights")
     broken = [key for key, value in state_dict.items() if not value.isfinite().all()]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from qdbev.nn.config import BackboneConfig
-from qdbev.schema import CODE_SIZE, Interface
+from qdbev.schema import CLASSES, CODE_SIZE, Interface
 from qdbev.settings import require, require_positive
 
 
@@ -57,6 +57,7 @@ class BEVFormerConfig:
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "num_heads", "ffn_dim", "num_cameras", "bev_hw", "num_pillar_points", "num_spatial_points", "num_points")
         require_positive(self, "model", *sizes, "encoder_layers", "decoder_layers", "num_query", "num_classes", "max_boxes")
+        require(self.num_classes == len(CLASSES), f"model.num_classes is {self.num_classes}; schema.CLASSES has {len(CLASSES)} classes")
         require(self.embed_dim % self.num_heads == 0, f"model.embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         require(
             self.num_spatial_points % self.num_pillar_points == 0,
