@@ -233,8 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.attention_cost", description=main.__doc__)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = parser.parse_args(argv)
-    if args.out:
-        artifact.require_target(args.out)
+    artifact.require_target(args.out)
     limit = int(SHARE_OF_MEMORY * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     rows = []
     for case in CASES:

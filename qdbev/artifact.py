@@ -167,8 +167,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_target(path: Path, *sources: Path | None) -> None:
-    """Raise ArtifactError, before any work is done, if the result of `sources` (None is no file) cannot be written to `path`."""
+def require_target(path: Path | None, *sources: Path | None) -> None:
+    """Raise ArtifactError, before any work is done, if the result of `sources` cannot be written to `path`; None is no file."""
+    if path is None:
+        return
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder; give the path of a file to write")
     read = [file.resolve() for source in sources if source is not None for file in (source, seal_path(source))]
