@@ -20,6 +20,15 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 
+_LONGEST = ("export_pack", "export_to_onnx", "export_graphs", "train_stages", "train_sensitivity", "train_golden", "export_deform_conv")
+"""Files of tests that take longest. They come first, so that no worker is left alone with one of them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in _LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed PyTorch, so that a test draws the same numbers whichever tests ran before it."""

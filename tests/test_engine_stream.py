@@ -5,55 +5,43 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from small_networks import DATA, exported_network
 
 from engine.preprocess import FrameError, Preprocessor
 from engine.stream import StreamingDetector
 from eval.loop import evaluate_frames
 from eval.open_model import OpenModel
-from export import to_onnx
 from export.runner import OnnxRunner
-from qdbev.artifact import Seal
-from qdbev.config import Config, to_dict
+from qdbev import artifact
+from qdbev.config import Config, from_dict
 from qdbev.data.dataset import FrameDataset
-from qdbev.data.noise_frames import noise_frames
 from qdbev.data.transforms import read_image
 from qdbev.detector import Arrays, FrameOrderError
-from qdbev.detectors.bevformer.model import BEVFormer
-from qdbev.facts import TeacherFacts
 from qdbev.schema import Detections, Frame
+
+NETWORK = Path(__file__).with_name("format1") / "w4a6.onnx"
+"""A small network for the images of the tiny world, as sealed ONNX."""
+CONFIG = from_dict(artifact.unseal(NETWORK, "onnx").config)
 
 
 @pytest.fixture(scope="module")
 def dataset(tiny_world: Path) -> FrameDataset:
     """Two scenes of four frames, from files."""
-    config = exported_network()
-    return FrameDataset(dataclasses.replace(config.data, root=str(tiny_world)), config.model.pc_range, "train", training=False, seed=0)
+    return FrameDataset(dataclasses.replace(CONFIG.data, root=str(tiny_world)), CONFIG.model.pc_range, "train", training=False, seed=0)
 
 
 @pytest.fixture(scope="module")
-def runner(dataset: FrameDataset, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
-    """A small network for the images of `dataset`, exported to ONNX."""
-    torch.manual_seed(0)
-    config = exported_network()
-    model = BEVFormer(config.model).eval()
-    parent = Seal(kind="teacher", config=to_dict(config), parent=None, facts=TeacherFacts(), provenance={}, sha256="0" * 64)
-    path = tmp_path_factory.mktemp("exported") / "net.onnx"
-    to_onnx.export(
-        model, parent, path, dataset.transform.padded_hw, noise_frames(DATA, model.config.num_cameras, dataset.transform.padded_hw)
-    )
-    return OnnxRunner(path)
+def runner() -> OnnxRunner:
+    return OnnxRunner(NETWORK)
 
 
 @pytest.fixture
 def detector(runner: OnnxRunner) -> StreamingDetector:
-    return StreamingDetector(runner, exported_network(), runner.interface)
+    return StreamingDetector(runner, CONFIG, runner.interface)
 
 
 def evaluated(runner: OnnxRunner, dataset: FrameDataset) -> list[Detections]:
     """Detections of the evaluation loop for each frame."""
-    return [step.detections for step in evaluate_frames(OpenModel(exported_network(), runner), dataset)]
+    return [step.detections for step in evaluate_frames(OpenModel(CONFIG, runner), dataset)]
 
 
 def agree(found: Detections, wanted: Detections) -> None:
@@ -142,7 +130,7 @@ def test_a_network_that_fails_leaves_the_history_as_it_was(runner: OnnxRunner, d
             raise ValueError(lost.pop())
         return runner(inputs)
 
-    detector = StreamingDetector(run, exported_network(), runner.interface)
+    detector = StreamingDetector(run, CONFIG, runner.interface)
     for index in range(3):
         lost.append("no memory for this frame")
         with pytest.raises(ValueError, match="no memory"):
@@ -151,7 +139,7 @@ def test_a_network_that_fails_leaves_the_history_as_it_was(runner: OnnxRunner, d
 
 
 def test_boxes_that_are_not_finite_are_refused_and_their_history_is_dropped(runner: OnnxRunner, dataset: FrameDataset) -> None:
-    config: Config = exported_network()
+    config: Config = CONFIG
     poison: list[bool] = []
 
     def run(inputs: Arrays) -> Arrays:
@@ -185,7 +173,7 @@ def test_camera_images_become_the_frame_that_evaluation_reads_from_files(
     [
         ([np.zeros((180, 320, 3), np.uint8)] * 5, r"5 camera images; the network takes 6 \(CAM_FRONT, CAM_FRONT_RIGHT"),
         ([], "0 camera images"),
-        ([np.zeros((120, 320, 3), np.uint8)] * 6, r"camera images of 120 x 320 pixels .*the network takes 130 x 258 to 193 x 321"),
+        ([np.zeros((120, 320, 3), np.uint8)] * 6, r"camera images of 120 x 320 pixels .*the network takes 165 x 165 to 324 x 324"),
         ([np.zeros((180, 320, 3), np.float32)] * 6, r"camera image 0 is float32\(180, 320, 3\), all must be uint8"),
         ([np.zeros((180, 320), np.uint8)] * 6, r"camera image 0 is uint8\(180, 320\)"),
         (
@@ -201,7 +189,7 @@ def test_camera_images_that_do_not_fit_are_told_with_what_does(detector: Streami
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.8])
 def test_the_sizes_that_are_said_to_fit_are_those_that_do(scale: float) -> None:
-    data = dataclasses.replace(exported_network().data, image_scale=scale, pad_multiple=32)
+    data = dataclasses.replace(CONFIG.data, image_scale=scale, pad_multiple=32)
     preprocessor = Preprocessor(data, (1, 3, 96, 160))
     fits = []
     for height in range(40, 260):
