@@ -16,10 +16,7 @@ from qdbev import cuda_check
 
 BackendName = Literal["tensorrt", "tensorrt-rtx"]
 _MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_INSTALL: dict[BackendName, str] = {
-    "tensorrt": "pip install -r requirements-gpu.txt",
-    "tensorrt-rtx": "pip install -r requirements.txt",
-}
+_INSTALL: dict[BackendName, str] = {"tensorrt": "pip install -r requirements-gpu.txt", "tensorrt-rtx": "pip install -r requirements.txt"}
 _OLDEST_TENSORRT = (10, 1)
 """The first version with all names that the engine room uses (`device_memory_size_v2` is the newest of them)."""
 

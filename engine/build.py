@@ -90,9 +90,7 @@ def build_file(onnx_path: Path, engine_path: Path, options: Options) -> audit.Re
         backend=BackendVersion(name=chosen.name, version=chosen.version),
         target=plan.target,
         build=BuildOptions(
-            onnx=os.path.relpath(onnx_path, engine_path.parent),
-            memory_limit_mb=options.memory_limit_mb,
-            allow_float=options.allow_float,
+            onnx=os.path.relpath(onnx_path, engine_path.parent), memory_limit_mb=options.memory_limit_mb, allow_float=options.allow_float
         ),
         build_seconds=plan.build_seconds,
         plugins=tuple(plugin_nodes(model, plugins)),

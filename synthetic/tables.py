@@ -98,13 +98,7 @@ def scene_tables(street: Street, num_points: np.ndarray, visible: np.ndarray) ->
     key = functools.partial(token, street.config.seed)
     start = scene_start_us(name)
     samples = [key("sample", name, frame) for frame in range(num_samples)]
-    log = {
-        "token": key("log", name),
-        "logfile": _logfile(name),
-        "vehicle": _VEHICLE,
-        "date_captured": _date(name),
-        "location": _LOCATION,
-    }
+    log = {"token": key("log", name), "logfile": _logfile(name), "vehicle": _VEHICLE, "date_captured": _date(name), "location": _LOCATION}
     scene = {
         "token": key("scene", name),
         "log_token": log["token"],

@@ -131,10 +131,7 @@ class Balance:
     def __call__(self, distillation: Distillation, detection: Tensor) -> Tensor:
         """Return the weighted sum of `features` and `head`; the detection loss is used only as a scale, without gradient."""
         added = torch.zeros_like(detection)
-        for name, part, weight in (
-            ("features", distillation.features, self.config.weight),
-            ("head", distillation.head, self.config.head),
-        ):
+        for name, part, weight in (("features", distillation.features, self.config.weight), ("head", distillation.head, self.config.head)):
             if weight:
                 if name not in self.scales and (size := abs(self.world_mean(part.item()))):
                     self.scales[name] = weight * self.world_mean(detection.item()) / size

@@ -24,11 +24,7 @@ from qdbev.data.nuscenes.completeness import scenes_without_can_signals
 from qdbev.schema import CAMERAS, CLASSES
 
 _LIDAR = "LIDAR_TOP"
-_OFFICIAL_SPLITS = {
-    "trainval": ("train", "val", "train_detect", "train_track"),
-    "mini": ("mini_train", "mini_val"),
-    "test": ("test",),
-}
+_OFFICIAL_SPLITS = {"trainval": ("train", "val", "train_detect", "train_track"), "mini": ("mini_train", "mini_val"), "test": ("test",)}
 """Official splits of each version; the key is the ending of the version's name, which the official evaluation checks too."""
 
 Record = dict[str, Any]

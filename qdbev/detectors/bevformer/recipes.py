@@ -98,10 +98,7 @@ def base() -> Config:
         name="base",
         data=dataclasses.replace(_CAFFE_IMAGES, image_scale=1.0, queue_length=4),
         model=BEVFormerConfig(
-            backbone=dataclasses.replace(_RESNET101, out_stages=(1, 2, 3)),
-            num_levels=4,
-            bev_hw=(200, 200),
-            encoder_layers=6,
+            backbone=dataclasses.replace(_RESNET101, out_stages=(1, 2, 3)), num_levels=4, bev_hw=(200, 200), encoder_layers=6
         ),
         quant=_PAPER_DEFORMABLE,
     )
