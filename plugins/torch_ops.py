@@ -1,7 +1,10 @@
-"""Register the kernels with PyTorch, so that the operators of qdbev/ops run on them for CUDA tensors.
+"""Register the kernels with PyTorch, so that the operators of qdbev/ops run on them.
 
 After `install()`, `torch.ops.qdbev.<operator>` runs the kernel on CUDA tensors and has a gradient. The functions of qdbev/ops run the
 kernel too if no gradient is needed; with a gradient they run PyTorch code. Without a kernel for the sizes or the GPU, an error is raised.
+
+After `install_on_cpu()`, operators and functions run the kernels of plugins/cpu on float32 tensors of the CPU, also in training: both
+attentions have kernels for their gradients, and the gather of deformable convolutions has the gradient of its PyTorch code.
 """
 
 import functools
@@ -11,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from plugins.cpu import build
+from plugins.cpu import torch_ops as on_cpu
 from plugins.launch import compute
 from plugins.operators import KERNELS
-from qdbev.ops.contract import DOMAIN, MSDA, SCA, Operator
+from qdbev.ops import kernels
+from qdbev.ops.contract import DOMAIN, IM2COL, MSDA, SCA, Operator
+from qdbev.ops.deform_conv import gathered_columns
 from qdbev.ops.msda import multi_scale_deformable_attention
 from qdbev.ops.sca import dense_spatial_cross_attention
 
@@ -27,6 +34,7 @@ def _with_pairs(form: Callable[..., Tensor], *given: Any) -> Tensor:
 _DIFFERENTIABLE: dict[Operator, Callable[..., Tensor]] = {
     MSDA: functools.partial(_with_pairs, multi_scale_deformable_attention),
     SCA: functools.partial(_with_pairs, dense_spatial_cross_attention),
+    IM2COL: gathered_columns,
 }
 """PyTorch code with the gradient of each operator, called as the contract says; traceable, as its shapes depend on no values."""
 
@@ -37,8 +45,37 @@ def install() -> None:
     for operator in KERNELS:
         if not operator.has_integer_value:  # PyTorch has no operators for the int8 forms
             library.register_kernel(f"{DOMAIN}::{operator.torch_name}", "cuda", evaluation(operator))
-    for operator, form in _DIFFERENTIABLE.items():
-        save, backward = functools.partial(_save_inputs, operator), functools.partial(_differentiate, form)
+    _register_gradients()
+
+
+def install_on_cpu() -> bool:
+    """Register the CPU kernels and their gradients. Without a compiler, say so once, register nothing and return False."""
+    if build.library("torch") is None:
+        return False
+    _register_on_cpu()
+    kernels.have_gradients_on("cpu")
+    return True
+
+
+@functools.cache
+def _register_on_cpu() -> None:
+    for operator in _DIFFERENTIABLE:
+        library.register_kernel(f"{DOMAIN}::{operator.torch_name}", "cpu", functools.partial(_compute_on_cpu, operator))
+    _register_gradients()
+
+
+def _compute_on_cpu(operator: Operator, *given: Any) -> Tensor:
+    """Compute an operator with its CPU kernel; other number types than float32 are computed by PyTorch code."""
+    *tensors, attribute = given
+    if any(tensor.dtype != torch.float32 for tensor in tensors):
+        return _DIFFERENTIABLE[operator](*given).contiguous()
+    return on_cpu.im2col(*given) if operator == IM2COL else on_cpu.attend(operator, tensors, attribute)
+
+
+@functools.cache
+def _register_gradients() -> None:
+    for operator in _DIFFERENTIABLE:
+        save, backward = functools.partial(_save_inputs, operator), functools.partial(_differentiate, operator)
         library.register_autograd(f"{DOMAIN}::{operator.torch_name}", backward, setup_context=save)
 
 
@@ -59,8 +96,15 @@ def _save_inputs(operator: Operator, ctx: Any, inputs: tuple[Any, ...], output: 
     ctx.attributes = inputs[count:]
 
 
-def _differentiate(form: Callable[..., Tensor], ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Recompute the output with PyTorch and return the gradient of each input; attributes have none."""
+def _differentiate(operator: Operator, ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of each input; attributes have none. Without a kernel for it, the output is computed again with PyTorch."""
+    if operator != IM2COL and kernels.have_gradients(gradient):
+        wanted = list(ctx.needs_input_grad[: len(operator.inputs)])
+        if "visible" in operator.inputs and wanted[operator.inputs.index("visible")]:
+            raise ValueError("the CPU kernel of spatial cross-attention has no gradient of `visible`, which is a mask")
+        found = on_cpu.attend_backward(list(ctx.saved_tensors), ctx.attributes[0], gradient, wanted)
+        return (*(tensor if want else None for tensor, want in zip(found, wanted, strict=True)), None)
+    form = _DIFFERENTIABLE[operator]
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
         out = form(*tensors, *ctx.attributes)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden_files import arrays
 
+from qdbev.ops import kernels
 from synthetic.config import WORLDS
 
 # The networks of the tests are small: several threads would spend more time waiting for each other than computing.
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def seeded() -> None:
     """Seed PyTorch, so that a test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def pytorch_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the functions of qdbev/ops run PyTorch code again, if a test before has installed the CPU kernels in this process."""
+    monkeypatch.setattr(kernels, "_TRAINED_ON", set())
 
 
 @pytest.fixture(scope="session")

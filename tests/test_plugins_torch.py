@@ -21,7 +21,7 @@ from plugins.kernel import KernelError
 from plugins.launch import LaunchError, compute
 from plugins.torch_ops import install
 from qdbev.ops.contract import SCA, SCA_INT8
-from qdbev.ops.msda import evaluated_on_gpu
+from qdbev.ops.kernels import run_operator
 
 
 @pytest.mark.parametrize("sizes", ONE_LEVEL)
@@ -73,13 +73,13 @@ def test_evaluation_on_a_gpu_calls_the_operator(sizes):
 
 def test_the_operator_is_called_on_a_gpu_unless_a_gradient_is_asked_for():
     plain, learned_one = torch.ones(1), torch.ones(1, requires_grad=True)
-    assert not evaluated_on_gpu(plain, plain)
+    assert not run_operator(plain, plain)
     with FakeTensorMode():
         plain, learned_one = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", requires_grad=True)
-        assert evaluated_on_gpu(plain, plain)
-        assert not evaluated_on_gpu(plain, learned_one)
+        assert run_operator(plain, plain)
+        assert not run_operator(plain, learned_one)
         with torch.no_grad():
-            assert evaluated_on_gpu(plain, learned_one)
+            assert run_operator(plain, learned_one)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 
+from qdbev.ops.kernels import run_operator
+
 
 class DeformConv2d(nn.Module):
     """3x3 modulated deformable convolution with padding 1, one deform group and no bias, and the layer that predicts its offsets.
@@ -45,8 +47,13 @@ def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride
     Returns:
         (B, C * 9, h, w) with the kernel position as the fast axis.
     """
-    if torch.compiler.is_exporting():
+    if run_operator(x, offsets, mask):
         return torch.ops.qdbev.modulated_deformable_im2col(x, offsets, mask, stride)
+    return gathered_columns(x, offsets, mask, stride)
+
+
+def gathered_columns(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
+    """The PyTorch implementation."""
     B, C, H, W = x.shape
     h, w = offsets.shape[-2:]
     row = torch.arange(h, dtype=torch.float32, device=x.device)[:, None] * stride
@@ -62,7 +69,7 @@ def modulated_deformable_im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride
 
 @library.custom_op("qdbev::modulated_deformable_im2col", mutates_args=())
 def _node(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
-    return modulated_deformable_im2col(x, offsets, mask, stride)
+    return gathered_columns(x, offsets, mask, stride)
 
 
 @_node.register_fake

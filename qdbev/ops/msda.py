@@ -2,6 +2,7 @@
 
     here       PyTorch; can be trained, runs on any device, and is the reference for all other implementations
     CUDA       a kernel; runs where no gradient is needed, once `plugins.torch_ops.install()` has registered it
+    CPU        a kernel with gradients, once `plugins.torch_ops.install_on_cpu()` has registered it; also OpenVINO's (plugins/cpu)
     ONNX       one node of domain `qdbev`, with a local function of the same name as its body (export/bodies/attention.py)
     TensorRT   a plugin of the same name, or the function body where there is no plugin (plugins/README.md)
 
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
+
+from qdbev.ops.kernels import run_operator
 
 LevelSizes = Sequence[tuple[int, int]]
 """Height and width of each level in cells."""
@@ -36,9 +39,9 @@ def multi_scale_deformable_attention(
 ) -> Tensor:
     """Attend to a few points around the reference point of each query.
 
-    While a model is exported, and for CUDA tensors of which none needs a gradient, this calls the custom operator
-    `torch.ops.qdbev.multi_scale_deformable_attention`. It becomes one ONNX node, and runs the CUDA kernel if
-    `plugins.torch_ops.install()` was called in this process. In all other cases the PyTorch code of this file runs.
+    Where `qdbev.ops.kernels.run_operator` says so, this calls the custom operator `torch.ops.qdbev.multi_scale_deformable_attention`. It
+    becomes one ONNX node in an export, and else runs the kernel that `plugins.torch_ops` has registered in this process, if any. In all
+    other cases the PyTorch code of this file runs.
 
     Args:
         value: (B, S, M, C) projected keys, with the levels concatenated in the order of `level_hw`.
@@ -55,14 +58,9 @@ def multi_scale_deformable_attention(
     """
     check_levels(value.shape[1], level_hw)
     tensors = (value, reference_points, sampling_offsets, attention_logits)
-    if torch.compiler.is_exporting() or evaluated_on_gpu(*tensors):
+    if run_operator(*tensors):
         return torch.ops.qdbev.multi_scale_deformable_attention(*tensors, [size for hw in level_hw for size in hw])
     return _sampled(*tensors, level_hw)
-
-
-def evaluated_on_gpu(*tensors: Tensor) -> bool:
-    """True for CUDA tensors of which none needs a gradient now."""
-    return tensors[0].is_cuda and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _sampled(value: Tensor, reference_points: Tensor, sampling_offsets: Tensor, attention_logits: Tensor, level_hw: LevelSizes) -> Tensor:

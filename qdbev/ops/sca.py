@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 
-from qdbev.ops.msda import LevelSizes, check_levels, evaluated_on_gpu, joint_softmax, level_wh, weighted_samples
+from qdbev.ops.kernels import run_operator
+from qdbev.ops.msda import LevelSizes, check_levels, joint_softmax, level_wh, weighted_samples
 
 
 class SpatialCrossAttention(nn.Module):
@@ -53,7 +54,7 @@ def spatial_cross_attention(
     if num_points % num_pillar_points:
         raise ValueError(f"{num_points} sampling points cannot be shared among {num_pillar_points} pillar points; use a multiple")
     tensors = (value, reference_points, visible, sampling_offsets, attention_logits)
-    if torch.compiler.is_exporting() or evaluated_on_gpu(*tensors):
+    if run_operator(*tensors):
         return torch.ops.qdbev.spatial_cross_attention(*tensors, [size for hw in level_hw for size in hw])
     return gathered_spatial_cross_attention(*tensors, level_hw)
 

@@ -1,0 +1,1 @@
+"""CPU kernels of the operators, for PyTorch and OpenVINO."""
