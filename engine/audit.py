@@ -23,7 +23,7 @@ from qdbev import artifact, deployed_graph
 from qdbev.command import entry_point
 
 _log = logging.getLogger(__name__)
-_COMPUTE_KINDS = ("gemm", "correlation", "conv", "matrixmultiply", "mha")
+_COMPUTE_KINDS = ("gemm", "correlation", "conv", "matrixmultiply", "mha", "fullyconnected", "matmul")
 """Words in the kinds of kernels that multiply and accumulate. The kinds of generated kernels (kgen, runtime_fusion) are left out, because
 such kernels convert INT8 operands to float first (seen in TensorRT-RTX 1.7.1)."""
 _FLOATS = ("FP32", "FP16", "BF16")

@@ -1,7 +1,8 @@
-"""Finds the TensorRT and the GPU of this machine, and says how to install what is missing.
+"""Finds the library that builds and runs engines, and the GPU of this machine, and says how to install what is missing.
 
 TensorRT needs an NVIDIA GPU and its driver for everything, even for parsing. TensorRT-RTX builds on any machine, ahead of time, for GPUs of
-compute capability 8.0 to 12.1 without 9.0, and runs on these. Importing this module loads neither of them and does not start CUDA.
+compute capability 8.0 to 12.1 without 9.0, and runs on these. OpenVINO builds for the CPU that it runs on. Importing this module loads
+none of them and does not start CUDA.
 """
 
 import functools
@@ -14,9 +15,13 @@ from typing import Any, Literal
 
 from qdbev import cuda_check
 
-BackendName = Literal["tensorrt", "tensorrt-rtx"]
-_MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_INSTALL: dict[BackendName, str] = {"tensorrt": "pip install -r requirements-gpu.txt", "tensorrt-rtx": "pip install -r requirements.txt"}
+BackendName = Literal["tensorrt", "tensorrt-rtx", "cpu"]
+_MODULES: dict[BackendName, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "cpu": "openvino"}
+_INSTALL: dict[BackendName, str] = {
+    "tensorrt": "pip install -r requirements-gpu.txt",
+    "tensorrt-rtx": "pip install -r requirements.txt",
+    "cpu": "pip install -r requirements.txt",
+}
 _OLDEST_TENSORRT = (10, 1)
 """The first version with all names that the engine room uses (`device_memory_size_v2` is the newest of them)."""
 
@@ -40,7 +45,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Backend:
-    """A TensorRT that is installed here. `module` is its Python binding."""
+    """A TensorRT or OpenVINO that is installed here. `module` is its Python binding."""
 
     name: BackendName
     module: ModuleType
@@ -64,11 +69,11 @@ def select(wanted: BackendName | None = None) -> Backend:
 
 
 def load(name: BackendName) -> Backend:
-    """Import the Python binding of a TensorRT. Raises EngineError if it is missing, cannot be loaded, or is too old."""
+    """Import the Python binding of a backend. Raises EngineError if it is missing, cannot be loaded, or is too old."""
     try:
         module = importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
-        raise EngineError(f"{name} cannot be imported ({error}); {_INSTALL[name]}") from error
+        raise EngineError(f"{_MODULES[name]} cannot be imported ({error}); {_INSTALL[name]}") from error
     if name == "tensorrt" and release(module.__version__) < _OLDEST_TENSORRT:
         raise EngineError(f"TensorRT {module.__version__} is not supported; 10.1 or newer is: {_INSTALL[name]}")
     return Backend(name=name, module=module, version=module.__version__)

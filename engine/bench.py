@@ -2,15 +2,18 @@
 
     python -m engine.bench --engine runs/demo/w8a8.engine
 
-Runs trtexec (tensorrt_rtx for TensorRT-RTX) if it is on PATH, else `engine.session`; the report has the same form either way. Frames run
+Runs trtexec (tensorrt_rtx for TensorRT-RTX) if it is on PATH, else a session, as always on a CPU; the report has the same form. Frames run
 one after the other without overlap. `compute` is the GPU time of the engine, `with_transfers` adds the copies of all inputs and outputs,
 `with_host` adds the work from camera images to inputs and from outputs to boxes. A stream that leaves the recurrent tensors on the GPU
-copies less. The report is written beside the engine, with the command line, the GPU, its clocks and memory, and all versions.
+copies less. The report is written beside the engine, with the command line, the GPU, its clocks and memory, and all versions; for a CPU,
+with its name, threads and the peak memory of the process.
 """
 
 import argparse
 import json
 import logging
+import os
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -23,9 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine import backend, clocks, compatibility
-from engine.backend import EngineError, Gpu
+from engine.backend import EngineError
+from engine.open_session import open_session
 from engine.preprocess import Preprocessor
-from engine.session import Session
 from engine.typical_frame import typical_inputs
 from qdbev import artifact, detectors
 from qdbev.artifact import Seal
@@ -55,27 +58,37 @@ class Times(NamedTuple):
     command: str
 
 
-def bench(engine: Path, iterations: int) -> dict[str, Any]:
-    """Measure an engine over `iterations` frames and return the report.
+def bench(engine: Path, iterations: int, threads: int | None = None) -> dict[str, Any]:
+    """Measure an engine over `iterations` frames and return the report. `threads` is for engines of a CPU, all its cores if None.
 
     Raises:
         ArtifactError: The engine is missing, damaged or not sealed.
         EngineError: There is no GPU, the engine cannot run here, or trtexec fails.
     """
     seal = artifact.unseal(engine, "engine")
-    device = backend.require_gpu(f"measuring {engine}")
-    compatibility.require_gpu(engine, seal, device)
+    if seal.facts.backend.name != "cpu":
+        device = backend.require_gpu(f"measuring {engine}")
+        compatibility.require_gpu(engine, seal, device)
     config, interface = from_dict(seal.config), seal.facts.interface
     frame = typical_inputs(config, interface)
+    if seal.facts.backend.name == "cpu":
+        times = _with_session(engine, frame, iterations, threads)
+        return report(engine, seal, {"cpu": _cpu_facts(seal, threads)}, times, host_times(config, interface))
     tool = shutil.which(_TOOLS[seal.facts.backend.name])
     with clocks.watch(device.bus_id) as seen:
-        times = _with_tool(tool, engine, seal, frame, iterations) if tool else _with_session(engine, frame, iterations)
-    host = host_times(config, interface)
-    return report(engine, seal, device, times, host, seen)
+        times = _with_tool(tool, engine, seal, frame, iterations) if tool else _with_session(engine, frame, iterations, threads)
+    gpu = {"name": device.name, "compute_capability": device.compute_capability, **seen}
+    return report(engine, seal, {"gpu": gpu}, times, host_times(config, interface))
 
 
-def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, Any], seen: dict[str, Any]) -> dict[str, Any]:
-    """The report as JSON values; `host` is from `host_times`, `seen` from `clocks.watch`."""
+def _cpu_facts(seal: Seal, threads: int | None) -> dict[str, Any]:
+    target = seal.facts.target
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {"name": target.cpu, "instruction_set": target.instruction_set, "threads": threads or os.cpu_count(), "peak_memory_mb": peak}
+
+
+def report(engine: Path, seal: Seal, device: dict[str, Any], times: Times, host: dict[str, Any]) -> dict[str, Any]:
+    """The report as JSON values; `device` has one entry with the facts of the GPU or CPU, `host` is from `host_times`."""
     runs = len(times.with_transfers)
     before, after = (np.resize(host[name], runs) for name in ("before", "after"))
     return {
@@ -85,7 +98,7 @@ def report(engine: Path, seal: Seal, device: Gpu, times: Times, host: dict[str, 
         "host": {"before": statistics(host["before"]), "after": statistics(host["after"]), "camera_hw": host["camera_hw"]},
         "tool": times.tool,
         "command": times.command,
-        "gpu": {"name": device.name, "compute_capability": device.compute_capability, **seen},
+        **device,
         "engine": {"name": engine.name, "sha256": seal.sha256, "bytes": seal.facts.plan_bytes, **asdict(seal.facts.backend)},
         "made": artifact.provenance(),
     }
@@ -176,9 +189,9 @@ def _with_tool(tool: str, engine: Path, seal: Seal, frame: dict[str, np.ndarray]
         return Times(*read_times(times.read_text()), Path(tool).name, " ".join(command))
 
 
-def _with_session(engine: Path, frame: dict[str, np.ndarray], iterations: int) -> Times:
+def _with_session(engine: Path, frame: dict[str, np.ndarray], iterations: int, threads: int | None) -> Times:
     compute, with_transfers = [], []
-    with Session(engine) as session:
+    with open_session(engine, threads) as session:
         begin = time.perf_counter()
         while len(compute) < iterations:
             started = time.perf_counter()
@@ -196,13 +209,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m engine.bench", description="Measure the time an engine takes for a frame.")
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--iterations", type=int, default=2000, help="frames to measure (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="threads of an engine for a CPU (default: all cores)")
     parser.add_argument("--out", type=Path, help="report as JSON (default: beside the engine)")
     args = parser.parse_args(argv)
     artifact.require_target(args.out or report_path(args.engine), args.engine)
-    found = bench(args.engine, args.iterations)
+    found = bench(args.engine, args.iterations, args.threads)
     with artifact.atomic(args.out or report_path(args.engine)) as temporary:
         temporary.write_text(json.dumps(found, indent=1))
-    _log.info("%s on %s, by %s", args.engine, found["gpu"]["name"], found["tool"])
+    _log.info("%s on %s, by %s", args.engine, (found.get("gpu") or found["cpu"])["name"], found["tool"])
     for name in ("compute", "with_transfers", "with_host"):
         _log.info("%-15s p50 %8.3f ms, p90 %8.3f, p99 %8.3f, p99.9 %8.3f; %.1f frames/s over %d runs",
                   name, *(found[name][key] for key in ("p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "frames_per_s", "runs")))  # fmt: skip

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 from engine.backend import Backend, EngineError, Gpu
+from engine.cpu import Cpu, kernels_version
 from qdbev.artifact import Seal
 from qdbev.facts import BuildOptions
 
@@ -29,6 +30,20 @@ def require_gpu(path: Path, seal: Seal, device: Gpu) -> None:
     )
 
 
+def require_cpu(path: Path, seal: Seal, installed: Backend, here: Cpu) -> None:
+    """Raise EngineError, with the command that builds it again, if another CPU, OpenVINO or version of the kernels built the engine."""
+    target, version = seal.facts.target, seal.facts.backend.version
+    if (target.cpu, target.instruction_set) != (here.name, here.instruction_set):
+        found = f"was built on another CPU ({target.cpu}, {target.instruction_set}); this is a {here.name} ({here.instruction_set})"
+    elif version != installed.version:
+        found = f"was built with OpenVINO {version}, installed is {installed.version}"
+    elif target.cpu_kernels is not None and target.cpu_kernels != kernels_version():
+        found = f"calls CPU kernels of version {target.cpu_kernels}; here they are {kernels_version() or 'missing (no compiler)'}"
+    else:
+        return
+    raise EngineError(f"{path} {found}. Build it again here:\n  {rebuild_command(path, seal)}")
+
+
 def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> None:
     """Raise EngineError, with the command that builds it again, if another version than the installed one built the engine."""
     built = seal.facts.backend.version
@@ -40,12 +55,17 @@ def require_version(path: Path, seal: Seal, installed: Backend, device: Gpu) -> 
         )
 
 
-def rebuild_command(path: Path, seal: Seal, device: Gpu) -> str:
-    """The command that builds the engine at `path` again with the same options, for `device` and the GPUs it was built for before."""
+def rebuild_command(path: Path, seal: Seal, device: Gpu | None = None) -> str:
+    """The command that builds the engine at `path` again with the same options, for `device` and the GPUs it was built for before.
+
+    `device` is None for an engine of a CPU.
+    """
     capabilities = seal.facts.target.compute_capabilities
     options = seal.facts.build or BuildOptions(onnx=path.with_suffix(".onnx").name)
     words = ["python", "-m", "engine.build", "--onnx", os.path.normpath(path.parent / options.onnx), "--out", str(path)]
-    if seal.facts.backend.name == "tensorrt" or device.compute_capability in _NOT_OF_RTX:
+    if device is None:
+        words += ["--backend", "cpu"]
+    elif seal.facts.backend.name == "tensorrt" or device.compute_capability in _NOT_OF_RTX:
         words += ["--backend", "tensorrt"]
     else:
         words += ["--backend", "tensorrt-rtx"]

@@ -23,6 +23,7 @@ from engine.backend import EngineError, check
 from engine.captured_context import CapturedContext
 from engine.memory import Buffers
 from qdbev import artifact
+from qdbev.schema import Interface
 
 _log = logging.getLogger(__name__)
 
@@ -200,17 +201,7 @@ class Session:
             raise EngineError(
                 f"{self.path}: an earlier frame left the GPU unusable for this process ({self._broken}); start the process again"
             )
-        known, recurrent = self.interface.inputs, [name for _, name in self.interface.recurrent]
-        missing = [name for name in known if name not in inputs and name not in recurrent]
-        unknown = [*(name for name in inputs if name not in known), *(name for name in outputs if name not in self.interface.outputs)]
-        if missing or unknown:
-            raise EngineError(
-                f"missing inputs: {', '.join(missing) or 'none'}; unknown names: {', '.join(unknown) or 'none'}; "
-                f"the engine takes {', '.join(known)}"
-            )
-        for name, value in inputs.items():
-            if value.shape != self.shapes[name] or value.dtype != self.dtypes[name]:
-                raise EngineError(f"{name} is {value.dtype}{value.shape}, the engine takes {self.dtypes[name]}{self.shapes[name]}")
+        check_tensors(self.interface, self.shapes, self.dtypes, inputs, outputs)
 
     def _fail(self, what: str) -> None:
         raise EngineError("\n  ".join([f"{self.path}: {what}", *self._messages.problems]))
@@ -223,3 +214,24 @@ class Session:
         self._engine = None
         self._host.clear()
         self._events.clear()
+
+
+def check_tensors(
+    interface: Interface,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, np.dtype[Any]],
+    inputs: Mapping[str, np.ndarray],
+    outputs: Collection[str],
+) -> None:
+    """Raise EngineError if an input is missing, unknown, or of another shape or type than the engine's, or an output is unknown."""
+    known, recurrent = interface.inputs, [name for _, name in interface.recurrent]
+    missing = [name for name in known if name not in inputs and name not in recurrent]
+    unknown = [*(name for name in inputs if name not in known), *(name for name in outputs if name not in interface.outputs)]
+    if missing or unknown:
+        raise EngineError(
+            f"missing inputs: {', '.join(missing) or 'none'}; unknown names: {', '.join(unknown) or 'none'}; "
+            f"the engine takes {', '.join(known)}"
+        )
+    for name, value in inputs.items():
+        if value.shape != shapes[name] or value.dtype != dtypes[name]:
+            raise EngineError(f"{name} is {value.dtype}{value.shape}, the engine takes {dtypes[name]}{shapes[name]}")

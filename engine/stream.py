@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.open_session import open_session
 from engine.preprocess import FrameError, Preprocessor
-from engine.session import Session
 from qdbev import detectors
 from qdbev.config import Config, from_dict
 from qdbev.detector import Arrays, FrameOrderError, Memory
@@ -86,9 +86,9 @@ class StreamingDetector:
 
 
 @contextmanager
-def open_engine(path: Path) -> Iterator[StreamingDetector]:
-    """Open an engine as a detector; its GPU memory is freed when the `with` block ends. Raises the errors of `Session`."""
-    with Session(path) as session:
+def open_engine(path: Path, threads: int | None = None) -> Iterator[StreamingDetector]:
+    """Open an engine as a detector; its memory is freed when the `with` block ends. Arguments and errors are those of `open_session`."""
+    with open_session(path, threads) as session:
         interface = session.interface
         kept = {name for pair in interface.recurrent for name in pair}
         wanted = [name for name in interface.outputs if name not in kept]

@@ -22,9 +22,11 @@ import torch
 
 from export.runner import OnnxRunner
 from qdbev import detectors
-from qdbev.detector import Arrays, Deployed, Detector, run_stream
+from qdbev.detector import Arrays, Deployed, Detector, FrameStream, run_stream
 from qdbev.schema import Frame
 
+Run = Callable[[Arrays], Arrays]
+"""A function that computes the deployed graph: outputs by name from inputs by name."""
 FLOAT_TOLERANCE = 1e-3
 QUANTIZED_TOLERANCE = 1e-3
 WORST_TOLERANCE = 1e-2
@@ -53,10 +55,14 @@ def measure(model: Detector, runner: OnnxRunner, frames: Sequence[Frame], change
     Args:
         change: SUM_ORDER_CHANGE for a quantized model, FLOAT16_CHANGE for float16, None for float32.
     """
-    run = Deployed(model).eval().run
-    ours = _outputs(run, frames, model)
-    itself = ours if change is None else _outputs(run, _changed(frames, change), model)
-    theirs = _outputs(runner, frames, model)  # last, because onnxruntime does not return its memory
+    return compare(Deployed(model).eval().run, runner, frames, detectors.stream(model.config), change)
+
+
+def compare(reference: Run, other: Run, frames: Sequence[Frame], stream: FrameStream, change: float | None = None) -> list[OutputParity]:
+    """Run a function and its reference over consecutive frames of one scene and compare every output; `change` as in `measure`."""
+    ours = _outputs(reference, frames, stream)
+    itself = ours if change is None else _outputs(reference, _changed(frames, change), stream)
+    theirs = _outputs(other, frames, stream)  # last, because onnxruntime does not return its memory
     return [
         _compare(index, name, ours[index][name], theirs[index][name], itself[index][name], change is not None)
         for index in range(len(frames))
@@ -82,8 +88,8 @@ def worst(rows: Sequence[OutputParity]) -> dict[str, float]:
     return figures
 
 
-def _outputs(run: Callable[[Arrays], Arrays], frames: Sequence[Frame], model: Detector) -> list[Arrays]:
-    return [step.outputs for step in run_stream(detectors.stream(model.config), run, frames)]
+def _outputs(run: Run, frames: Sequence[Frame], stream: FrameStream) -> list[Arrays]:
+    return [step.outputs for step in run_stream(stream, run, frames)]
 
 
 def _changed(frames: Sequence[Frame], change: float) -> list[Frame]:

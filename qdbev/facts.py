@@ -114,18 +114,25 @@ class OnnxFacts:
 class BackendVersion:
     """The library that built an engine."""
 
-    name: Literal["tensorrt", "tensorrt-rtx"]
+    name: Literal["tensorrt", "tensorrt-rtx", "cpu"]
+    """`cpu` is OpenVINO."""
     version: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """The GPUs that an engine was built for."""
+    """The GPUs or the CPU that an engine was built for."""
 
     compute_capabilities: tuple[str, ...] | None
-    """None where TensorRT-RTX built for every GPU that it supports."""
+    """None where TensorRT-RTX built for every GPU that it supports, and for a CPU."""
     gpu: str | None = None
     """Name of the only model of GPU that the engine fits."""
+    cpu: str | None = None
+    """Name of the only model of CPU that the engine fits."""
+    instruction_set: str | None = None
+    """The widest instruction set of that CPU for integer products, such as avx512_vnni."""
+    cpu_kernels: str | None = None
+    """Version of the CPU kernels that compute the custom operators; None where their function bodies do."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def test_the_work_around_the_engine_is_added_frame_by_frame(tmp_path: Path) -> N
     path, seal = engine(tmp_path)
     times = bench.Times([4.0] * 6, [5.0] * 6, "trtexec", "trtexec --loadEngine")
     host = {"before": [1.0, 2.0, 3.0], "after": [10.0, 20.0], "camera_hw": [64, 96]}
-    found = bench.report(path, seal, DEVICE, times, host, {})
+    found = bench.report(path, seal, {"gpu": {}}, times, host)
     added = [16.0, 27.0, 18.0, 26.0, 17.0, 28.0]  # the few host times repeat
     assert found["with_host"] == bench.statistics(added)
     assert found["with_transfers"] == bench.statistics([5.0] * 6)

@@ -26,7 +26,7 @@ CLASSES = {
     "_context": "IExecutionContext",
 }
 """Class of TensorRT objects by the name of the variable that the engine room uses for them."""
-FILES = ("build", "captured_context", "trt_callbacks", "session", "backend")
+FILES = ("build_tensorrt", "captured_context", "trt_callbacks", "session", "backend")
 OF_RTX = {
     "ComputeCapability",
     "ComputeCapability.__members__",

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engine import audit, backend, build, compatibility, layer_table, onnx_products, trt_callbacks
+from engine import audit, backend, build, build_tensorrt, compatibility, layer_table, onnx_products, trt_callbacks
 from engine.backend import EngineError
 from qdbev import artifact
 from qdbev.deployed_graph import DeployedGraphError
@@ -305,7 +305,7 @@ def test_a_build_that_fails_names_the_error_inside_a_plugin_first(tmp_path: Path
         def build_serialized_network(self, *_: object) -> None:
             failures.append("SpatialCrossAttention: 12 channels a head")
 
-    monkeypatch.setattr(build, "_register_plugins", lambda chosen: failures)
+    monkeypatch.setattr(build_tensorrt, "_register_plugins", lambda chosen: failures)
     monkeypatch.setattr(trt, "Builder", Builder)
     with pytest.raises(EngineError, match=r"built no engine from .*s\.onnx:\n  SpatialCrossAttention: 12 channels a head"):
         build.build_file(sampler(tmp_path / "s.onnx"), tmp_path / "s.engine", build.Options(backend="tensorrt-rtx"))

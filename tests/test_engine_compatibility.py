@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sealed_facts import engine_facts
 
-from engine import backend, build, compatibility
+from engine import backend, build, build_tensorrt, compatibility
 from engine.backend import Backend, EngineError, Gpu
 from qdbev.artifact import Seal
 from qdbev.facts import BuildOptions, Target
@@ -103,10 +103,10 @@ def test_an_older_tensorrt_is_refused(version: str, monkeypatch: pytest.MonkeyPa
 
 def test_kernel_timings_are_kept_apart_for_each_version_and_gpu(tmp_path: Path) -> None:
     chosen, target = installed("tensorrt", "11.4.0.106"), Target(compute_capabilities=("9.0",), gpu=H100.name)
-    found = build.timing_cache_file(chosen, target, tmp_path)
+    found = build_tensorrt.timing_cache_file(chosen, target, tmp_path)
     assert found == tmp_path / "tensorrt-11.4.0.106-nvidia-h100-80gb-hbm3.timing"
-    assert found != build.timing_cache_file(chosen, dataclasses.replace(target, gpu=H200.name), tmp_path)
-    assert found != build.timing_cache_file(installed("tensorrt", "10.13.3.9"), target, tmp_path)
-    assert build.timing_cache_file(chosen, target, tmp_path / "mine.timing") == tmp_path / "mine.timing"
-    assert build.timing_cache_file(chosen, target, None) is None
-    assert build.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), target, tmp_path) is None
+    assert found != build_tensorrt.timing_cache_file(chosen, dataclasses.replace(target, gpu=H200.name), tmp_path)
+    assert found != build_tensorrt.timing_cache_file(installed("tensorrt", "10.13.3.9"), target, tmp_path)
+    assert build_tensorrt.timing_cache_file(chosen, target, tmp_path / "mine.timing") == tmp_path / "mine.timing"
+    assert build_tensorrt.timing_cache_file(chosen, target, None) is None
+    assert build_tensorrt.timing_cache_file(installed("tensorrt-rtx", "1.7.1"), target, tmp_path) is None

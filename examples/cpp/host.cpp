@@ -2,8 +2,12 @@
 //
 // Each FRAME is a folder with images.bin, lidar2img.bin and can_bus.bin, which are raw float32 values in the layout of
 // docs/engine.md. The frames are of one scene, in order. The program writes cls_logits.bin and box_code.bin into the
-// same folder.
+// same folder. With QDBEV_CPU defined the engine is one for a CPU.
+#ifdef QDBEV_CPU
+#include "cpu_stream.h"
+#else
 #include "bev_stream.h"
+#endif
 
 std::vector<float> read(std::string const& path, std::size_t bytes) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
