@@ -6,7 +6,7 @@
 #   make train                   RECIPE=micro RUN=runs/micro: float teacher (or TEACHER=file), then the student, stage by stage
 #   make ablation                JOBS=2: every form of training beside the others, with a table and curves; hours
 #   make export-onnx pack        MODEL=runs/demo/w4a6.pt (pack: the smallest file that detects the same)
-#   make engine                  MODEL=runs/demo/w4a6.onnx
+#   make engine                  MODEL=runs/demo/w4a6.onnx; BACKEND=cpu builds for the CPU of this machine
 #   make audit bench             MODEL=runs/demo/w4a6.engine
 #   make eval                    MODEL=runs/demo/w4a6.onnx, .pt or .engine
 #   make engine-eval             MODEL=runs/demo/w4a6.engine: beside its .onnx and .pt, metric by metric, tensor by tensor
@@ -16,7 +16,7 @@
 #   make audit-tiny              tiny with random weights at W8A8 and W4A6: which layer of the engines runs in which precision
 #   make report                  RUN=runs/demo: one table of all evaluated models of a run
 #   make setup lint clean        installs .venv; checks rules and format; removes build folders and caches
-#   make step-cost image-cost attention-cost deform-cost kernel-bench results
+#   make cpu-cost step-cost image-cost attention-cost deform-cost kernel-bench results
 #                                single measurements, and copying them to results/; docs/commands.md describes them
 
 # Training on a CPU: threads that wait give their core away soon, and memory is kept for the next step.
@@ -42,11 +42,19 @@ DEMO_METRICS := $(patsubst $(RUN)/%.pt,$(RUN)/eval/%_pt/metrics.json,$(DEMO_PT))
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: demo test data train ablation export-onnx pack engine audit bench kernel-bench gpu-check eval engine-eval report views sizes audit-tiny size-files \
-	step-cost image-cost attention-cost deform-cost results lint setup clean
+.PHONY: demo cpu-engines test data train ablation export-onnx pack engine audit bench kernel-bench gpu-check eval engine-eval report views sizes audit-tiny size-files \
+	cpu-cost step-cost image-cost attention-cost deform-cost results lint setup clean
 
-demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures
+demo: $(DEMO_METRICS) $(DEMO_ENGINES) $(RUN)/pictures cpu-engines
 	$(PY) -m eval.report --run $(RUN)
+
+# Engines that run here, float beside integer. A CPU whose integer products saturate refuses to build some of them, and says so.
+cpu-engines: $(DEMO_ONNX)
+	for name in teacher w8a8 w4a6; do \
+		if $(PY) -m engine.build --backend cpu --onnx $(RUN)/$$name.onnx --out $(RUN)/$$name.cpu.engine; then \
+			$(PY) -m eval.run --model $(RUN)/$$name.cpu.engine || exit 1; \
+		else echo "$$name has no engine for this CPU, for the reason above"; fi; \
+	done
 
 test: .venv/.ok
 	$(PY) -m pytest
@@ -56,6 +64,7 @@ setup: .venv/.ok
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	if command -v nvidia-smi >/dev/null; then $(PY) -m pip uninstall --quiet -y onnxruntime && $(PY) -m pip install --quiet -r requirements-gpu.txt; fi
+	$(PY) -m plugins.cpu.install
 	touch $@
 
 ifdef NUSCENES
@@ -112,7 +121,7 @@ pack: .venv/.ok
 
 engine: MODEL ?= $(RUN)/w4a6.onnx
 engine: .venv/.ok
-	$(PY) -m engine.build --onnx $(MODEL)
+	$(PY) -m engine.build --onnx $(MODEL) $(if $(BACKEND),--backend $(BACKEND) --out $(basename $(MODEL)).$(BACKEND).engine)
 
 audit: MODEL ?= $(RUN)/w4a6.engine
 audit: .venv/.ok
@@ -165,13 +174,18 @@ $(RUN)/tiny_w4a6.pt: $(RUN)/tiny.pt
 
 deform-cost: | data/street/world.json
 	$(MAKE) runs/sizes/small.onnx runs/sizes/small_standard.onnx RUN=runs/sizes
-	$(PY) -m bench.run_cost --onnx runs/sizes/small.onnx runs/sizes/small_standard.onnx --out runs/sizes/deform_conv.json
+	$(PY) -m bench.run_cost --models runs/sizes/small.onnx runs/sizes/small_standard.onnx --out runs/sizes/deform_conv.json
 
 $(RUN)/small_standard.onnx: $(RUN)/small.pt
 	$(PY) -m export.to_onnx --checkpoint $< --onnx $@ --standard-deform-conv
 
 data/street/world.json: | .venv/.ok
 	$(PY) -m synthetic.generate --world street --scenes 1 1 --out data/street
+
+# Every model of a run that runs on this CPU, beside each other: PyTorch, onnxruntime, engines in float and on integers.
+cpu-cost: .venv/.ok
+	$(PY) -m bench.run_cost --models $(RUN)/teacher.pt $(RUN)/teacher.onnx $(RUN)/w4a6.onnx $(wildcard $(RUN)/*.cpu.engine) --turns 21 \
+		--out $(RUN)/cpu_cost.json
 
 step-cost: .venv/.ok
 	$(PY) -m bench.step_cost --teacher $(RUN)/teacher.pt --bits $(BITS) --out $(RUN)/step_cost.json
@@ -190,6 +204,7 @@ results:
 	keep $(RUN)/w8a8.engine.audit.json audit_micro_w8a8.json; \
 	keep $(RUN)/w4a6.engine.audit.json audit_micro_w4a6.json; \
 	keep $(RUN)/step_cost.json step_cost_micro_cpu.json; \
+	keep $(RUN)/cpu_cost.json cpu_engine_micro.json; \
 	keep runs/ablation/ablation.json ablation_micro.json; \
 	keep runs/ablation/curves.png ablation_curves.png; \
 	keep $(RUN)/image_cost.json image_cost_cpu.json; \

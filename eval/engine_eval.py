@@ -46,11 +46,20 @@ def family(model: Path) -> list[Path]:
     """
     if model.suffix not in _STAGES[1:]:
         raise EvaluationError(f"{model} ends in {model.suffix or 'nothing'!r}; give an .engine or an .onnx file")
-    paths = [model.with_suffix(suffix) for suffix in _STAGES[: _STAGES.index(model.suffix) + 1]]
+    onnx = _onnx_of(model) if model.suffix == ".engine" else model
+    paths = list(dict.fromkeys((onnx.with_suffix(".pt"), onnx, model)))
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise EvaluationError(f"{', '.join(missing)} not found; {model} is compared with the files it was made from: copy them beside it")
     return paths
+
+
+def _onnx_of(engine: Path) -> Path:
+    """Path of the ONNX file that an engine was built from, as its seal says; one of the engine's name where it does not."""
+    if not engine.is_file():
+        return engine.with_suffix(".onnx")
+    build = artifact.unseal(engine, "engine").facts.build
+    return engine.parent / build.onnx if build else engine.with_suffix(".onnx")
 
 
 def score_and_compare(paths: Sequence[Path], config: Config, split: str, out: Path, device: str | None) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def evaluate(path: Path, model: SealedModel, config: Config, split: str, out: Pa
             "sha256": model.seal.sha256,
             "parent_sha256": model.seal.parent,
             "kind": model.seal.kind,
+            "runtime": model.runtime,
             "bytes": path.stat().st_size,
             "data": {"version": data.version, "split": split},
             "frames": len(dataset),

@@ -32,6 +32,8 @@ class SealedModel(OpenModel):
     """An open model with the seal of its file."""
 
     seal: Seal
+    runtime: str
+    """What computes the model, with its version and the options that change its numbers."""
 
 
 class ModelFileError(ValueError):
@@ -43,7 +45,7 @@ def open_model(path: Path, device: str | None = None) -> Iterator[SealedModel]:
     """Open a `.pt`, `.onnx` or `.engine` file.
 
     Args:
-        device: Where a checkpoint runs, "cpu" when left out. An ONNX file always runs on the CPU, an engine on the GPU it was built for.
+        device: Where a checkpoint runs, "cpu" when left out. An ONNX file always runs on the CPU, an engine on the device it was built for.
 
     Raises:
         ModelFileError: The suffix is unknown, or a device is given for a file that has its own.
@@ -62,10 +64,13 @@ def _open_checkpoint(path: Path, device: str | None) -> Iterator[SealedModel]:
     from qdbev.restore import restore  # imports pytorch-quantization, which the other kinds of file do not need
 
     target = command.parse_device(device or "cpu")
-    if target.type == "cuda":
-        from plugins import torch_ops
+    from plugins import torch_ops
 
+    if target.type == "cuda":
         torch_ops.install()
+        kernels = "CUDA kernels"
+    else:
+        kernels = "CPU kernels" if torch_ops.install_on_cpu() else "no kernels"
     seal, model = restore(path)
     deployed = Deployed(model).to(target).eval()
 
@@ -73,7 +78,7 @@ def _open_checkpoint(path: Path, device: str | None) -> Iterator[SealedModel]:
         with torch.inference_mode():
             return deployed.run(inputs)
 
-    yield SealedModel(from_dict(seal.config), run, seal)
+    yield SealedModel(from_dict(seal.config), run, seal, f"PyTorch {torch.__version__}, {kernels}")
 
 
 @contextmanager
@@ -90,14 +95,15 @@ def _open_onnx(path: Path, device: str | None) -> Iterator[SealedModel]:
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}; give data with the cameras and image size it was exported for") from error
 
-    yield SealedModel(from_dict(runner.seal.config), run, runner.seal)
+    yield SealedModel(from_dict(runner.seal.config), run, runner.seal, runner.runtime)
 
 
 @contextmanager
 def _open_engine(path: Path, device: str | None) -> Iterator[SealedModel]:
-    from engine.session import Session
+    from engine.open_session import open_session
 
     if device is not None:
-        raise ModelFileError(f"{path} runs on the GPU it was built for, so --device {device!r} has no effect; leave --device out")
-    with Session(path) as session:
-        yield SealedModel(from_dict(session.seal.config), session.infer, session.seal)
+        raise ModelFileError(f"{path} runs on the device it was built for, so --device {device!r} has no effect; leave --device out")
+    with open_session(path) as session:
+        built_by = session.seal.facts.backend
+        yield SealedModel(from_dict(session.seal.config), session.infer, session.seal, f"{built_by.name} {built_by.version}")

@@ -10,6 +10,14 @@ from qdbev import artifact, deployed_graph
 from qdbev.artifact import ArtifactError
 from qdbev.schema import Interface
 
+LITERAL_ENTRY = ("session.disable_quant_qdq", "1")
+"""Entry of a session's configuration with which Q/DQ are executed as they stand. Otherwise onnxruntime (seen in 1.31) rounds biases to
+int32 and runs groups of them in integer kernels, which changes numbers."""
+WITHOUT_OPTIMIZER = "MatMulAddFusion"
+"""An optimizer that fuses a 3-D MatMul and its bias. With Q/DQ around it and operator set 21 (the INT4 form) the result does not load."""
+LITERAL = f"{'='.join(LITERAL_ENTRY)}; disabled_optimizers={WITHOUT_OPTIMIZER}"
+"""Text that tells users of the file which session options give the numbers that it was compared with."""
+
 
 class OnnxRunner:
     """An ONNX of the deployed graph on the CPU.
@@ -29,18 +37,21 @@ class OnnxRunner:
         self.interface = interface or self.seal.facts.interface
         deployed_graph.check(path, deployed_graph.load(path), self.interface)
         options = onnxruntime.SessionOptions()
-        # Otherwise onnxruntime (seen in 1.31) rounds biases to int32 and runs Q/DQ groups in integer kernels, which changes numbers.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry(*LITERAL_ENTRY)
         options.log_severity_level = 3
         _register_allocator()
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.enable_mem_pattern = False
-        # It fuses a 3-D MatMul and its bias. With Q/DQ around it and operator set 21 (the INT4 form) the result does not load.
-        without = ["MatMulAddFusion"]
+        without = [WITHOUT_OPTIMIZER]
         try:
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=without)
         except Exception as error:
             raise ArtifactError(f"onnxruntime cannot open {path}: {deployed_graph.first_line(error)}") from error
+
+    @property
+    def runtime(self) -> str:
+        """The runtime with its version and the options that change numbers."""
+        return f"onnxruntime {onnxruntime.__version__}, {LITERAL}"
 
     def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name from inputs by name.

@@ -21,7 +21,7 @@ from export.constants import fold_constant_products
 from export.float16 import to_float16
 from export.integer_value import feed_int8_values
 from export.projection import expand_projection
-from export.runner import OnnxRunner
+from export.runner import LITERAL, OnnxRunner
 from export.trace import trace
 from qdbev import artifact
 from qdbev.artifact import ArtifactError, Seal
@@ -93,6 +93,7 @@ def export(
     passes = {"packed_weights": qdq.pack_weights(graph), "early_clips": qdq.clip_early(graph)}
     if standard_deform_conv:
         passes["standard_deform_convs"] = deform_conv.use_standard_node(graph)
+    graph.metadata_props["onnxruntime_session_options"] = LITERAL
     stored = qdq.pack_int4(graph) if quantized and _has_4_bit_weights(config) else None
     passes |= optimize(graph, interface, float16)
     trace_s = round(time.perf_counter() - start, 1)

@@ -218,7 +218,7 @@ def test_a_network_compared_with_itself_passes_and_a_changed_one_does_not(bits, 
 def test_only_the_side_of_the_kernels_calls_the_operator(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "qdbev.ops.sca.evaluated_on_gpu", lambda *tensors: asked.append(torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        "qdbev.ops.sca.run_operator", lambda *tensors: asked.append(torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     )
     config, deployed = gpu_network.network("float")
     gpu_network.differences(config, deployed, torch.device("cpu"), 1.0)

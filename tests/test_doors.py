@@ -31,7 +31,7 @@ def teacher(tmp_path: Path) -> Path:
     [
         (sensitivity.main, ["--teacher", "t.pt", "--bits", "w4a6", "--budget", "size", "--out", "t.pt"]),
         (step_cost.main, ["--teacher", "t.pt", "--bits", "w4a6", "--out", "t.pt"]),
-        (run_cost.main, ["--onnx", "n.onnx", "--out", "n.onnx"]),
+        (run_cost.main, ["--models", "n.onnx", "--out", "n.onnx"]),
         (audit.main, ["--engine", "e.engine", "--onnx", "n.onnx", "--out", "e.engine.seal.json"]),
         (audit.main, ["--engine", "e.engine", "--onnx", "n.onnx", "--out", "e.engine.layers.json"]),
     ],

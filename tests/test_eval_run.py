@@ -60,7 +60,10 @@ def recorder(config: Config, seen: list[Arrays], seal: Seal | None = None) -> Se
         return outputs
 
     return SealedModel(
-        config, run, seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts=onnx_facts(), provenance={}, sha256="0" * 64)
+        config,
+        run,
+        seal or Seal(kind="onnx", config=to_dict(config), parent=None, facts=onnx_facts(), provenance={}, sha256="0" * 64),
+        "a recorder",
     )
 
 

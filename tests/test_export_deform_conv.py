@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnx_passes import apply
 from small_networks import DATA, IMAGE_HW, OUTPUTS, calibrate_on_noise, exported_network
 
-from engine import backend, build
+from engine import backend, build, build_tensorrt
 from engine.backend import EngineError
 from export import deform_conv, parity, to_onnx
 from export.bodies.attach import attach
@@ -160,6 +160,6 @@ def test_an_engine_builds_from_gather_and_product_and_the_standard_node_is_refus
     chosen = backend.load("tensorrt-rtx")
     for standard, (proto, _, _) in exports.items():
         onnx.save(proto, tmp_path / f"{standard}.onnx")
-    assert build.build_plan(chosen, tmp_path / "False.onnx", build.Options()).content
+    assert build_tensorrt.build_plan(chosen, tmp_path / "False.onnx", build.Options()).content
     with pytest.raises(EngineError, match=r"(?s)conv2.product \(DeformConv\).*export again without --standard-deform-conv"):
-        build.build_plan(chosen, tmp_path / "True.onnx", build.Options())
+        build_tensorrt.build_plan(chosen, tmp_path / "True.onnx", build.Options())

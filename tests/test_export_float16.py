@@ -9,7 +9,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx_passes import apply
 
-from engine import audit, backend, build
+from engine import audit, backend, build, build_tensorrt
 from engine.onnx_products import products
 from export.bodies.attach import attach
 from export.float16 import _to_float16, to_float16
@@ -184,6 +184,6 @@ def test_an_engine_multiplies_in_float16_or_int8_as_the_graph_says(tmp_path: Pat
         model, path = network(integer), tmp_path / "half.onnx"
         apply(model, to_float16, INTERFACE)
         onnx.save(model, path)
-        report = audit.audit(products(model, INTERFACE.geometry), build.build_plan(chosen, path, build.Options()).table)
+        report = audit.audit(products(model, INTERFACE.geometry), build_tensorrt.build_plan(chosen, path, build.Options()).table)
         got = {row.name.removesuffix(".product"): row.got for row in (*report.rows, *report.float_rows)}
         assert got == {"boxes": "FP16"} | dict.fromkeys(SHAPES, "INT8" if integer else "FP16")

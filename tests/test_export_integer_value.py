@@ -10,7 +10,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx_passes import apply
 
-from engine import backend, build
+from engine import backend, build, build_tensorrt
 from export.bodies.attach import attach
 from export.float16 import to_float16
 from export.graph import PassError
@@ -141,6 +141,6 @@ def test_an_engine_has_as_many_kernels_as_with_a_value_dequantized_before(op_typ
         if integer:
             apply(model, feed_int8_values)
         onnx.save(model, path)
-        table = build.build_plan(chosen, path, build.Options()).table
+        table = build_tensorrt.build_plan(chosen, path, build.Options()).table
         kernels.append(sum(layer.is_kernel for layer in table))
     assert kernels[1] <= kernels[0]

@@ -16,7 +16,7 @@ from small_networks import DATA, IMAGE_HW, INPUTS, OUTPUTS, calibrate_on_noise, 
 
 from export import parity, qdq, to_onnx
 from export.runner import OnnxRunner
-from qdbev import artifact
+from qdbev import artifact, detectors
 from qdbev.artifact import Seal
 from qdbev.config import to_dict
 from qdbev.data.noise_frames import noise_frames
@@ -358,7 +358,7 @@ def test_each_side_carries_its_own_bev_to_the_second_frame():
         seen.append(inputs)
         return {"bev": np.full_like(inputs["prev_bev"], 7)}
 
-    parity._outputs(side, noise_frames(DATA, model.config.num_cameras, IMAGE_HW), model)
+    parity._outputs(side, noise_frames(DATA, model.config.num_cameras, IMAGE_HW), detectors.stream(model.config))
     assert [float(inputs["has_prev"][0]) for inputs in seen] == [0, 1]
     assert [np.unique(inputs["prev_bev"]).tolist() for inputs in seen] == [[0], [7]]
     np.testing.assert_allclose(seen[1]["can_bus"][0, [0, 17]], [2.5, 2.0], rtol=1e-6)

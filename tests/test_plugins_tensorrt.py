@@ -13,7 +13,7 @@ from lean_tensorrt import Instance, lean_tensorrt, numbers_of
 from onnx import helper
 
 from bench.kernel_build import variants
-from engine import backend, build
+from engine import backend, build, build_tensorrt
 from engine.backend import Backend, Gpu
 from plugins import nvrtc, tensorrt_ops
 from plugins.attention.cases import level_attribute
@@ -188,12 +188,12 @@ def test_the_builder_registers_them_for_its_gpu_with_tensorrt_alone(trt, monkeyp
     monkeypatch.setattr(backend, "gpu", lambda: Gpu(name="H200", compute_capability="9.0", bus_id=""))
     asked = []
     monkeypatch.setattr(tensorrt_ops, "register", lambda architecture: asked.append(architecture) or [])
-    found = build._plugins(Backend("tensorrt", trt, "11.4.0.106"))
+    found = build_tensorrt.plugins(Backend("tensorrt", trt, "11.4.0.106"))
     assert asked == ["sm_90"] and ("SpatialCrossAttentionInt8", "1", "qdbev") in found
     older = ModuleType("tensorrt")  # 10.8: no ahead-of-time compiled kernels
     older.get_plugin_registry = trt.get_plugin_registry
-    build._plugins(Backend("tensorrt", older, "10.8.0.43"))
-    assert build._plugins(Backend("tensorrt-rtx", trt, "1.7.1")) == frozenset() and asked == ["sm_90"]
+    build_tensorrt.plugins(Backend("tensorrt", older, "10.8.0.43"))
+    assert build_tensorrt.plugins(Backend("tensorrt-rtx", trt, "1.7.1")) == frozenset() and asked == ["sm_90"]
 
 
 def test_the_seal_names_the_operators_that_are_plugins_in_the_engine():

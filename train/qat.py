@@ -27,6 +27,7 @@ from qdbev.quant.prepare import describe, table
 from qdbev.recipes import student_config
 from qdbev.restore import restore
 from train.calibration import calibrated_student
+from train.cpu_kernels import use_cpu_kernels
 from train.distributed import World, process_group
 from train.sensitivity import read_widths
 from train.stages import StudentRun, run_stages
@@ -110,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.widths:
         config = dataclasses.replace(config, quant=dataclasses.replace(config.quant, layer_bits=read_widths(args.widths)))
     device = parse_device(args.device)
+    use_cpu_kernels(device)
     with process_group(device) as world:
         train(teacher, args.student, config, device, world, args.resume, args.start, args.keep_every)
 

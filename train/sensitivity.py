@@ -41,6 +41,7 @@ from qdbev.schema import Batch
 from qdbev.settings import build
 from train.bit_allocation import Option, allocate_bits
 from train.calibration import calibrated_student
+from train.cpu_kernels import use_cpu_kernels
 from train.distill import head_divergence
 from train.loop import to_device
 from train.stage_loss import history_state
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     seal, teacher = restore(args.teacher, "teacher")
     config = student_config(from_dict(seal.config), args.bits, args.settings)
     device = parse_device(args.device)
+    use_cpu_kernels(device)
     frames = open_frames(config, config.data.train_split)
     rows = read_rows(args.measured, seal) if args.measured else measure(teacher, config, frames, device)
     chosen = choose(rows, teacher, config, frames, args.budget, device)

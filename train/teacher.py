@@ -21,6 +21,7 @@ from qdbev.nn.pretrained import load_pretrained
 from qdbev.nn.state_dict import read_state_dict
 from qdbev.recipes import RECIPES
 from qdbev.settings import ConfigError
+from train.cpu_kernels import use_cpu_kernels
 from train.distributed import World, process_group, sync_batch_norm
 from train.loop import Run, fit
 from train.stage_loss import StageLoss
@@ -116,6 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--recipe {args.recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
     config = override(RECIPES[args.recipe](), args.settings)
     device = parse_device(args.device)
+    use_cpu_kernels(device)
     artifact.require_target(args.run / "teacher.pt", args.pretrained)
     with process_group(device) as world:
         train(config, args.run, device, world, args.resume, args.pretrained)
