@@ -29,7 +29,7 @@ from qdbev.settings import ConfigError, build, check_format, migrate, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorch-quantization", "tensorrt-rtx", "tensorrt", "nuscenes-devkit")
+_PACKAGES = ("torch", "numpy", "onnx", "onnxruntime", "pytorch-quantization", "tensorrt-rtx", "tensorrt", "openvino", "nuscenes-devkit")
 _FACTS: dict[str, type] = {kind.kind: kind for kind in get_args(Facts)}
 
 
