@@ -43,14 +43,14 @@ def this_cpu() -> Cpu:
 
 def kernels_version() -> str | None:
     """Version of the kernels that `core` would use here; None without a compiler."""
-    return cpu_kernels.source_version() if cpu_kernels.library("openvino") else None
+    return cpu_kernels.source_version() if cpu_kernels.compiled_if_possible("openvino") else None
 
 
 def core(chosen: Backend, with_kernels: bool) -> Any:
     """OpenVINO's core, with the kernels of plugins/cpu as an extension if asked for."""
     found = chosen.module.Core()
     if with_kernels:
-        found.add_extension(str(cpu_kernels.library("openvino")))
+        found.add_extension(str(cpu_kernels.compiled_if_possible("openvino")))
     return found
 
 

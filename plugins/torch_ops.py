@@ -50,7 +50,7 @@ def install() -> None:
 
 def install_on_cpu() -> bool:
     """Register the CPU kernels and their gradients. Without a compiler, say so once, register nothing and return False."""
-    if build.library("torch") is None:
+    if build.compiled_if_possible("torch") is None:
         return False
     _register_on_cpu()
     kernels.have_gradients_on("cpu")

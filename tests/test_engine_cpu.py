@@ -183,7 +183,7 @@ def test_an_engine_with_other_numbers_than_its_onnx_is_not_written(tmp_path: Pat
 
 
 def test_without_a_compiler_the_function_bodies_compute_the_same(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "library", lambda runtime: None)
+    monkeypatch.setattr(kernels, "compiled_if_possible", lambda runtime: None)
     path = copy_of_onnx(tmp_path)
     report = build.build_file(path, tmp_path / "bodies.engine", Options(backend="cpu"))
     assert not report.offenders
@@ -245,7 +245,7 @@ def test_the_cpp_host_computes_what_python_computes(engine: Path, tmp_path: Path
                 inputs[name].tofile(folder / f"{name}.bin")
             given = {name: value for name, value in inputs.items() if name != "prev_bev"}
             wanted.append(session.infer({**given, "has_prev": np.full(1, index, np.float32)}))
-    environment = {**os.environ, "QDBEV_OPENVINO_EXTENSION": str(kernels.library("openvino"))}
+    environment = {**os.environ, "QDBEV_OPENVINO_EXTENSION": str(kernels.compiled_if_possible("openvino"))}
     command = [str(tmp_path / "host"), str(engine), *map(str, folders)]
     subprocess.run(command, check=True, env=environment, timeout=120)
     for folder, outputs in zip(folders, wanted, strict=True):

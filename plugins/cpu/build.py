@@ -38,7 +38,7 @@ class CompilerError(ValueError):
 
 
 @functools.cache
-def library(runtime: Runtime) -> Path | None:
+def compiled_if_possible(runtime: Runtime) -> Path | None:
     """Return the library for a runtime, compiled if necessary. Without a compiler, say so once and return None."""
     try:
         return compiled(runtime)

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from plugins.cpu.build import library
+from plugins.cpu.build import compiled_if_possible
 from qdbev.command import entry_point
 
 
@@ -11,7 +11,7 @@ from qdbev.command import entry_point
 def main(argv: list[str] | None = None) -> None:
     """Compile both libraries and print their paths."""
     argparse.ArgumentParser(prog="python -m plugins.cpu.install", description=main.__doc__).parse_args(argv)
-    for path in (library("torch"), library("openvino")):
+    for path in (compiled_if_possible("torch"), compiled_if_possible("openvino")):
         if path:
             sys.stdout.write(f"{path}\n")
 

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import Tensor, library
 
 from plugins.cpu.build import compiled
 from qdbev.ops.contract import MSDA, SCA, Operator
 
-_AttentionSizes = tuple("BNSMCQDLP")
-_AttentionTensors = (
+_SIZES = tuple("BNSMCQDLP")
+_TENSORS = (
     "level_hw", "value", "value_scale", "reference_points", "visible", "sampling_offsets", "attention_logits",
 )  # fmt: skip
 
@@ -24,7 +23,7 @@ _AttentionTensors = (
 class _Attention(ctypes.Structure):
     """`qdbev::Attention` of kernels.h."""
 
-    _fields_ = [*((name, ctypes.c_int64) for name in _AttentionSizes), *((name, ctypes.c_void_p) for name in _AttentionTensors)]
+    _fields_ = [*((name, ctypes.c_int64) for name in _SIZES), *((name, ctypes.c_void_p) for name in _TENSORS)]
 
 
 class _AttentionGradients(ctypes.Structure):
@@ -42,7 +41,7 @@ class _Im2col(ctypes.Structure):
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def _loaded() -> ctypes.CDLL:
     """Load the library, compiled if necessary. Raises CompilerError if that is not possible."""
     loaded = ctypes.CDLL(str(compiled("torch")))
     loaded.qdbev_instruction_set.restype = ctypes.c_char_p
@@ -51,19 +50,19 @@ def library() -> ctypes.CDLL:
 
 def instruction_set() -> str:
     """Return the instruction set whose kernels run on this CPU: plain, avx2 or avx512."""
-    return library().qdbev_instruction_set().decode()
+    return _loaded().qdbev_instruction_set().decode()
 
 
 def attend(operator: Operator, inputs: Sequence[Tensor], level_hw: Sequence[int]) -> Tensor:
     """Compute an attention: the operator's inputs in the order of the contract, h0, w0, h1, w1, ...; returns (B, Q, M * C)."""
     problem, kept = _problem(operator, inputs, level_hw)
     out = torch.empty(problem.B, problem.Q, problem.M * problem.C)
-    library().qdbev_attend(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()))
+    _loaded().qdbev_attend(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()))
     del kept
     return out
 
 
-@custom_op("qdbev::attention_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("qdbev::attention_backward", mutates_args=(), device_types="cpu")
 def attend_backward(inputs: Sequence[Tensor], level_hw: Sequence[int], gradient: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
     """Compute the gradient of each input of an attention from that of the output (B, Q, M * C).
 
@@ -80,7 +79,7 @@ def attend_backward(inputs: Sequence[Tensor], level_hw: Sequence[int], gradient:
     if "reference_points" in asked:
         pointers["reference_points"] = of_heads.data_ptr()
     gradient = gradient.contiguous()
-    library().qdbev_attend_backward(ctypes.byref(problem), ctypes.byref(_AttentionGradients(output=gradient.data_ptr(), **pointers)))
+    _loaded().qdbev_attend_backward(ctypes.byref(problem), ctypes.byref(_AttentionGradients(output=gradient.data_ptr(), **pointers)))
     if "reference_points" in asked:
         out["reference_points"] = of_heads.sum(3).view(named["reference_points"].shape)
     return [out[name] if name in out else gradient.new_empty(0) for name in operator.inputs]
@@ -98,7 +97,7 @@ def im2col(x: Tensor, offsets: Tensor, mask: Tensor, stride: int) -> Tensor:
     out = torch.empty(B, C * 9, h, w)
     pointers = {"x": x.data_ptr(), "offsets": offsets.data_ptr(), "mask": mask.data_ptr()}
     problem = _Im2col(B=B, C=C, H=H, W=W, h=h, w=w, stride=stride, **pointers)
-    library().qdbev_im2col(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()))
+    _loaded().qdbev_im2col(ctypes.byref(problem), ctypes.c_void_p(out.data_ptr()))
     return out
 
 
