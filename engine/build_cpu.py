@@ -52,7 +52,7 @@ def build_plan(chosen: Backend, onnx_path: Path, model: onnx.ModelProto, options
 def require_same_numbers(chosen: Backend, plan: Plan, onnx_path: Path) -> None:
     """Raise EngineError unless the engine computes what the ONNX computes in onnxruntime, on two frames of noise."""
     from export import parity
-    from export.runner import OnnxRunner  # a room of its own; the ONNX as onnxruntime executes it is what an engine must equal
+    from export.runner import OnnxRunner  # here, because rooms do not import rooms otherwise
 
     runner = OnnxRunner(onnx_path)
     config = from_dict(runner.seal.config)
@@ -63,12 +63,10 @@ def require_same_numbers(chosen: Backend, plan: Plan, onnx_path: Path) -> None:
     if not wrong:
         return
     here, worst = cpu.this_cpu(), min(wrong, key=lambda row: row.cosine)
-    reason = (
-        ""
-        if here.instruction_set in cpu.WITHOUT_SATURATION
-        else f" Its integer products add pairs of 8-bit products in 16 bits, which overflow; it takes a CPU with one of "
-        f"{', '.join(cpu.WITHOUT_SATURATION)}."
-    )
+    reason = ""
+    if here.instruction_set in cpu.SATURATING:
+        needed = ", ".join(cpu.EXACT)
+        reason = f" It adds pairs of products of 8-bit numbers in 16 bits, which saturates; integers need a CPU with one of {needed}."
     raise EngineError(
         f"on this CPU ({here.name}, {here.instruction_set}) the engine does not compute what {onnx_path} computes: {worst.output} has a "
         f"cosine of {worst.cosine:.6f} to it.{reason} Run the ONNX here, or build the engine elsewhere"

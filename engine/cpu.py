@@ -19,8 +19,8 @@ from qdbev.facts import Target
 
 _INSTRUCTION_SETS = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "sse4_1")
 """Instruction sets of x86 CPUs as Linux names them, the widest for integer products first."""
-WITHOUT_SATURATION = _INSTRUCTION_SETS[:3]
-"""Those that add products of 8-bit numbers in 32 bits. The others add pairs of them in 16 bits, which saturates (guide of oneDNN)."""
+EXACT, SATURATING = _INSTRUCTION_SETS[:3], _INSTRUCTION_SETS[3:]
+"""Those that add products of 8-bit numbers in 32 bits, and those that add pairs of them in 16 bits, which saturates (guide of oneDNN)."""
 
 
 @dataclass(frozen=True)
